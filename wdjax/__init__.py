@@ -1,0 +1,42 @@
+"""wdjax: weight decay for JAX, as Optax gradient transformations. Where it acts is where it stands:
+
+    params ─▶ loss ──▶ grad ──▶ scale_by_adam ──▶ × −learning_rate ──▶ apply_updates ─▶ params
+               ▲        ▲                    ▲                     ▲                ▲
+            in_loss  in_gradient         in_update             in_update       on_weights
+          l2_penalty add_l2_to_grads  decoupled_decay      independent_decay  proximal_step
+
+Which parameters: `by_path`, `only`, `all_but` (wdjax.paths). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around
+a finished optimizer: `with_decoupled_decay`. Whole optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+"""
+
+from ._action import DecayState as DecayState
+from .in_gradient import add_l1_to_grads as add_l1_to_grads
+from .in_gradient import add_l2_to_grads as add_l2_to_grads
+from .in_gradient import add_penalty_to_grads as add_penalty_to_grads
+from .in_loss import l1_penalty as l1_penalty
+from .in_loss import l2_penalty as l2_penalty
+from .in_loss import penalty as penalty
+from .in_update import cautious as cautious
+from .in_update import decoupled_decay as decoupled_decay
+from .in_update import independent_decay as independent_decay
+from .on_weights import proximal_step as proximal_step
+from .paths import Leaf as Leaf
+from .paths import Rules as Rules
+from .paths import all_but as all_but
+from .paths import by_path as by_path
+from .paths import canonical_paths as canonical_paths
+from .paths import only as only
+from .penalties import L1 as L1
+from .penalties import L2 as L2
+from .penalties import ElasticNet as ElasticNet
+from .penalties import GroupLasso as GroupLasso
+from .penalties import Huber as Huber
+from .penalties import Penalty as Penalty
+from .recipes import adam_l2 as adam_l2
+from .recipes import adamw as adamw
+from .recipes import sgd_l2 as sgd_l2
+from .recipes import sgdw as sgdw
+from .wrappers import WithDecoupledDecayState as WithDecoupledDecayState
+from .wrappers import with_decoupled_decay as with_decoupled_decay
+
+__version__ = "0.1.0"

@@ -1,0 +1,229 @@
+"""What every place does alike: bring a rate, a mask and an anchor to each parameter, and act there in safe arithmetic.
+
+A place is an `Action` (how strong, on which parameters, toward what) and a rule for one leaf, a function
+`rule(update, param, rate, anchor) -> update` on arrays of one dtype. The action keeps the promises for all of them:
+
+- The rule runs in at least float32, and in float64 where the update or the parameter is; the update comes back in the
+  dtype it came in with. The rate is brought to that dtype before anything is multiplied.
+- Where the decay is off, the update is returned as it came, bit for bit. Off for good (rate 0, mask False, integers,
+  holes) costs nothing; a rate that happens to be 0 in this step (a schedule, a traced rate) is selected away.
+- Each distinct rate is computed once a step, however many parameters share it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _checks, _leaves
+from .paths import Rules
+from .paths._masks import booleans
+
+PyTree = Any
+Rule = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+
+class DecayState(NamedTuple):
+    """The state of every decay: the same structure for constant and scheduled rates and for any mask.
+
+    Attributes:
+        count: shape (), int32: the updates so far, where schedules are evaluated.
+        anchor: None; with `toward="init"` a tree like params, of their shapes and dtypes: their values at `init`.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    anchor: PyTree = None
+
+
+class Term(NamedTuple):
+    """What acts on one parameter: the rate as factors (Python floats and 0-d arrays), and the anchor (0.0 for zero)."""
+
+    factors: tuple[Any, ...]
+    anchor: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Action:
+    """How strong, on which parameters, toward what.
+
+    Attributes:
+        where: the public function, for errors.
+        rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules or `Rules` of these.
+        mask: anything that `paths._masks.booleans` takes.
+        toward: None, a tree like params, or "init".
+    """
+
+    where: str
+    rates: dict[str, Any]
+    mask: Any = None
+    toward: Any = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.rates.items():
+            if not isinstance(value, Rules):
+                self.rates[name] = _checks.rate(self.where, name, value)
+        if isinstance(self.toward, str) and self.toward != "init":
+            raise ValueError(
+                f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
+                f"Write {self.where}(..., toward='init') for the values at init."
+            )
+
+    def init(self, params: PyTree) -> DecayState:
+        """The state, after a check that rules, mask and anchor fit the parameters."""
+        leaves = _leaves.flatten_with_paths(params)
+        anchor = None
+        if isinstance(self.toward, str):
+            # A copy: the state must not hold the buffers of params, or both could not be donated.
+            anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
+        self._factors(params, leaves)
+        self._anchors(leaves, anchor)
+        return DecayState(jnp.zeros([], jnp.int32), anchor)
+
+    def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
+        """The updates after `rule` acted on every leaf that is not off; `gates` are further factors of the rate."""
+        _checks.params_given(self.where, params)
+        leaves = _leaves.flatten_with_paths(params)
+        terms = self.terms(params, leaves, state)
+        scalars: dict[Any, Any] = {}
+
+        def act(update: Any, i: int) -> Any:
+            (path, param), term = leaves[i], terms[i]
+            if term is None:
+                return update
+            if jnp.shape(update) != jnp.shape(param):
+                raise ValueError(
+                    f"{self.where}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
+                    f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
+                )
+            dtype = compute_dtype(update, param)
+            factors = (*term.factors, *gates)
+            key = (dtype, *map(id, factors))
+            if key not in scalars:
+                scalars[key] = product(factors, dtype)
+            rate = scalars[key]
+            anchor = jnp.asarray(term.anchor, dtype)
+            new = rule(jnp.asarray(update, dtype), jnp.asarray(param, dtype), rate, anchor)
+            new = new.astype(jnp.result_type(update))
+            return new if all(isinstance(f, float) for f in factors) else _unless_off(rate, update, new)
+
+        return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
+
+    def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
+        """What acts on each leaf in this step; None where the decay is off for good."""
+        anchors = self._anchors(leaves, None if state is None else state.anchor)
+        evaluated: dict[int, Any] = {}
+
+        def at_this_step(name: str, factor: Any) -> Any:
+            if not callable(factor):
+                return factor
+            if id(factor) not in evaluated:
+                evaluated[id(factor)] = self._evaluate(name, factor, state)
+            return evaluated[id(factor)]
+
+        terms = []
+        for factors, anchor in zip(self._factors(params, leaves), anchors, strict=True):
+            if factors is None:
+                terms.append(None)
+                continue
+            values = tuple(at_this_step(*factor) for factor in factors)
+            terms.append(None if any(_is_zero(value) for value in values) else Term(values, anchor))
+        return terms
+
+    def _factors(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[list[tuple[str, Any]] | None]:
+        """Each leaf's named factors, with schedules still unevaluated; None for a leaf that does not decay."""
+        columns = []
+        for name, rate in self.rates.items():
+            rows = rate.rates(self.where, leaves) if isinstance(rate, Rules) else itertools.repeat((rate,), len(leaves))
+            columns.append([[(name, factor) for factor in row] for row in rows])
+        chosen = booleans(self.where, self.mask, params, leaves)
+        return [
+            list(itertools.chain(*factors)) if flag and _leaves.is_decayable(leaf) else None
+            for flag, (_, leaf), *factors in zip(chosen, leaves, *columns, strict=True)
+        ]
+
+    def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
+        if state is None:
+            raise TypeError(
+                f"{self.where}: {name} is a function, and a loss has no step to call it with. "
+                f"Call the schedule yourself: {self.where}(params, schedule(step))."
+            )
+        value = schedule(state.count)
+        if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        return _checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
+
+    def _anchors(self, leaves: Sequence[tuple[str, Any]], initial: PyTree) -> list[Any]:
+        """Each leaf's anchor, 0.0 where `toward` is None; found by canonical path."""
+        if self.toward is None or not leaves:
+            return [0.0] * len(leaves)
+        given = dict(_leaves.flatten_with_paths(initial if isinstance(self.toward, str) else self.toward))
+        holes = tuple(path + "/" for path, leaf in leaves if _leaves.is_hole(leaf))
+        paths = {path for path, _ in leaves}
+        missing = [path for path, leaf in leaves if _leaves.is_decayable(leaf) and _leaves.is_hole(given.get(path))]
+        extra = [path for path in given if path not in paths and not path.startswith(holes)]
+        if missing or extra:
+            raise ValueError(
+                f"{self.where}: toward must be a tree like params; it lacks {missing[:5]} and has besides {extra[:5]}. "
+                f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
+            )
+        for path, leaf in leaves:
+            if _leaves.is_decayable(leaf) and jnp.shape(given[path]) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{self.where}: toward has shape {jnp.shape(given[path])} at {path!r}, and the parameter "
+                    f"{jnp.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
+                )
+        return [given.get(path) for path, _ in leaves]
+
+
+def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:
+    """The gradient transformation that acts once an update and counts its updates."""
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, DecayState]:
+        updates = action.apply(rule, updates, state, params)
+        return updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(action.init, update_fn)
+
+
+def compute_dtype(*leaves: Any) -> Any:
+    """The dtype to compute in: at least float32, float64 if a leaf is, complex if a leaf is."""
+    dtypes = [jnp.result_type(leaf) for leaf in leaves]
+    wide = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def product(factors: Sequence[Any], dtype: Any) -> jax.Array:
+    """The product of Python floats and 0-d arrays, in the real dtype that belongs to `dtype`."""
+    real = jnp.finfo(dtype).dtype
+    number, arrays = 1.0, []
+    for factor in factors:
+        if isinstance(factor, float):
+            number *= factor
+        else:
+            arrays.append(jnp.asarray(factor, real))
+    result = jnp.asarray(number, real)
+    for array in arrays:
+        result = result * array
+    return result
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, float) and value == 0
+
+
+@jax.custom_jvp
+def _unless_off(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
+    return jnp.where(rate == 0, off, on)
+
+
+@_unless_off.defjvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    # The value at rate 0 is selected, not computed; the derivative is that of the rule, so that a rate of 0 can be
+    # learned away from.
+    return _unless_off(*primals), tangents[2]

@@ -1,0 +1,96 @@
+"""What is refused, and in which words: the mistake, the value, and the call to write instead."""
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Scalar = Any  # A Python or NumPy number, or a 0-d array (traced is fine).
+Schedule = Callable[[Any], Any]
+
+
+def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
+    """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule; gives numbers back as Python floats.
+
+    A traced array has no value yet, so only its shape and dtype are checked.
+
+    Args:
+        where: the function that was given the rate, for the error.
+        name: its argument.
+        value: what it was given.
+        write: the call to show instead, if it is not `where(name=0.1)`.
+    """
+    write = write or f"{where}({name}=0.1)"
+    if callable(value):
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{where}: {name} must be a rate, got {value}. Write {write}, or 0.0 for none.")
+    if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+        raise TypeError(
+            f"{where}: {name} must be a number, a 0-d array, a schedule (a function of the step) or a by_path table "
+            f"of these, got {_show(value)}. Write {write}; rates by path are by_path({{'kernel': 0.1}}, default=0.0)."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}; "
+            "rates that differ by parameter are by_path({'kernel': 0.1}, default=0.0)."
+        )
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
+    if isinstance(value, Tracer):
+        return value
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(
+            f"{where}: {name} must be finite and not negative, got {number}. Write {write}: a rate shrinks weights, "
+            "and the sign is set by the place."
+        )
+    return value if isinstance(value, jax.Array) else number
+
+
+def params_given(where: str, params: Any) -> None:
+    """Refuses an `update` without the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{where} needs the parameters, and update got params=None. "
+            "Write: updates, state = optimizer.update(grads, state, params)."
+        )
+
+
+def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Gives an unknown keyword an error that shows the nearest one and the whole call."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in signature.parameters:
+                near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.5)
+                hint = f" Did you mean {near[0]}=...?" if near else ""
+                takes = signature.replace(return_annotation=inspect.Signature.empty)
+                takes = takes.replace(
+                    parameters=[p.replace(annotation=inspect.Parameter.empty) for p in takes.parameters.values()]
+                )
+                raise TypeError(
+                    f"{function.__name__}() has no argument {name!r} (given {kwargs[name]!r}).{hint} "
+                    f"Write {function.__name__}{takes}."
+                )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

@@ -1,0 +1,149 @@
+"""The leaves of a parameter tree, each with its canonical path.
+
+A parameter has one name, its *canonical path*: the keys that lead to it, joined by "/". Libraries put more than
+parameters into a tree: an NNX `Variable` or a Linen `Partitioned` box around an array, `None` where an Equinox
+filter took a leaf out, `optax.MaskedNode` where `optax.masked` did. Boxes leave no trace in the path, so that the
+tree that `init` sees (NNX Variables) and the one that `update` sees (bare arrays) name their parameters alike.
+The other two are *holes*: places that a rule may speak of but that hold nothing to decay.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+
+PyTree = Any
+
+
+class Leaf(NamedTuple):
+    """What a rule may know of a parameter: nothing here depends on values, so a rule is decided while tracing."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def canonical_paths(params: PyTree) -> list[str]:
+    """The canonical path of every leaf, in the order of the tree: what patterns are compared with.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.canonical_paths({"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+        ['Dense_0/bias', 'Dense_0/kernel']
+    """
+    return [path for path, leaf in flatten_with_paths(params) if not is_hole(leaf)]
+
+
+def is_hole(node: Any) -> bool:
+    """Whether this place of a tree holds no parameter: `None`, or what `optax.masked` leaves behind."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def is_decayable(leaf: Any) -> bool:
+    """Whether the leaf is a real or complex number or array: not an integer, a boolean, a PRNG key or a hole."""
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, (float, complex)) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+
+
+def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
+    """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
+    boxes = _box_types()
+    return [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), lambda x: is_hole(x) or isinstance(x, boxes))]
+
+
+def structure(tree: PyTree) -> Any:
+    """The structure of a tree in which holes count as leaves."""
+    return jax.tree.structure(tree, is_leaf=is_hole)
+
+
+def describe(path: str, leaf: Any) -> Leaf:
+    """The description of a leaf that predicates get."""
+    if is_hole(leaf):
+        return Leaf(path, (), None)
+    return Leaf(path, tuple(jnp.shape(leaf)), getattr(leaf, "dtype", type(leaf)))
+
+
+def map_with_params(
+    leaf_fn: Callable[[Any, int], Any], where: str, updates: PyTree, params: PyTree, paths: Sequence[str]
+) -> PyTree:
+    """Maps `leaf_fn(update, index of its parameter)` over the updates; what is no number passes through untouched.
+
+    Args:
+        leaf_fn: gets an update and the index of its parameter in `flatten_with_paths(params)`.
+        where: the function to name in an error.
+        updates: the tree to map over: its structure and holes are kept.
+        params: the parameters; boxes that `updates` lacks are seen through.
+        paths: their canonical paths, for the error.
+
+    Raises:
+        ValueError: if `updates` has another structure than `params`.
+    """
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_hole)
+    params_def = structure(params)
+    places: Sequence[Any] = range(params_def.num_leaves)
+    if treedef != params_def:
+        try:
+            places = treedef.flatten_up_to(jax.tree.unflatten(params_def, places))
+        except (ValueError, TypeError) as error:
+            raise ValueError(_structure_message(where, updates, paths)) from error
+
+    def apply(leaf: Any, place: Any) -> Any:
+        if not is_decayable(leaf):
+            return leaf
+        indices = jax.tree.leaves(place)
+        if len(indices) != 1:
+            raise ValueError(_structure_message(where, updates, paths))
+        return leaf_fn(leaf, indices[0])
+
+    return jax.tree.unflatten(treedef, [apply(*pair) for pair in zip(leaves, places, strict=True)])
+
+
+def _structure_message(where: str, updates: PyTree, paths: Sequence[str]) -> str:
+    found = {path for path, _ in flatten_with_paths(updates)}
+    return (
+        f"{where}: updates and params are trees of different structure. "
+        f"Only in updates: {sorted(found - set(paths))[:5]}; only in params: {sorted(set(paths) - found)[:5]}. "
+        "Pass the parameters that the gradients were taken of: optimizer.update(grads, state, params)."
+    )
+
+
+def _walk(
+    tree: PyTree, prefix: tuple[str, ...], is_stop: Callable[[Any], bool], *, box: bool = False
+) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    # The root of a box is not its own leaf, and the key under it ("value") is not part of the path.
+    stop = (lambda x: x is not tree and is_stop(x)) if box else is_stop
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+        path = prefix + tuple(map(_text, keys[1:] if box else keys))
+        if is_stop(node) and not is_hole(node):
+            found += _walk(node, path, is_stop, box=True)
+        else:
+            found.append((path, node))
+    return found
+
+
+def _text(key: Any) -> str:
+    match key:
+        case DictKey() | FlattenedIndexKey():
+            return str(key.key)
+        case GetAttrKey():
+            return key.name
+        case SequenceKey():
+            return str(key.idx)
+    return keystr((key,), simple=True)
+
+
+def _box_types() -> tuple[type, ...]:
+    # A box in the tree means that its library is imported already; wdjax itself needs no Flax.
+    names = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in found if isinstance(kind, type))

@@ -1,0 +1,115 @@
+"""In the gradient: before the optimizer's scaling, so that its moments see it.
+
+This is L2 regularization in the old sense: as if the penalty stood in the loss, at the price of one pass over the
+weights. For SGD it is weight decay. For Adam it is not: the penalty's gradient is divided by the same root as the
+loss's, so weights with large gradients hardly decay, and with no other gradient every weight moves by the learning
+rate whatever the weight decay is. What most people want beside Adam is `in_update`.
+
+Complex weights: updates are taken as directions of descent, that is the conjugate of what `jax.grad` returns.
+"""
+
+from typing import Any
+
+import optax
+
+from . import _checks
+from ._action import Action, transformation
+from .penalties import L1, L2, Penalty, checked_kind
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+    """Adds weight_decay times the weight to its gradient: L2 regularization, without touching the loss.
+
+    Rule:   g <- g + weight_decay * (p - toward)
+    Place:  before `scale_by_*` and before momentum; after gradient clipping, unless the penalty is to be clipped too.
+    Units:  per unit of loss: the gradient of weight_decay / 2 * sum p^2. In plain SGD with zero gradient a weight is
+            multiplied by 1 - learning_rate * weight_decay each step; with momentum m, by about
+            1 - learning_rate * weight_decay / (1 - m).
+    Source: `torch.optim.SGD(weight_decay=...)` and `torch.optim.Adam(weight_decay=...)`, which do the same; MXNet's
+            wd; Keras' `kernel_regularizer=l2(r)` with weight_decay = 2 r.
+
+    Args:
+        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
+            `init`, kept in the state.
+
+    Returns:
+        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype.
+
+    Raises:
+        TypeError, ValueError: for a rate that is negative, NaN, infinite or not a scalar. At `init` and `update`: for
+            a mask or anchor that does not fit params, a rule that matches nothing, or params left out.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(wdjax.add_l2_to_grads(0.1, wdjax.all_but("bias")), optax.sgd(0.5))
+        >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+        >>> grads = {"kernel": jnp.array([0.0]), "bias": jnp.array([0.0])}
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
+        {'bias': 2.0, 'kernel': 1.9}
+    """
+    return _add("add_l2_to_grads", L2(), {"weight_decay": weight_decay}, mask, toward)
+
+
+@_checks.known_arguments
+def add_l1_to_grads(strength: Any, mask: Any = None) -> optax.GradientTransformation:
+    """Adds strength times the sign of the weight to its gradient: the L1 penalty, without touching the loss.
+
+    Rule:   g <- g + strength * sign(p), with sign(0) = 0
+    Place:  before `scale_by_*`, as `add_l2_to_grads`.
+    Units:  of a gradient, whatever the size of the weight. Weights come near zero and chatter there, within
+            learning_rate * strength: for exact zeros use `proximal_step(L1(), ...)`.
+    Source: Tibshirani 1996; Keras' `kernel_regularizer=l1(strength)` does the same.
+
+    Args, Returns, Raises: as `add_l2_to_grads`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> l1 = wdjax.add_l1_to_grads(0.5)
+        >>> params = {"kernel": jnp.array([3.0, -4.0, 0.0])}
+        >>> l1.update({"kernel": jnp.zeros(3)}, l1.init(params), params)[0]["kernel"].tolist()
+        [0.5, -0.5, 0.0]
+    """
+    return _add("add_l1_to_grads", L1(), {"strength": strength}, mask, None)
+
+
+@_checks.known_arguments
+def add_penalty_to_grads(
+    kind: Penalty, strength: Any, mask: Any = None, *, toward: Any = None
+) -> optax.GradientTransformation:
+    """Adds strength times the gradient of any penalty, without touching the loss.
+
+    Rule:   g <- g + strength * kind.gradient(p - toward)
+    Place:  before `scale_by_*`, as `add_l2_to_grads`.
+    Units:  those of the kind; see `wdjax.penalties`.
+    Source: the kind's.
+
+    Args:
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        strength, mask, toward: as `add_l2_to_grads`.
+
+    Returns, Raises: as `add_l2_to_grads`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> huber = wdjax.add_penalty_to_grads(wdjax.Huber(delta=1.0), 0.5)
+        >>> params = {"kernel": jnp.array([0.5, -4.0])}
+        >>> huber.update({"kernel": jnp.zeros(2)}, huber.init(params), params)[0]["kernel"].tolist()
+        [0.25, -0.5]
+    """
+    where = "add_penalty_to_grads"
+    return _add(where, checked_kind(where, kind), {"strength": strength}, mask, toward)
+
+
+def _add(where: str, kind: Penalty, rates: dict[str, Any], mask: Any, toward: Any) -> optax.GradientTransformation:
+    return transformation(
+        Action(where, rates, mask, toward), lambda update, p, rate, a: update + rate * kind.gradient(p - a)
+    )

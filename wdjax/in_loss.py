@@ -1,0 +1,116 @@
+"""In the loss: scalars to add to what is differentiated.
+
+The gradient that comes back holds the penalty's gradient, so everything after it sees it: clipping, averaging over
+devices, the optimizer's moments. Of the four places this is the one that a formula in a paper means, and it is the
+dearest: a reduction over all weights and its backward pass, where `in_gradient` adds the same thing in one pass.
+
+There is no step count here. Call a schedule yourself: `l2_penalty(params, schedule(step))`. Under data parallelism
+add the penalty once to the loss that is averaged over devices, not to one that is summed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _action, _checks, _leaves
+from ._action import Action
+from .penalties import L1, L2, Penalty, checked_kind
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def l2_penalty(params: PyTree, weight_decay: Any, mask: Any = None, *, toward: PyTree = None) -> jax.Array:
+    """Half of weight_decay times the sum of squared weights, to add to the loss.
+
+    Rule:   loss <- loss + weight_decay / 2 * sum (p - toward)^2
+    Place:  in the function that is differentiated.
+    Units:  of the loss per squared weight, with the half: its gradient is weight_decay * p. Keras' `l2(r)` is
+            weight_decay = 2 r; scikit-learn's `Ridge(alpha)` is weight_decay = alpha / n beside half the mean square.
+    Source: Hoerl & Kennard 1970. The same as `add_l2_to_grads`; not the same as `decoupled_decay` in Adam.
+
+    Args:
+        params: a tree of parameters; integers, booleans, PRNG keys and None are left out.
+        weight_decay: a number or 0-d array (traced is fine) >= 0, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        toward: None for zero, or a tree like params.
+
+    Returns:
+        A 0-d float32 array (float64 if a parameter is).
+
+    Raises:
+        TypeError, ValueError: for a rate that is a schedule, negative, NaN, infinite or not a scalar; a mask or
+            anchor that does not fit params; a rule that matches nothing.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([7.0])}
+        >>> float(wdjax.l2_penalty(params, 0.2, wdjax.all_but("bias")))
+        2.5
+    """
+    return _penalty("l2_penalty", "weight_decay", params, L2(), weight_decay, mask, toward)
+
+
+@_checks.known_arguments
+def l1_penalty(params: PyTree, strength: Any, mask: Any = None) -> jax.Array:
+    """strength times the sum of absolute weights, to add to the loss.
+
+    Rule:   loss <- loss + strength * sum |p|
+    Place:  in the function that is differentiated.
+    Units:  of the loss per weight; its gradient is +-strength, and 0 at zero. Subgradient steps chatter about zero:
+            for weights that are exactly zero use `proximal_step(L1(), ...)`.
+    Source: Tibshirani 1996; Keras' `l1(r)` is strength = r.
+
+    Args, Returns, Raises: as `l2_penalty`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> float(wdjax.l1_penalty({"kernel": jnp.array([3.0, -4.0])}, 0.5))
+        3.5
+    """
+    return _penalty("l1_penalty", "strength", params, L1(), strength, mask, None)
+
+
+@_checks.known_arguments
+def penalty(params: PyTree, kind: Penalty, strength: Any, mask: Any = None, *, toward: PyTree = None) -> jax.Array:
+    """strength times any penalty of the weights, to add to the loss.
+
+    Rule:   loss <- loss + strength * sum over parameters of kind.value(p - toward)
+    Place:  in the function that is differentiated.
+    Units:  those of the kind; see `wdjax.penalties`.
+    Source: the kind's.
+
+    Args:
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        params, strength, mask, toward: as `l2_penalty`.
+
+    Returns, Raises: as `l2_penalty`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> float(wdjax.penalty({"kernel": jnp.array([3.0, -4.0])}, wdjax.GroupLasso(), 0.5))
+        2.5
+    """
+    return _penalty("penalty", "strength", params, checked_kind("penalty", kind), strength, mask, toward)
+
+
+def _penalty(where: str, name: str, params: PyTree, kind: Penalty, rate: Any, mask: Any, toward: PyTree) -> jax.Array:
+    if isinstance(toward, str):
+        raise ValueError(
+            f"{where}: toward={toward!r} needs a state, and a loss has none. Write {where}(..., toward=initial_params)."
+        )
+    action = Action(where, {name: rate}, mask, toward)
+    leaves = _leaves.flatten_with_paths(params)
+    terms = action.terms(params, leaves, None)
+    dtype = jnp.finfo(_action.compute_dtype(*(leaf for _, leaf in leaves if _leaves.is_decayable(leaf)))).dtype
+    total = jnp.zeros([], dtype)
+    for (_, param), term in zip(leaves, terms, strict=True):
+        if term is not None:
+            wide = _action.compute_dtype(param)
+            value = kind.value(jnp.asarray(param, wide) - jnp.asarray(term.anchor, wide))
+            total = total + (_action.product(term.factors, wide) * value).astype(dtype)
+    return total

@@ -1,0 +1,146 @@
+"""In the update: after the optimizer's scaling, so that the decay is not divided by anybody's second moment.
+
+This is weight decay in the sense of AdamW: the loss's gradient is adapted, the decay is not. What is left to decide
+is the unit, and that is the place again: before the learning rate (`decoupled_decay`, as PyTorch and Optax), where the
+learning rate and its schedule multiply the decay, or after it (`independent_decay`), where they do not.
+
+`cautious` is a modifier: it takes one of these and lets it act only where it agrees with the optimizer.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _action, _checks, _leaves
+from ._action import Action, transformation
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+    """Decays weights in proportion to the learning rate, untouched by the optimizer's scaling: AdamW's weight decay.
+
+    Rule:   u <- u + weight_decay * (p - toward)
+    Place:  after `scale_by_*`, before the learning rate.
+    Units:  per step and per unit of learning rate: with zero gradient a weight is multiplied by
+            1 - learning_rate * weight_decay each step.
+    Source: Loshchilov & Hutter 2019. Deviation: times the learning rate itself, as PyTorch and Optax do.
+
+    Args:
+        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
+            `init`, kept in the state.
+
+    Returns:
+        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype.
+
+    Raises:
+        TypeError, ValueError: for a rate that is negative, NaN, infinite or not a scalar. At `init` and `update`: for
+            a mask or anchor that does not fit params, a rule that matches nothing, or params left out.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(
+        ...     optax.scale_by_adam(),
+        ...     wdjax.decoupled_decay(0.1, wdjax.only("kernel")),
+        ...     optax.scale_by_learning_rate(0.5),
+        ... )
+        >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+        >>> grads = {"kernel": jnp.array([0.0]), "bias": jnp.array([0.0])}
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
+        {'bias': 2.0, 'kernel': 1.9}
+    """
+    action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
+    return transformation(action, lambda update, p, rate, a: update + rate * (p - a))
+
+
+@_checks.known_arguments
+def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+    """Decays weights by a fraction of their own each step, whatever the learning rate is.
+
+    Rule:   u <- u - weight_decay * (p - toward)
+    Place:  after the learning rate, where u is what is added to the parameters.
+    Units:  per step: with zero gradient a weight is multiplied by 1 - weight_decay each step. To follow the shape of
+            the learning rate but not its size, give the schedule
+            `lambda step: weight_decay * learning_rate(step) / peak_learning_rate`.
+    Source: Loshchilov & Hutter 2019, Algorithm 2, which multiplies both by the schedule; TensorFlow Addons' and
+            big_vision's weight decay. Before the learning rate it would be `decoupled_decay` with the wrong sign.
+
+    Args, Returns, Raises: as `decoupled_decay`; a sensible weight_decay is a learning rate smaller.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(optax.adam(0.5), wdjax.independent_decay(0.1))
+        >>> params = {"kernel": jnp.array([2.0])}
+        >>> updates, _ = optimizer.update({"kernel": jnp.array([0.0])}, optimizer.init(params), params)
+        >>> round(float(optax.apply_updates(params, updates)["kernel"][0]), 6)
+        1.8
+    """
+    action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward)
+    return transformation(action, lambda update, p, rate, a: update - rate * (p - a))
+
+
+@_checks.known_arguments
+def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Lets a decay act only where it pulls a weight the way the optimizer moves it anyway, ties included.
+
+    Rule:   u <- u + t where t * u >= 0, else u; t is what `decay` adds. For a decay toward zero this is: decay where
+            the sign of the optimizer's direction agrees with the sign of the weight.
+    Place:  where `decay` stands: around `decoupled_decay` before the learning rate, around `independent_decay` after.
+    Units:  those of `decay`. Where the optimizer does not move a weight (u = 0) it decays in full.
+    Source: Cautious Weight Decay, arXiv 2510.12402 (the tie as in the paper: u * p >= 0).
+
+    Args:
+        decay: a transformation that adds a term of its own to the updates, such as `decoupled_decay(...)`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with the state of `decay`.
+
+    Raises:
+        TypeError: if `decay` is no gradient transformation (a rate, say).
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> decay = wdjax.cautious(wdjax.decoupled_decay(0.5))
+        >>> params = jnp.array([2.0, 2.0, 2.0])
+        >>> decay.update(jnp.array([1.0, -1.0, 0.0]), decay.init(params), params)[0].tolist()
+        [2.0, -1.0, 1.0]
+    """
+    if not isinstance(decay, optax.GradientTransformation):
+        raise TypeError(
+            f"cautious: decay must be a gradient transformation, got {decay!r}. "
+            "Write cautious(decoupled_decay(0.1, mask))."
+        )
+    inner = optax.with_extra_args_support(decay)
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        _checks.params_given("cautious", params)
+        # What the decay adds is measured on -0.0, the one number that adding to anything leaves bit-identical.
+        blank = jax.tree.map(_blank, updates, is_leaf=_leaves.is_hole)
+        terms, state = inner.update(blank, state, params, **extra_args)
+        return jax.tree.map(_add_where_agreed, updates, terms, is_leaf=_leaves.is_hole), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _blank(update: Any) -> Any:
+    if not _leaves.is_decayable(update):
+        return update
+    return jnp.full_like(update, -0.0, dtype=_action.compute_dtype(update))
+
+
+def _add_where_agreed(update: Any, term: Any) -> Any:
+    if not _leaves.is_decayable(update):
+        return update
+    wide = jnp.asarray(update, term.dtype)
+    # Of signs, not of values: a product of small numbers underflows to a tie.
+    agrees = jnp.real(jnp.sign(wide) * jnp.conj(jnp.sign(term))) >= 0
+    return jnp.where(agrees, (wide + term).astype(jnp.result_type(update)), update)

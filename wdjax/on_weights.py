@@ -1,0 +1,60 @@
+"""On the weights: last in the chain, where the update is rewritten so that `params + update` is what the rule says.
+
+A proximal step does not follow the penalty's gradient; it solves for the penalty after the optimizer has moved. It
+never overshoots, however large the strength, and where the penalty has a corner (L1, group lasso) it lands on it:
+weights become exactly zero and stay countable.
+"""
+
+from typing import Any
+
+import optax
+
+from . import _checks
+from ._action import Action, transformation
+from .penalties import Penalty, checked_kind
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def proximal_step(
+    kind: Penalty, strength: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+) -> optax.GradientTransformation:
+    """Moves the weights that the optimizer arrives at to the minimum of penalty plus squared distance.
+
+    Rule:   p + u <- toward + kind.prox(p + u - toward, learning_rate * strength). For L2 with zero anchor:
+            (p + u) / (1 + learning_rate * strength). For L1: soft thresholding by learning_rate * strength.
+    Place:  last in the chain, after the learning rate; give it the same learning rate as the optimizer.
+    Units:  per step and per unit of learning rate, as `decoupled_decay`, with which L2 agrees to first order.
+    Source: Parikh & Boyd 2014; AdamProx (arXiv 2202.00089) and Adan (arXiv 2208.06677) for L2.
+
+    Args:
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        strength: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        learning_rate: the number or schedule that the optimizer has; a schedule is called with this
+            transformation's own count of updates, from 0.
+        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
+            `init`, kept in the state.
+
+    Returns:
+        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype;
+        exact zeros need updates of the parameters' dtype, which Optax's optimizers give.
+
+    Raises:
+        TypeError, ValueError: as `add_l2_to_grads`; also for a learning rate that is negative, NaN, infinite or not a
+            scalar.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(optax.sgd(0.1), wdjax.proximal_step(wdjax.L1(), 5.0, learning_rate=0.1))
+        >>> params = jnp.array([2.0, -0.3])
+        >>> updates, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
+        >>> optax.apply_updates(params, updates).tolist()
+        [1.5, 0.0]
+    """
+    where = "proximal_step"
+    checked_kind(where, kind)
+    action = Action(where, {"strength": strength, "learning_rate": learning_rate}, mask, toward)
+    return transformation(action, lambda update, p, rate, a: a + kind.prox(p + update - a, rate) - p)

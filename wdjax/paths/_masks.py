@@ -1,0 +1,79 @@
+"""Masks of every kind that Optax users write, brought to one boolean for each leaf."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from .. import _leaves
+from ._rules import Rules
+
+PyTree = Any
+
+
+def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
+    """Each leaf's boolean under a mask: None, `Rules`, a function of params, a tree of booleans or a prefix tree.
+
+    A tree is matched with the parameters by canonical path, so one that was built on NNX Variables or on a FrozenDict
+    serves for bare arrays and plain dicts.
+
+    Raises:
+        TypeError: if a leaf of the mask is not one boolean.
+        ValueError: if the mask does not fit the parameters.
+    """
+    if mask is None or not leaves:
+        return [True] * len(leaves)
+    if isinstance(mask, Rules):
+        return mask.booleans(where, leaves)
+    tree = mask(params) if callable(mask) else mask
+    flags = {p: _boolean(where, p, flag) for p, flag in _leaves.flatten_with_paths(tree) if not _leaves.is_hole(flag)}
+    owners = [next((prefix for prefix in _prefixes(path) if prefix in flags), None) for path, _ in leaves]
+    owned = zip(owners, leaves, strict=True)
+    bare = [path for owner, (path, leaf) in owned if owner is None and not _leaves.is_hole(leaf)]
+    if bare:
+        raise ValueError(_misfit(where, "it has no entry for", bare))
+    holes = {path for path, leaf in leaves if _leaves.is_hole(leaf)}
+    extra = [p for p in flags if p not in owners and holes.isdisjoint(_prefixes(p))]
+    if extra:
+        raise ValueError(_misfit(where, "these entries of it are no parameters:", extra))
+    return [owner is not None and flags[owner] for owner in owners]
+
+
+def _prefixes(path: str) -> Iterable[str]:
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
+    yield ""
+
+
+def _boolean(where: str, path: str, flag: Any) -> bool:
+    if isinstance(flag, (bool, np.bool_)):
+        return bool(flag)
+    place = f"the mask at {path!r}" if path else "the mask"
+    if isinstance(flag, Tracer):
+        raise TypeError(f"{where}: {place} is traced. A mask is decided while tracing: build it from paths and shapes.")
+    if isinstance(flag, (np.ndarray, jax.Array)) and flag.dtype == bool:
+        if flag.shape == ():
+            return bool(flag)
+        raise ValueError(
+            f"{where}: {place} is an array of shape {flag.shape}. A mask has one boolean for each parameter, not one "
+            "for each of its elements."
+        )
+    if isinstance(flag, str):
+        remedy = f"For a mask by name write mask=only({flag!r}) or mask=all_but({flag!r})."
+    elif isinstance(flag, (int, float, np.number, np.ndarray, jax.Array)):
+        remedy = "Multipliers make a rate: weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
+    else:
+        remedy = "Write mask=all_but('bias'), or a tree of booleans like params."
+    raise TypeError(f"{where}: {place} is {flag!r}, which is not a boolean. {remedy}")
+
+
+def _misfit(where: str, what: str, paths: list[str]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return (
+        f"{where}: the mask is neither a tree like params nor a prefix of one: {what} "
+        f"{', '.join(map(repr, paths[:5]))}{more}. Build it on the same tree, "
+        "jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
+    )

@@ -1,0 +1,198 @@
+"""What a penalty is: a value, its gradient, and its proximal map, each in closed form.
+
+A penalty knows nothing of where it acts. The same object goes into the loss (its `value`), into the gradient or the
+update (its `gradient`), or onto the weights after the step (its `prox`); the strength is given there. All three act
+on one array and keep its shape; the arithmetic is in the dtype they are given.
+
+| penalty | value(w) | gradient(w) | prox(w, k) |
+|---|---|---|---|
+| `L2()` | sum w^2 / 2 | w | w / (1 + k) |
+| `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
+| `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
+| `GroupLasso(axis)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
+| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | L2's, or w - k delta sign(w) if far |
+
+Complex weights: |w| is the modulus, sign(w) is w / |w|.
+"""
+
+import dataclasses
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """Anything with these three methods is a penalty, and works in every place.
+
+    `value` must be differentiable with `gradient` as its derivative, at zero too (no NaN there), and
+    `prox(w, step)` must be argmin over v of |v - w|^2 / 2 + step * value(v).
+    """
+
+    def value(self, w: jax.Array) -> jax.Array: ...
+
+    def gradient(self, w: jax.Array) -> jax.Array: ...
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class L2:
+    """Half the sum of squares: the penalty whose gradient is the weight itself.
+
+    Units:  with the half; Keras' `l2(r)` has none and is this with twice the strength.
+    Source: Hoerl & Kennard 1970 (ridge regression); Krogh & Hertz 1991.
+    """
+
+    def value(self, w: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum(_square(w))
+
+    def gradient(self, w: jax.Array) -> jax.Array:
+        return w
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        return w / (1 + step)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1:
+    """The sum of absolute values: its proximal map is soft thresholding, which makes exact zeros.
+
+    Units:  of a weight: the gradient is +-1 whatever the weight's size, 0 at zero.
+    Source: Tibshirani 1996; Beck & Teboulle 2009 for the proximal step.
+    """
+
+    def value(self, w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.abs(w))
+
+    def gradient(self, w: jax.Array) -> jax.Array:
+        return jnp.sign(w)
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ElasticNet:
+    """A mixture of L1 and L2, weighted as scikit-learn's `ElasticNet(l1_ratio=...)`.
+
+    Args:
+        l1_ratio: the share of L1, from 0 (`L2()`) to 1 (`L1()`).
+
+    Raises:
+        ValueError: if `l1_ratio` is not a number in [0, 1].
+
+    Source: Zou & Hastie 2005.
+    """
+
+    l1_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
+            raise ValueError(
+                f"ElasticNet: l1_ratio must be a number from 0 to 1, got {self.l1_ratio!r}. "
+                "It shares one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
+            )
+
+    def value(self, w: jax.Array) -> jax.Array:
+        return self.l1_ratio * L1().value(w) + (1 - self.l1_ratio) * L2().value(w)
+
+    def gradient(self, w: jax.Array) -> jax.Array:
+        return self.l1_ratio * jnp.sign(w) + (1 - self.l1_ratio) * w
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        return L1().prox(w, step * self.l1_ratio) / (1 + step * (1 - self.l1_ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLasso:
+    """The sum of the norms of groups of weights: whole groups become zero together.
+
+    Args:
+        axis: the axes that a norm is taken over; what is left indexes the groups. For a kernel of shape
+            (inputs, outputs), `axis=1` groups the weights of each input and `axis=0` those of each output unit.
+            None takes the whole array as one group.
+
+    Raises:
+        ValueError: on use, if an array lacks the axis.
+
+    Units:  of a weight; not scaled by the root of the group's size. At a group that is zero the gradient is zero.
+    Source: Yuan & Lin 2006.
+    """
+
+    axis: int | tuple[int, ...] | None = None
+
+    def _norm(self, w: jax.Array) -> jax.Array:
+        if self.axis is not None:
+            axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+            if any(not -w.ndim <= axis < w.ndim for axis in axes):
+                raise ValueError(
+                    f"GroupLasso: axis={self.axis} is out of range for an array of shape {w.shape}. "
+                    "Select the arrays that have it with a mask, such as only('kernel')."
+                )
+        square = jnp.sum(_square(w), axis=self.axis, keepdims=True)
+        # The root's derivative at zero is infinite; a zero group must give a zero gradient, not NaN.
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+    def value(self, w: jax.Array) -> jax.Array:
+        return jnp.sum(self._norm(w))
+
+    def gradient(self, w: jax.Array) -> jax.Array:
+        norm = jnp.broadcast_to(self._norm(w), w.shape)
+        return jnp.where(norm > 0, w / jnp.where(norm > 0, norm, 1), 0)
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        norm = jnp.broadcast_to(self._norm(w), w.shape)
+        return w * jnp.where(norm > step, 1 - step / jnp.where(norm > step, norm, 1), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Huber:
+    """L2 for small weights, L1 for large ones: a decay whose pull never exceeds `delta`.
+
+    Args:
+        delta: the size, in units of a weight, where the square turns into a line.
+
+    Raises:
+        ValueError: if `delta` is not a positive finite number.
+
+    Source: Huber 1964; as a decay, AdamHD (arXiv 2511.14721).
+    """
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.delta) or not 0 < self.delta < math.inf:
+            raise ValueError(f"Huber: delta must be positive and finite, got {self.delta!r}. Write Huber(delta=1.0).")
+
+    def value(self, w: jax.Array) -> jax.Array:
+        size = jnp.abs(w)
+        return jnp.sum(jnp.where(size <= self.delta, 0.5 * _square(w), self.delta * (size - 0.5 * self.delta)))
+
+    def gradient(self, w: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(w) <= self.delta, w, self.delta * jnp.sign(w))
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        inside = jnp.abs(w) <= (1 + step) * self.delta
+        return jnp.where(inside, w / (1 + step), w - step * self.delta * jnp.sign(w))
+
+
+def _square(w: jax.Array) -> jax.Array:
+    return jnp.real(w * jnp.conj(w))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checked_kind(where: str, kind: Any) -> Penalty:
+    """Refuses what is no penalty, in the name of the function `where`."""
+    if isinstance(kind, type) or not isinstance(kind, Penalty):
+        name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
+        raise TypeError(
+            f"{where}: kind must be a penalty with value, gradient and prox, got {kind!r}. "
+            f"Write {where}({name}(), ...), with {name} from wdjax."
+        )
+    return kind

@@ -1,0 +1,192 @@
+"""Whole optimizers, each one visible chain: read it, copy it, put your own pieces between.
+
+| | L2 in the gradient | decoupled weight decay |
+|---|---|---|
+| SGD | `sgd_l2` | `sgdw` |
+| Adam | `adam_l2` | `adamw` |
+
+In every recipe `learning_rate` is a number or a schedule, `weight_decay` a number, a schedule or a `by_path` table,
+and `mask` says who decays; without a mask everything does, biases too. For the rules and units see the pieces.
+"""
+
+from typing import Any
+
+import optax
+
+from . import _checks
+from .in_gradient import add_l2_to_grads
+from .in_update import decoupled_decay
+
+
+@_checks.known_arguments
+def sgd_l2(
+    learning_rate: Any,
+    weight_decay: Any,
+    mask: Any = None,
+    *,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    toward: Any = None,
+) -> optax.GradientTransformation:
+    """SGD with L2 regularization in the gradient, so that the momentum buffer sees it: `torch.optim.SGD`.
+
+    Rule:   g <- g + weight_decay * (p - toward); m <- momentum * m + g; p <- p - learning_rate * m
+            (nesterov: p - learning_rate * (momentum * m + g))
+    Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
+    Units:  as `add_l2_to_grads`.
+    Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening, which it follows to rounding.
+
+    Args:
+        learning_rate: a number or a schedule.
+        weight_decay, mask, toward: as `add_l2_to_grads`.
+        momentum: the decay of the momentum buffer; None for none.
+        nesterov: whether to look ahead.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    Raises:
+        TypeError, ValueError: as `add_l2_to_grads`.
+
+    Example:
+
+        >>> import wdjax
+        >>> optimizer = wdjax.sgd_l2(0.1, 5e-4, wdjax.only("kernel"), momentum=0.9)
+    """
+    return optax.chain(
+        add_l2_to_grads(weight_decay, mask, toward=toward),
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@_checks.known_arguments
+def sgdw(
+    learning_rate: Any,
+    weight_decay: Any,
+    mask: Any = None,
+    *,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    toward: Any = None,
+) -> optax.GradientTransformation:
+    """SGD with decoupled weight decay: the momentum buffer never sees the decay.
+
+    Rule:   m <- momentum * m + g; p <- p - learning_rate * (m + weight_decay * (p - toward))
+            (nesterov: momentum * m + g instead of m)
+    Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
+    Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
+    Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
+            in timm's `SGDW`, which it follows to rounding.
+
+    Args:
+        learning_rate: a number or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        momentum, nesterov: as `sgd_l2`.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    Raises:
+        TypeError, ValueError: as `decoupled_decay`.
+
+    Example:
+
+        >>> import wdjax
+        >>> optimizer = wdjax.sgdw(0.1, 5e-3, wdjax.only("kernel"), momentum=0.9)
+    """
+    return optax.chain(
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+        decoupled_decay(weight_decay, mask, toward=toward),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@_checks.known_arguments
+def adam_l2(
+    learning_rate: Any,
+    weight_decay: Any,
+    mask: Any = None,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: Any = None,
+    nesterov: bool = False,
+    toward: Any = None,
+) -> optax.GradientTransformation:
+    """Adam with L2 regularization in the gradient: `torch.optim.Adam(weight_decay=...)`. Not weight decay.
+
+    Rule:   g <- g + weight_decay * (p - toward); p <- p - learning_rate * adam(g)
+    Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
+    Units:  as `add_l2_to_grads`, then divided by the root of the second moment: with no other gradient every weight
+            moves by the learning rate, whatever weight_decay is. For weight decay write `adamw`.
+    Source: `torch.optim.Adam(lr, weight_decay=...)`, which it follows to rounding; Kingma & Ba 2015.
+
+    Args:
+        learning_rate: a number or a schedule.
+        weight_decay, mask, toward: as `add_l2_to_grads`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    Raises:
+        TypeError, ValueError: as `add_l2_to_grads`.
+
+    Example:
+
+        >>> import wdjax
+        >>> optimizer = wdjax.adam_l2(1e-3, 1e-4, wdjax.only("kernel"))
+    """
+    return optax.chain(
+        add_l2_to_grads(weight_decay, mask, toward=toward),
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@_checks.known_arguments
+def adamw(
+    learning_rate: Any,
+    weight_decay: Any,
+    mask: Any = None,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: Any = None,
+    nesterov: bool = False,
+    toward: Any = None,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay: `optax.adamw`, `torch.optim.AdamW`.
+
+    Rule:   p <- p - learning_rate * (adam(g) + weight_decay * (p - toward))
+    Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
+    Units:  as `decoupled_decay`: with zero gradient a weight is multiplied by 1 - learning_rate * weight_decay each
+            step. There is no default: Optax's is 1e-4, PyTorch's 1e-2, and language models take 0.1.
+    Source: Loshchilov & Hutter 2019. Deviation: times the learning rate itself, as PyTorch and Optax do.
+
+    Args:
+        learning_rate: a number or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    Raises:
+        TypeError, ValueError: as `decoupled_decay`.
+
+    Example:
+
+        >>> import wdjax
+        >>> optimizer = wdjax.adamw(3e-4, 0.1, wdjax.all_but("bias", "LayerNorm_*"))
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        decoupled_decay(weight_decay, mask, toward=toward),
+        optax.scale_by_learning_rate(learning_rate),
+    )

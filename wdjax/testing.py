@@ -1,0 +1,211 @@
+"""For your own unit tests: what weight decay must do in closed form, and assertions that an optimizer does it.
+
+The oracles are NumPy in float64 and know nothing of JAX. The assertions go through chex, so this module, unlike the
+rest of the package, needs `pip install chex`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _leaves
+from ._action import Action, DecayState
+
+PyTree = Any
+Floats = Any  # Anything that NumPy makes a float64 array of.
+Sequenced = float | Sequence[float] | np.ndarray | Callable[[int], Any]
+
+
+def decayed_weights(
+    weights: Floats, learning_rate: Sequenced, weight_decay: Sequenced, steps: int, *, toward: Floats = 0.0
+) -> np.ndarray:
+    """Weights after `steps` steps of decoupled decay with zero gradients.
+
+    Rule:   w_T = a + (w_0 - a) * product over t < T of (1 - learning_rate_t * weight_decay_t)
+    Units:  as `decoupled_decay`; for `independent_decay` give learning_rate=1.0.
+    Source: Loshchilov & Hutter 2019, unrolled.
+
+    Args:
+        weights: the weights before the first step.
+        learning_rate, weight_decay: a number, a sequence of at least `steps` numbers, or a schedule of the step.
+        steps: how many steps.
+        toward: the anchor a.
+
+    Returns:
+        A float64 array like `weights`.
+
+    Raises:
+        ValueError: if a sequence is shorter than `steps`.
+
+    Example:
+
+        >>> from wdjax.testing import decayed_weights
+        >>> decayed_weights([1.0, -2.0], learning_rate=0.5, weight_decay=0.2, steps=2).round(4).tolist()
+        [0.81, -1.62]
+    """
+    factors = 1.0 - _each_step("learning_rate", learning_rate, steps) * _each_step("weight_decay", weight_decay, steps)
+    anchor = np.asarray(toward, np.float64)
+    return anchor + (np.asarray(weights, np.float64) - anchor) * np.prod(factors)
+
+
+def heavy_ball_weights(
+    weights: Floats, learning_rate: float, weight_decay: float, momentum: float, steps: int
+) -> np.ndarray:
+    """Weights after `steps` steps of SGD with momentum and L2 in the gradient, with zero gradients of the loss.
+
+    Rule:   w_{t+1} = (1 + m - learning_rate * weight_decay) * w_t - m * w_{t-1}, with w_{-1} = w_0
+    Units:  as `add_l2_to_grads`.
+    Source: Polyak 1964.
+
+    Example:
+
+        >>> from wdjax.testing import heavy_ball_weights
+        >>> float(heavy_ball_weights(1.0, 0.1, 1.0, 0.9, steps=2).round(4))
+        0.72
+    """
+    before = now = np.asarray(weights, np.float64)
+    for _ in range(steps):
+        before, now = now, (1 + momentum - learning_rate * weight_decay) * now - momentum * before
+    return now
+
+
+def ridge_solution(inputs: Floats, targets: Floats, weight_decay: float) -> np.ndarray:
+    """The minimum of half the mean squared error plus weight_decay / 2 times the squared norm of the weights.
+
+    Rule:   w = (X^T X / n + weight_decay * I)^-1 X^T y / n
+    Units:  scikit-learn's `Ridge(alpha)` has alpha = n * weight_decay.
+    Source: Hoerl & Kennard 1970.
+
+    Args:
+        inputs: X, of shape (n, d).
+        targets: y, of shape (n,) or (n, k).
+        weight_decay: the rate of `l2_penalty` or `add_l2_to_grads`.
+
+    Returns:
+        A float64 array of shape (d,) or (d, k).
+
+    Example:
+
+        >>> from wdjax.testing import ridge_solution
+        >>> ridge_solution([[1.0], [1.0]], [2.0, 2.0], weight_decay=1.0).tolist()
+        [1.0]
+    """
+    x, y = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
+    return np.linalg.solve(x.T @ x / len(x) + weight_decay * np.eye(x.shape[1]), x.T @ y / len(x))
+
+
+def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
+    """The proximal map of threshold times the absolute value: nearer to zero by threshold, and zero within it.
+
+    Rule:   sign(w) * max(|w| - threshold, 0)
+    Source: Donoho & Johnstone 1994.
+
+    Example:
+
+        >>> from wdjax.testing import soft_threshold
+        >>> soft_threshold([3.0, -0.5], 1.0).tolist()
+        [2.0, -0.0]
+    """
+    w = np.asarray(weights, np.float64)
+    return np.sign(w) * np.maximum(np.abs(w) - np.asarray(threshold, np.float64), 0.0)
+
+
+def assert_only_decays(
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    expected: Any,
+    mask: Any = None,
+    *,
+    toward: PyTree = None,
+) -> None:
+    """Asserts that, with zero gradients, one step takes `expected` of each weight away, and touches nothing else.
+
+    The optimizer is initialized on `params` and stepped at a probe: `params` with every number moved one away from
+    zero, so that a decay shows on biases and anchored weights that start at zero (or at the anchor) too. The probe
+    after the step must be p - expected * (p - toward) up to one rounding, and the same bits where `expected` is 0.
+
+    Args:
+        optimizer: any finished Optax optimizer, wdjax or not.
+        params: a tree of parameters: their structure, shapes and dtypes count.
+        expected: the fraction of a weight that one step takes away: learning_rate * weight_decay for decoupled decay,
+            weight_decay for independent decay. A number >= 0, or a `by_path` table.
+        mask: who decays at all; as the `mask` of any wdjax function.
+        toward: where to: None for zero, or a tree like params (`params` itself for `toward="init"`).
+
+    Raises:
+        AssertionError: naming the parameter, what was expected and what happened.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax, wdjax.testing
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> optimizer = wdjax.adamw(0.1, 0.01, wdjax.only("kernel"))
+        >>> wdjax.testing.assert_only_decays(optimizer, params, 0.1 * 0.01, wdjax.only("kernel"))
+    """
+    action = Action("assert_only_decays", {"expected": expected}, mask, toward)
+    probe = jax.tree.map(_moved_from_zero, params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p) if _leaves.is_decayable(p) else p, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), probe)
+    chex.assert_trees_all_equal_structs(updates, probe)
+    stepped = optax.apply_updates(probe, updates)
+    leaves = _leaves.flatten_with_paths(probe)
+    terms = action.terms(probe, leaves, DecayState(jnp.zeros([], jnp.int32)))
+    results = (leaf for _, leaf in _leaves.flatten_with_paths(stepped))
+    for (path, before), after, term in zip(leaves, results, terms, strict=True):
+        if term is None:
+            _assert_untouched(path, before, after)
+        else:
+            fraction = float(np.prod([np.float64(factor) for factor in term.factors]))
+            _assert_decayed(path, before, after, fraction, term.anchor)
+
+
+def _assert_untouched(path: str, before: Any, after: Any) -> None:
+    if _leaves.is_hole(before):
+        return
+    same = jnp.array_equal(before, after) and before.dtype == after.dtype
+    moved = "" if same else f" from {before.ravel()[0]} to {after.ravel()[0]} (its first element)"
+    assert same, (
+        f"assert_only_decays: {path!r} must stay bit-identical under zero gradients, and one step moved it{moved}."
+    )
+
+
+def _assert_decayed(path: str, before: Any, after: Any, fraction: float, anchor: Any) -> None:
+    before64, after64, anchor64 = (_as_float64(x) for x in (before, after, anchor))
+    wanted = before64 - fraction * (before64 - anchor64)
+    # One rounding of the sum, in the dtype of the weights, and one of the update's own size.
+    rounding = float(jnp.finfo(before.dtype).eps)
+    atol = rounding * (np.abs(before64) + 4 * np.abs(before64 - wanted))
+    assert not (fraction > 0 and before64.size and np.array_equal(before64, after64)), (
+        f"assert_only_decays: {path!r} must lose {fraction:g} of itself in one step, and no bit of it changed. "
+        f"Either it is not decayed, or so small a step rounds to nothing in {before.dtype}."
+    )
+    worst = np.argmax(np.abs(after64 - wanted) - atol) if before64.size else 0
+    assert before64.size == 0 or np.all(np.abs(after64 - wanted) <= atol), (
+        f"assert_only_decays: {path!r} must lose {fraction:g} of its distance to the anchor in one step; its element "
+        f"{worst} went from {before64.ravel()[worst]} to {after64.ravel()[worst]}, not to {wanted.ravel()[worst]}."
+    )
+
+
+def _as_float64(x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def _moved_from_zero(param: Any) -> Any:
+    if not _leaves.is_decayable(param):
+        return param
+    return param + jnp.where(jnp.real(param) < 0, -1, 1).astype(jnp.asarray(param).dtype)
+
+
+def _each_step(name: str, value: Sequenced, steps: int) -> np.ndarray:
+    if callable(value):
+        return np.array([value(step) for step in range(steps)], np.float64)
+    values = np.asarray(value, np.float64)
+    if values.ndim and len(values) < steps:
+        raise ValueError(f"decayed_weights: {name} has {len(values)} values for {steps} steps. Give one for each step.")
+    return values[:steps] if values.ndim else np.full(steps, values)

@@ -1,0 +1,163 @@
+"""Weight decay for an optimizer that is finished: one whose update already has the learning rate in it.
+
+Inside a chain the place of a decay is the user's to get right. Around a finished optimizer there is only one right
+place, after it, with the learning rate's factor and the sign put in; `with_decoupled_decay` puts them in.
+
+Two kinds of optimizers need more than an added term, and get it:
+
+- Some do not step at every update: `optax.MultiSteps` while it accumulates or skips, `optax.apply_if_finite` at a
+  NaN. The decay waits with them, and so does its step count.
+- Schedule-free keeps the iterate that it really steps in its state. The decay goes into that iterate, and through its
+  averaging into the weights, as if it stood in the base optimizer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from . import _checks
+from ._action import Action, DecayState
+
+PyTree = Any
+
+
+class WithDecoupledDecayState(NamedTuple):
+    """The state of `with_decoupled_decay`.
+
+    Attributes:
+        decay: the count of real steps, and the anchor if there is one.
+        inner_state: the state of the wrapped optimizer.
+    """
+
+    decay: DecayState
+    inner_state: Any
+
+
+@_checks.known_arguments
+def with_decoupled_decay(
+    optimizer: Any, weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Adds decoupled weight decay to any finished Optax optimizer.
+
+    Rule:   u <- optimizer's u - learning_rate * weight_decay * (p - toward)
+    Place:  around the whole optimizer; the result is the last thing before `optax.apply_updates`.
+    Units:  as `decoupled_decay`: per step and per unit of learning rate. One step is one step of the optimizer:
+            under `optax.MultiSteps` the decay acts once per accumulated gradient, and a step that `MultiSteps` or
+            `apply_if_finite` skips does not decay.
+    Source: Loshchilov & Hutter 2019; for schedule-free, Defazio et al. 2024 with the decay at y, as
+            `optax.contrib.schedule_free_adamw` does.
+
+    Args:
+        optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
+            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`.
+        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        learning_rate: the same number or schedule that the optimizer got. A schedule is called with the wrapper's own
+            count of steps, from 0.
+        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
+            `init`, kept in the state.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
+
+    Raises:
+        TypeError: if `optimizer` is no optimizer.
+        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `update`: if a part of the
+            parameters is under a `MultiSteps` or the like of its own, so that no one step is everybody's.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> schedule = optax.cosine_decay_schedule(0.5, 100)
+        >>> optimizer = wdjax.with_decoupled_decay(optax.lion(schedule, weight_decay=0.0), 0.1, learning_rate=schedule)
+        >>> params = jnp.array([2.0])
+        >>> updates, _ = optimizer.update(jnp.zeros(1), optimizer.init(params), params)
+        >>> round(float(optax.apply_updates(params, updates)[0]), 6)
+        1.9
+    """
+    where = "with_decoupled_decay"
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. "
+            f"Write {where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)."
+        )
+    inner = optax.with_extra_args_support(optimizer)
+    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+
+    def init_fn(params: PyTree) -> WithDecoupledDecayState:
+        return WithDecoupledDecayState(action.init(params), inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, WithDecoupledDecayState]:
+        _checks.params_given(where, params)
+        before = state.inner_state
+        updates, after = inner.update(updates, before, params, **extra_args)
+        stepped = _stepped(before, after)
+        shares = _shares(before, after)
+
+        def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
+            return action.apply(lambda u, p, rate, a: u - rate * (p - a), tree, state.decay, params, *factors)
+
+        def subtract_from_iterate(node: Any) -> Any:
+            return node._replace(z=subtract(node.z, *stepped)) if _is_schedule_free(node) else node
+
+        if shares:
+            after = jax.tree.map(subtract_from_iterate, after, is_leaf=_is_schedule_free)
+        updates = subtract(updates, *stepped, *shares)
+        count = state.decay.count
+        next_count = jnp.where(jnp.all(jnp.array(stepped, bool)), optax.safe_increment(count), count)
+        return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stepped(before: Any, after: Any) -> tuple[jax.Array, ...]:
+    """For each wrapper in the state that may skip a step, whether it stepped: a boolean, to multiply a rate with."""
+    flags: tuple[jax.Array, ...] = ()
+    stop = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.PartitionState, optax.MaskedState)
+    olds, news = (jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, stop)) for state in (before, after))
+    for old, new in zip(olds, news, strict=True):
+        if isinstance(new, optax.MultiStepsState):
+            flags += (new.gradient_step > old.gradient_step, *_stepped(old.inner_opt_state, new.inner_opt_state))
+        elif isinstance(new, optax.ApplyIfFiniteState):
+            flags += (new.last_finite, *_stepped(old.inner_state, new.inner_state))
+        elif isinstance(new, stop) and _stepped(tuple(old), tuple(new)):
+            raise ValueError(
+                "with_decoupled_decay: a part of the parameters accumulates or skips steps on its own (MultiSteps or "
+                "apply_if_finite inside partition or masked), so that no one step is everybody's. Put the decay inside "
+                "it: optax.MultiSteps(with_decoupled_decay(optax.adam(lr), 0.1, learning_rate=lr), k)."
+            )
+    return flags
+
+
+def _is_schedule_free(node: Any) -> bool:
+    return isinstance(node, contrib.ScheduleFreeState)
+
+
+def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
+    """For a schedule-free optimizer, the share of a change of its iterate z that reaches the weights y at once.
+
+    z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z', with c the weight of this step in the average.
+    """
+    olds, news = (
+        [node for node in jax.tree.leaves(state, is_leaf=_is_schedule_free) if _is_schedule_free(node)]
+        for state in (before, after)
+    )
+    if len(news) > 1:
+        raise ValueError(
+            "with_decoupled_decay: the optimizer holds more than one schedule-free part. "
+            "Put the decay inside each: optax.contrib.schedule_free(with_decoupled_decay(optax.sgd(lr), ...), lr)."
+        )
+    shares = []
+    for old, new in zip(olds, news, strict=True):
+        total, previous = (jnp.asarray(node.weight_sum, jnp.float32) for node in (new, old))
+        c = jnp.where(total > 0, (total - previous) / jnp.where(total > 0, total, 1), 0)
+        b1 = jnp.asarray(new.b1, jnp.float32)
+        shares.append(1 - b1 + b1 * c)
+    return tuple(shares)
