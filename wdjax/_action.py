@@ -108,7 +108,7 @@ class Action:
             anchor = jnp.asarray(term.anchor, dtype)
             new = rule(jnp.asarray(update, dtype), jnp.asarray(param, dtype), rate, anchor)
             new = new.astype(jnp.result_type(update))
-            return new if all(isinstance(f, float) for f in factors) else _unless_off(rate, update, new)
+            return new if all(isinstance(f, float) for f in factors) else unless_off(rate, update, new)
 
         return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
 
@@ -218,12 +218,15 @@ def _is_zero(value: Any) -> bool:
 
 
 @jax.custom_jvp
-def _unless_off(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
+def unless_off(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
+    """`off` where the rate is 0, else `on`, with the derivative of `on` everywhere.
+
+    The value at rate 0 is selected, not computed: 0 times infinity is NaN, and adding 0 flushes denormal numbers. The
+    derivative is still the rule's, so that a rate can be learned away from 0.
+    """
     return jnp.where(rate == 0, off, on)
 
 
-@_unless_off.defjvp
+@unless_off.defjvp
 def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    # The value at rate 0 is selected, not computed; the derivative is that of the rule, so that a rate of 0 can be
-    # learned away from.
-    return _unless_off(*primals), tangents[2]
+    return unless_off(*primals), tangents[2]

@@ -94,7 +94,8 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
     Rule:   u <- u + t where t * u >= 0, else u; t is what `decay` adds. For a decay toward zero this is: decay where
             the sign of the optimizer's direction agrees with the sign of the weight.
     Place:  where `decay` stands: around `decoupled_decay` before the learning rate, around `independent_decay` after.
-    Units:  those of `decay`. Where the optimizer does not move a weight (u = 0) it decays in full.
+    Units:  those of `decay`. Where the optimizer does not move a weight (u = 0) it decays in full. At a rate of
+            exactly 0 every t is a tie: the derivative with respect to the rate is there that of the plain decay.
     Source: Cautious Weight Decay, arXiv 2510.12402 (the tie as in the paper: u * p >= 0).
 
     Args:
@@ -123,7 +124,6 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         _checks.params_given("cautious", params)
-        # What the decay adds is measured on -0.0, the one number that adding to anything leaves bit-identical.
         blank = jax.tree.map(_blank, updates, is_leaf=_leaves.is_hole)
         terms, state = inner.update(blank, state, params, **extra_args)
         return jax.tree.map(_add_where_agreed, updates, terms, is_leaf=_leaves.is_hole), state
@@ -134,7 +134,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
 def _blank(update: Any) -> Any:
     if not _leaves.is_decayable(update):
         return update
-    return jnp.full_like(update, -0.0, dtype=_action.compute_dtype(update))
+    return jnp.zeros_like(update, dtype=_action.compute_dtype(update))
 
 
 def _add_where_agreed(update: Any, term: Any) -> Any:
@@ -143,4 +143,5 @@ def _add_where_agreed(update: Any, term: Any) -> Any:
     wide = jnp.asarray(update, term.dtype)
     # Of signs, not of values: a product of small numbers underflows to a tie.
     agrees = jnp.real(jnp.sign(wide) * jnp.conj(jnp.sign(term))) >= 0
-    return jnp.where(agrees, (wide + term).astype(jnp.result_type(update)), update)
+    added = jnp.where(agrees, (wide + term).astype(jnp.result_type(update)), update)
+    return _action.unless_off(term, update, added)

@@ -65,7 +65,7 @@ class L1:
     """
 
     def value(self, w: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.abs(w))
+        return jnp.sum(_modulus(w))
 
     def gradient(self, w: jax.Array) -> jax.Array:
         return jnp.sign(w)
@@ -168,7 +168,7 @@ class Huber:
             raise ValueError(f"Huber: delta must be positive and finite, got {self.delta!r}. Write Huber(delta=1.0).")
 
     def value(self, w: jax.Array) -> jax.Array:
-        size = jnp.abs(w)
+        size = _modulus(w)
         return jnp.sum(jnp.where(size <= self.delta, 0.5 * _square(w), self.delta * (size - 0.5 * self.delta)))
 
     def gradient(self, w: jax.Array) -> jax.Array:
@@ -181,6 +181,11 @@ class Huber:
 
 def _square(w: jax.Array) -> jax.Array:
     return jnp.real(w * jnp.conj(w))
+
+
+def _modulus(w: jax.Array) -> jax.Array:
+    # JAX gives |w| the derivative 1 at zero; the one wanted there is 0, as sign(w) has it.
+    return jnp.real(w * jnp.conj(jax.lax.stop_gradient(jnp.sign(w))))
 
 
 def _is_number(value: Any) -> bool:

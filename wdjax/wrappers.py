@@ -19,7 +19,7 @@ import optax
 from optax import contrib
 
 from . import _checks
-from ._action import Action, DecayState
+from ._action import Action, DecayState, compute_dtype
 
 PyTree = Any
 
@@ -156,8 +156,8 @@ def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
         )
     shares = []
     for old, new in zip(olds, news, strict=True):
-        total, previous = (jnp.asarray(node.weight_sum, jnp.float32) for node in (new, old))
+        dtype = compute_dtype(new.weight_sum)
+        total, previous, b1 = (jnp.asarray(x, dtype) for x in (new.weight_sum, old.weight_sum, new.b1))
         c = jnp.where(total > 0, (total - previous) / jnp.where(total > 0, total, 1), 0)
-        b1 = jnp.asarray(new.b1, jnp.float32)
         shares.append(1 - b1 + b1 * c)
     return tuple(shares)

@@ -1,0 +1,134 @@
+"""Every transformation once: how it is built from a rate, and what it does to one array in NumPy float64.
+
+A new method is one row here, and the whole contract suite runs on it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+import wdjax
+
+LEARNING_RATE = 0.5
+ANCHOR = 0.25
+
+
+class Row(NamedTuple):
+    """A transformation under test.
+
+    Attributes:
+        name: for the test's id.
+        build: (rate, mask, toward) -> transformation.
+        oracle: (update, weight, rate, anchor) -> update, in float64; knows nothing of JAX.
+        anchored: whether it takes `toward`.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    oracle: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
+    anchored: bool = True
+
+
+def soft(w: np.ndarray, k: float) -> np.ndarray:
+    return np.sign(w) * np.maximum(np.abs(w) - k, 0)
+
+
+def group(w: np.ndarray, k: float) -> np.ndarray:
+    return w * max(1 - k / np.linalg.norm(w), 0)
+
+
+def huber(w: np.ndarray, k: float, delta: float) -> np.ndarray:
+    return np.where(np.abs(w) <= (1 + k) * delta, w / (1 + k), w - k * delta * np.sign(w))
+
+
+def agreeing(u: np.ndarray, t: np.ndarray) -> np.ndarray:
+    return np.where(u * t >= 0, u + t, u)
+
+
+KINDS: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, float], np.ndarray]]] = {
+    "L2": (wdjax.L2(), lambda w: w, lambda w, k: w / (1 + k)),
+    "L1": (wdjax.L1(), np.sign, soft),
+    "ElasticNet": (
+        wdjax.ElasticNet(0.3),
+        lambda w: 0.3 * np.sign(w) + 0.7 * w,
+        lambda w, k: soft(w, 0.3 * k) / (1 + 0.7 * k),
+    ),
+    "GroupLasso": (wdjax.GroupLasso(), lambda w: w / np.linalg.norm(w), group),
+    "Huber": (wdjax.Huber(0.5), lambda w: np.clip(w, -0.5, 0.5), lambda w, k: huber(w, k, 0.5)),
+}
+
+
+def _in_gradient(name: str) -> Row:
+    kind, gradient, _ = KINDS[name]
+    return Row(
+        f"add_penalty_to_grads[{name}]",
+        lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(kind, rate, mask, toward=toward),
+        lambda u, w, rate, a: u + rate * gradient(w - a),
+    )
+
+
+def _on_weights(name: str) -> Row:
+    kind, _, prox = KINDS[name]
+    return Row(
+        f"proximal_step[{name}]",
+        lambda rate, mask=None, toward=None: wdjax.proximal_step(
+            kind, rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
+    )
+
+
+ROWS = [
+    Row(
+        "add_l2_to_grads",
+        lambda rate, mask=None, toward=None: wdjax.add_l2_to_grads(rate, mask, toward=toward),
+        lambda u, w, rate, a: u + rate * (w - a),
+    ),
+    Row(
+        "add_l1_to_grads",
+        lambda rate, mask=None: wdjax.add_l1_to_grads(rate, mask),
+        lambda u, w, rate, a: u + rate * np.sign(w),
+        anchored=False,
+    ),
+    *map(_in_gradient, KINDS),
+    Row(
+        "decoupled_decay",
+        lambda rate, mask=None, toward=None: wdjax.decoupled_decay(rate, mask, toward=toward),
+        lambda u, w, rate, a: u + rate * (w - a),
+    ),
+    Row(
+        "independent_decay",
+        lambda rate, mask=None, toward=None: wdjax.independent_decay(rate, mask, toward=toward),
+        lambda u, w, rate, a: u - rate * (w - a),
+    ),
+    Row(
+        "cautious[decoupled_decay]",
+        lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.decoupled_decay(rate, mask, toward=toward)),
+        lambda u, w, rate, a: agreeing(u, rate * (w - a)),
+    ),
+    Row(
+        "cautious[independent_decay]",
+        lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.independent_decay(rate, mask, toward=toward)),
+        lambda u, w, rate, a: agreeing(u, -rate * (w - a)),
+    ),
+    *map(_on_weights, KINDS),
+    Row(
+        "with_decoupled_decay[identity]",
+        lambda rate, mask=None, toward=None: wdjax.with_decoupled_decay(
+            optax.identity(), rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: u - LEARNING_RATE * rate * (w - a),
+    ),
+    Row(
+        "with_decoupled_decay[sgd]",
+        lambda rate, mask=None, toward=None: wdjax.with_decoupled_decay(
+            optax.sgd(LEARNING_RATE), rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: -LEARNING_RATE * (u + rate * (w - a)),
+    ),
+]
+
+# What leaves an update bit-identical when it is off; SGD's own arithmetic is not a decay.
+DECAYS = [row for row in ROWS if row.name != "with_decoupled_decay[sgd]"]

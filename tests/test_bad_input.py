@@ -1,0 +1,223 @@
+"""Bad input: each mistake gets an error that names the function, the value and the call to write instead."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import ROWS, Row
+
+import wdjax
+
+PARAMS = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def where(row: Row) -> str:
+    """The function that an error of this row must name."""
+    name = row.name.removeprefix("cautious[").rstrip("]") if row.name.startswith("cautious") else row.name
+    return name.partition("[")[0]
+
+
+IN_LOSS: dict[str, Callable[..., Any]] = {
+    "l2_penalty": lambda rate, mask=None, toward=None: wdjax.l2_penalty(PARAMS, rate, mask, toward=toward),
+    "penalty": lambda rate, mask=None, toward=None: wdjax.penalty(PARAMS, wdjax.L2(), rate, mask, toward=toward),
+}
+RECIPES = [wdjax.sgd_l2, wdjax.sgdw, wdjax.adam_l2, wdjax.adamw]
+
+BAD_RATES = [
+    (-0.1, ValueError, "must be finite and not negative, got -0.1"),
+    (float("nan"), ValueError, "must be finite and not negative, got nan"),
+    (float("inf"), ValueError, "must be finite and not negative, got inf"),
+    (np.float32(-1), ValueError, "must be finite and not negative, got -1.0"),
+    (jnp.array(-2.0), ValueError, "must be finite and not negative, got -2.0"),
+    (jnp.ones(3), ValueError, "must be a scalar, got an array of shape (3,)"),
+    (np.ones((2, 1)), ValueError, "must be a scalar, got an array of shape (2, 1)"),
+    (
+        "0.1",
+        TypeError,
+        "must be a number, a 0-d array, a schedule (a function of the step) or a by_path table of these",
+    ),
+    (None, TypeError, "got NoneType None"),
+    ({"kernel": 0.1}, TypeError, "rates by path are by_path({'kernel': 0.1}, default=0.0)"),
+    (True, TypeError, "must be a rate, got True"),
+    (1j, TypeError, "got complex 1j"),
+    (np.complex64(1), TypeError, "must be a real number"),
+    (jnp.array(True), TypeError, "must be a real number"),
+]
+
+
+@every_row
+@pytest.mark.parametrize(("rate", "error", "words"), BAD_RATES, ids=[repr(rate) for rate, *_ in BAD_RATES])
+def test_rates_are_refused_where_they_are_given(row: Row, rate: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        row.build(rate)
+    assert str(caught.value).startswith(f"{where(row)}: ")
+    assert "Write " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", IN_LOSS)
+@pytest.mark.parametrize(("rate", "error", "words"), BAD_RATES, ids=[repr(rate) for rate, *_ in BAD_RATES])
+def test_rates_are_refused_in_the_loss(name: str, rate: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        IN_LOSS[name](rate)
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_recipes_refuse_what_their_decay_refuses(recipe: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be finite and not negative, got -0\.1"):
+        recipe(0.1, -0.1)
+    with pytest.raises(ValueError, match="'bais' matches no parameter"):
+        recipe(0.1, 0.1, wdjax.only("bais")).init(PARAMS)
+    with pytest.raises(TypeError, match=rf"{recipe.__name__}\(\) has no argument 'wd' \(given 0\.1\)"):
+        recipe(0.1, wd=0.1)
+
+
+@pytest.mark.parametrize("learning_rate", [-0.1, float("nan"), jnp.ones(2)])
+def test_learning_rates_are_refused_too(learning_rate: Any) -> None:
+    for build in (
+        lambda: wdjax.proximal_step(wdjax.L2(), 0.1, learning_rate=learning_rate),
+        lambda: wdjax.with_decoupled_decay(optax.adam(0.1), 0.1, learning_rate=learning_rate),
+    ):
+        with pytest.raises(ValueError, match="learning_rate must be"):
+            build()
+    with pytest.raises(TypeError, match=r"missing .*learning_rate"):
+        wdjax.with_decoupled_decay(optax.adam(0.1), 0.1)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_traced_rate_is_checked_for_its_shape() -> None:
+    with pytest.raises(ValueError, match=r"must be a scalar, got an array of shape \(3,\)"):
+        jax.jit(lambda rate: wdjax.decoupled_decay(rate).init(PARAMS))(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "words"),
+    [
+        (lambda count: jnp.ones(2), ValueError, r"the value of the schedule weight_decay must be a scalar, .*\(2,\)"),
+        (lambda count: -0.1, ValueError, r"the value of the schedule weight_decay must be finite and not negative"),
+        (lambda count: "fast", TypeError, r"the value of the schedule weight_decay must be a number"),
+    ],
+)
+def test_a_schedule_that_gives_no_rate(schedule: Any, error: type[Exception], words: str) -> None:
+    optimizer = wdjax.decoupled_decay(schedule)
+    with pytest.raises(error, match=words):
+        jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
+
+
+def test_a_schedule_in_the_loss() -> None:
+    with pytest.raises(
+        TypeError, match=r"l2_penalty: weight_decay is a function, .*l2_penalty\(params, schedule\(step\)\)"
+    ):
+        wdjax.l2_penalty(PARAMS, optax.constant_schedule(0.1))
+
+
+BAD_MASKS = [
+    ("no_decay", TypeError, "the mask is 'no_decay', which is not a boolean. For a mask by name write mask=only("),
+    (
+        {"Dense_0": {"kernel": 0.5, "bias": 0.0}},
+        TypeError,
+        "which is not a boolean. Multipliers make a rate: weight_decay=",
+    ),
+    ({"Dense_0": {"kernel": 1, "bias": 0}}, TypeError, "the mask at 'Dense_0/bias' is 0, which is not a boolean"),
+    ({"Dense_0": "decay"}, TypeError, "the mask at 'Dense_0' is 'decay', which is not a boolean"),
+    (0.5, TypeError, "the mask is 0.5, which is not a boolean"),
+    ({"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
+    ({"Dense_1": True}, ValueError, "it has no entry for 'Dense_0/bias', 'Dense_0/kernel'"),
+    ({"Dense_0": True, "Dense_1": True}, ValueError, "these entries of it are no parameters: 'Dense_1'"),
+    ({"Dense_0": {"kernel": {"w": True}, "bias": True}}, ValueError, "it has no entry for 'Dense_0/kernel'"),
+    ({"Dense_0": {"kernel": np.ones((2, 3), bool), "bias": True}}, ValueError, "one boolean for each parameter"),
+    (lambda params: "no_decay", TypeError, "the mask is 'no_decay'"),
+    (lambda params: {"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
+    (wdjax.only("kernal"), ValueError, "the pattern 'kernal' matches no parameter. Did you mean 'kernel'?"),
+]
+
+
+@every_row
+@pytest.mark.parametrize(("mask", "error", "words"), BAD_MASKS, ids=[str(i) for i in range(len(BAD_MASKS))])
+def test_masks_are_refused_at_init_and_at_update(row: Row, mask: Any, error: type[Exception], words: str) -> None:
+    optimizer = row.build(0.1, mask)
+    state = row.build(0.1).init(PARAMS)
+    for call in (lambda: optimizer.init(PARAMS), lambda: optimizer.update(PARAMS, state, PARAMS)):
+        with pytest.raises(error, match=re.escape(words)) as caught:
+            call()
+        assert str(caught.value).startswith(f"{where(row)}: ")
+
+
+@pytest.mark.parametrize("name", IN_LOSS)
+@pytest.mark.parametrize(("mask", "error", "words"), BAD_MASKS, ids=[str(i) for i in range(len(BAD_MASKS))])
+def test_masks_are_refused_in_the_loss(name: str, mask: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        IN_LOSS[name](0.1, mask)
+
+
+def test_a_traced_mask() -> None:
+    def init(flag: Any) -> Any:
+        return wdjax.decoupled_decay(0.1, {"Dense_0": flag}).init(PARAMS)
+
+    with pytest.raises(TypeError, match=r"the mask at 'Dense_0' is traced\. A mask is decided while tracing"):
+        jax.jit(init)(jnp.array(True))
+
+
+BAD_ANCHORS = [
+    ("start", "toward must be None (zero), a tree like params, or 'init', got 'start'"),
+    ({"Dense_0": {"kernel": jnp.ones((2, 3))}}, "toward must be a tree like params; it lacks ['Dense_0/bias']"),
+    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "has besides ['Dense_0/scale']"),
+    ({"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}}, "toward has shape (3, 2) at 'Dense_0/kernel'"),
+    ({"Dense_0": {"kernel": 0.0, "bias": 0.0}}, "toward has shape () at 'Dense_0/bias', and the parameter (3,)"),
+    (0.0, "toward must be a tree like params"),
+]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.anchored], ids=lambda row: row.name)
+@pytest.mark.parametrize(("toward", "words"), BAD_ANCHORS, ids=[str(i) for i in range(len(BAD_ANCHORS))])
+def test_anchors_of_another_structure_or_shape(row: Row, toward: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        row.build(0.1, toward=toward).init(PARAMS)
+    assert str(caught.value).startswith(f"{where(row)}: ")
+    assert "toward='init'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", IN_LOSS)
+def test_a_loss_has_no_init(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: toward='init' needs a state.*toward=initial_params"):
+        IN_LOSS[name](0.1, toward="init")
+
+
+FUNCTIONS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+    (wdjax.l2_penalty, (PARAMS, 0.1)),
+    (wdjax.l1_penalty, (PARAMS, 0.1)),
+    (wdjax.penalty, (PARAMS, wdjax.L2(), 0.1)),
+    (wdjax.add_l2_to_grads, (0.1,)),
+    (wdjax.add_l1_to_grads, (0.1,)),
+    (wdjax.add_penalty_to_grads, (wdjax.L2(), 0.1)),
+    (wdjax.decoupled_decay, (0.1,)),
+    (wdjax.independent_decay, (0.1,)),
+    (wdjax.cautious, (wdjax.decoupled_decay(0.1),)),
+    (wdjax.proximal_step, (wdjax.L2(), 0.1)),
+    (wdjax.with_decoupled_decay, (optax.adam(0.1), 0.1)),
+    *((recipe, (0.1, 0.1)) for recipe in RECIPES),
+]
+
+
+@pytest.mark.parametrize(("function", "args"), FUNCTIONS, ids=[f.__name__ for f, _ in FUNCTIONS])
+def test_an_unknown_keyword(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError) as caught:
+        function(*args, masks="bias")
+    message = str(caught.value)
+    assert message.startswith(f"{function.__name__}() has no argument 'masks' (given 'bias').")
+    assert f"Write {function.__name__}(" in message
+    if function is not wdjax.cautious:
+        assert "Did you mean mask=...?" in message
+
+
+@pytest.mark.parametrize("decay", [0.1, None, wdjax.decoupled_decay, optax.sgd])
+def test_cautious_of_what_is_no_decay(decay: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"cautious: decay must be a gradient transformation, got .*decoupled_decay\(0\.1"
+    ):
+        wdjax.cautious(decay)

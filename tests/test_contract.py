@@ -1,0 +1,458 @@
+"""The promises that every transformation keeps, checked on each row of the registry."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import ANCHOR, DECAYS, ROWS, Row
+
+import wdjax
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+anchored_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.anchored], ids=lambda row: row.name)
+
+RATE = 0.3
+RATES = {
+    "number": RATE,
+    "NumPy scalar": np.float32(RATE),
+    "0-d array": jnp.array(RATE, jnp.float32),
+    "schedule": lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32),
+    "Python schedule": lambda count: RATE,
+}
+TOLERANCE = {jnp.float32: {"rtol": 2e-6, "atol": 1e-6}, jnp.bfloat16: {"rtol": 2**-7, "atol": 2**-8}}
+
+
+def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(4, 3))
+    kernel[0, 0] = 0.0
+    return {"Dense_0": {"kernel": jnp.asarray(kernel, dtype), "bias": jnp.asarray(rng.normal(size=3), dtype)}}
+
+
+def make_updates(dtype: Any = jnp.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    kernel = rng.normal(size=(4, 3))
+    kernel[1] = 0.0
+    return {"Dense_0": {"kernel": jnp.asarray(kernel, dtype), "bias": jnp.asarray(rng.normal(size=3), dtype)}}
+
+
+def float64(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), tree)
+
+
+def expected(row: Row, updates: Any, params: Any, rate: float = RATE, anchor: float = 0.0) -> Any:
+    return jax.tree.map(lambda u, w: row.oracle(u, w, rate, anchor), float64(updates), float64(params))
+
+
+def state_of(row: Row, rate: Any, params: Any, **kwargs: Any) -> Any:
+    return row.build(rate, **kwargs).init(params)
+
+
+def run_eager(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
+    return optimizer.update(updates, state, params)
+
+
+def run_jit(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
+    return jax.jit(optimizer.update)(updates, state, params)
+
+
+def run_pmap(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
+    devices = jax.local_device_count()
+    assert devices == 8
+    stacked = jax.tree.map(lambda x: np.stack([np.asarray(x)] * devices), (updates, state, params))
+    results = jax.device_get(jax.pmap(optimizer.update, axis_name="batch")(*stacked))
+    replicas = [jax.tree.map(lambda x, i=i: x[i], results) for i in range(devices)]
+    chex.assert_trees_all_equal(*replicas)
+    return replicas[0]
+
+
+RUNS = {"eager": run_eager, "jit": run_jit, "pmap": run_pmap}
+
+
+@every_row
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
+    params, updates = make_params(dtype), make_updates(dtype)
+    for name, rate in RATES.items():
+        optimizer = row.build(rate)
+        state = optimizer.init(params)
+        steps = [0.1, 0.2, 0.3] if name == "schedule" else [RATE]
+        for value in steps:
+            new, new_state = run(optimizer, updates, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+            chex.assert_trees_all_equal_structs(new_state, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            chex.assert_trees_all_close(float64(new), expected(row, updates, params, value), **TOLERANCE[dtype])
+            state = new_state
+
+
+@anchored_rows
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_toward_a_tree_and_toward_init(row: Row, dtype: Any) -> None:
+    params, updates = make_params(dtype), make_updates(dtype)
+    start = jax.tree.map(lambda p: jnp.full_like(p, ANCHOR), params)
+    by_tree, by_init = row.build(RATE, toward=start), row.build(RATE, toward="init")
+    want = expected(row, updates, params, anchor=ANCHOR)
+    for optimizer, state in ((by_tree, by_tree.init(params)), (by_init, by_init.init(start))):
+        new, new_state = jax.jit(optimizer.update)(updates, state, params)
+        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[dtype])
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    again, _ = by_init.update(updates, new_state, params)
+    chex.assert_trees_all_close(float64(again), want, **TOLERANCE[dtype])
+
+
+@every_row
+def test_mixed_dtypes_keep_the_dtype_of_the_update(row: Row) -> None:
+    for update_dtype, param_dtype in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):
+        params, updates = make_params(param_dtype), make_updates(update_dtype)
+        optimizer = row.build(RATE)
+        new, _ = optimizer.update(updates, optimizer.init(params), params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+        chex.assert_trees_all_close(float64(new), expected(row, updates, params), **TOLERANCE[update_dtype])
+
+
+@every_row
+@pytest.mark.usefixtures("x64")
+def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
+    params, updates = make_params(jnp.float64), make_updates(jnp.float64)
+    third = 1 / 3  # Not a float32.
+    rates = (third, np.float64(third), jnp.array(third, jnp.float64), lambda count: jnp.asarray(third, jnp.float64))
+    for rate in rates:
+        optimizer = row.build(rate)
+        state = optimizer.init(params)
+        new, new_state = jax.jit(optimizer.update)(updates, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        chex.assert_trees_all_close(new, expected(row, updates, params, third), rtol=1e-14, atol=1e-15)
+
+
+@every_row
+@pytest.mark.usefixtures("x64")
+def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    for rate in (RATE, np.float64(RATE), lambda count: jnp.asarray(RATE, jnp.float64)):
+        optimizer = row.build(rate)
+        new, new_state = optimizer.update(updates, optimizer.init(params), params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+        with jax.enable_x64(False):
+            plain = row.build(RATE)
+            reference, state = plain.update(updates, plain.init(params), params)
+        chex.assert_trees_all_equal(new, reference)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@every_row
+def test_one_state_structure_for_every_rate_and_mask(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    masks: dict[str, Any] = {
+        "none": None,
+        "rules": wdjax.only("kernel"),
+        "tree": {"Dense_0": {"kernel": True, "bias": False}},
+        "prefix": {"Dense_0": False},
+        "function": lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree),
+    }
+    table = wdjax.by_path({"bias": 0.0, "kernel": lambda count: RATE})
+    optimizers = [row.build(rate) for rate in (*RATES.values(), 0.0, table)]
+    optimizers += [row.build(RATE, mask) for mask in masks.values()]
+    states = [optimizer.init(params) for optimizer in optimizers]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*states)
+    chex.assert_trees_all_equal_structs(*states)
+    # A state taken with one setting serves every other.
+    _, state = optimizers[0].update(updates, states[0], params)
+    for optimizer in optimizers:
+        _, after = optimizer.update(updates, state, params)
+        assert optax.tree.get(after, "DecayState").count == 2
+
+
+@every_decay
+def test_masks_of_every_kind_agree(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    masks = [
+        wdjax.only("kernel"),
+        wdjax.all_but("bias"),
+        wdjax.only("kernel").mask,
+        {"Dense_0": {"kernel": True, "bias": False}},
+        {"Dense_0": {"kernel": np.bool_(True), "bias": np.array(False)}},
+        lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree),
+    ]
+    want = expected(row, updates, params)["Dense_0"]["kernel"]
+    for mask in masks:
+        optimizer = row.build(RATE, mask)
+        new, _ = optimizer.update(updates, optimizer.init(params), params)
+        chex.assert_trees_all_close(float64(new["Dense_0"]["kernel"]), want, **TOLERANCE[jnp.float32])
+        assert_same_bits(new["Dense_0"]["bias"], updates["Dense_0"]["bias"])
+
+
+def test_rates_by_path_each_with_its_own() -> None:
+    params, updates = make_params(), make_updates()
+    for row in ROWS:
+        rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
+        optimizer = row.build(wdjax.by_path(rates))
+        new, _ = optimizer.update(updates, optimizer.init(params), params)
+        want = {
+            "Dense_0": {
+                "kernel": expected(row, updates, params, 0.1)["Dense_0"]["kernel"],
+                "bias": expected(row, updates, params, 0.2)["Dense_0"]["bias"],
+            }
+        }
+        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+
+
+def test_multipliers_by_path_times_a_number_an_array_or_a_schedule() -> None:
+    params, updates = make_params(), make_updates()
+    table = wdjax.by_path({"kernel": 2.0}, default=0.5)
+    for row in ROWS:
+        for base in (0.1, np.float32(0.1), jnp.array(0.1), lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32)):
+            for rate in (base * table, table * base):
+                optimizer = row.build(rate)
+                new, _ = optimizer.update(updates, optimizer.init(params), params)
+                want = {
+                    "Dense_0": {
+                        "kernel": expected(row, updates, params, 0.2)["Dense_0"]["kernel"],
+                        "bias": expected(row, updates, params, 0.05)["Dense_0"]["bias"],
+                    }
+                }
+                chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+
+
+def assert_same_bits(new: Any, old: Any) -> None:
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+HARD = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-40, 3.0]
+
+
+@every_decay
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
+    weights, moves = (jnp.asarray(grid.ravel(), dtype) for grid in np.meshgrid(HARD, HARD))
+    params, updates = {"w": weights}, {"w": moves}
+    off = {"zero": 0.0, "array": jnp.array(0.0), "schedule": lambda count: jnp.asarray(0.0), "table": None}
+    for name, rate in off.items():
+        optimizer = row.build(wdjax.by_path({"w": 0}) if name == "table" else rate)
+        for run in (run_eager, run_jit):
+            new, _ = run(optimizer, updates, optimizer.init(params), params)
+            assert_same_bits(new, updates)
+    masked = row.build(RATE, {"w": False})
+    assert_same_bits(run_jit(masked, updates, masked.init(params), params)[0], updates)
+
+    def traced(rate: Any) -> Any:
+        optimizer = row.build(rate)
+        return optimizer.update(updates, optimizer.init(params), params)[0]
+
+    assert_same_bits(jax.jit(traced)(jnp.array(0.0)), updates)
+    anchored = row.build(jnp.array(0.0), toward="init") if row.anchored else None
+    if anchored is not None:
+        assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
+
+
+@every_decay
+def test_what_is_no_number_passes_through(row: Row) -> None:
+    key = jax.random.key(0)
+    params = {
+        "w": jnp.ones(3),
+        "int": jnp.arange(3),
+        "bool": jnp.array([True, False]),
+        "key": key,
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "gone": jnp.ones(2),
+        "float0": jnp.arange(2),
+    }
+    updates = {**params, "gone": None, "float0": np.zeros(2, jax.dtypes.float0), "w": jnp.ones(3)}
+    optimizer = row.build(RATE, toward="init") if row.anchored else row.build(RATE)
+    state = optimizer.init(params)
+    new, new_state = optimizer.update(updates, state, params)
+    assert all(new[name] is updates[name] for name in updates if name != "w")
+    chex.assert_trees_all_equal_structs(state, new_state)
+    assert new["w"] is not updates["w"]
+
+
+@every_row
+def test_no_recompilation_from_step_to_step_or_when_a_traced_rate_changes(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(rate: Any, state: Any) -> Any:
+        return row.build(rate).update(updates, state, params)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def scheduled(state: Any) -> Any:
+        return row.build(RATES["schedule"]).update(updates, state, params)
+
+    chex.clear_trace_counter()
+    state = other = state_of(row, RATE, params)
+    for rate in (0.0, 0.1, 0.2):
+        new, state = step(jnp.array(rate), state)
+        chex.assert_trees_all_close(float64(new), expected(row, updates, params, rate), **TOLERANCE[jnp.float32])
+        _, other = scheduled(other)
+
+
+@every_row
+def test_inject_hyperparams(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    rules = wdjax.only("kernel")
+    with jax.numpy_dtype_promotion("standard"):
+        injected = optax.inject_hyperparams(lambda rate, mask: row.build(rate, mask))(RATE, rules)
+        state = injected.init(params)
+        assert set(state.hyperparams) == {"rate"}
+        for rate in (RATE, 0.1):
+            state.hyperparams["rate"] = jnp.asarray(rate)
+            new, state = jax.jit(injected.update)(updates, state, params)
+            want = expected(row, updates, params, rate)
+            chex.assert_trees_all_close(
+                float64(new["Dense_0"]["kernel"]), want["Dense_0"]["kernel"], rtol=2e-6, atol=1e-6
+            )
+        scheduled = optax.inject_hyperparams(row.build)(RATES["schedule"])
+        new, _ = scheduled.update(updates, scheduled.init(params), params)
+        chex.assert_trees_all_close(float64(new), expected(row, updates, params, 0.1), **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.peers
+@every_row
+def test_multi_steps_acts_once_a_step(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = optax.MultiSteps(row.build(RATE), every_k_schedule=3)
+    state = optimizer.init(params)
+    for step in range(6):
+        new, state = jax.jit(optimizer.update)(updates, state, params)
+        want = expected(row, updates, params) if step % 3 == 2 else jax.tree.map(np.zeros_like, float64(updates))
+        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.peers
+@every_row
+def test_apply_if_finite_skips_the_decay_with_the_step(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = optax.apply_if_finite(row.build(RATES["schedule"]), max_consecutive_errors=3)
+    state = optimizer.init(params)
+    broken = jax.tree.map(lambda u: u * jnp.nan, updates)
+    for moves, rate in ((updates, 0.1), (broken, None), (updates, 0.2)):
+        new, state = jax.jit(optimizer.update)(moves, state, params)
+        want = jax.tree.map(np.zeros_like, float64(updates)) if rate is None else expected(row, updates, params, rate)
+        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.peers
+@every_row
+def test_flatten(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = optax.flatten(row.build(RATE))
+    new, _ = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    if "GroupLasso" in row.name:  # One array is one group, and there is one array now.
+        flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(float64(tree))]) for tree in (updates, params)]
+        want = row.oracle(flat[0], flat[1], RATE, 0.0)
+        new, want = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(float64(new))]), want
+    else:
+        new, want = float64(new), expected(row, updates, params)
+    chex.assert_trees_all_close(new, want, **TOLERANCE[jnp.float32])
+
+
+@every_row
+def test_scan_over_steps(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = row.build(RATES["schedule"])
+
+    def step(carry: Any, _: Any) -> Any:
+        weights, state = carry
+        new, state = optimizer.update(updates, state, weights)
+        return (optax.apply_updates(weights, new), state), None
+
+    (final, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))((params, optimizer.init(params)))
+    weights, moves = float64(params), float64(updates)
+    for count in range(4):
+        rate = 0.1 * (count + 1)
+        weights = jax.tree.map(lambda w, u: w + row.oracle(u, w, rate, 0.0), weights, moves)  # noqa: B023
+    chex.assert_trees_all_close(float64(final), weights, rtol=1e-5, atol=1e-5)
+
+
+@every_row
+def test_vmap_over_the_rate(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+
+    def act(rate: Any) -> Any:
+        optimizer = row.build(rate)
+        return optimizer.update(updates, optimizer.init(params), params)[0]
+
+    rates = jnp.array([0.0, 0.1, 0.3])
+    many = jax.vmap(act)(rates)
+    for i, rate in enumerate((0.0, 0.1, 0.3)):
+        one = float64(jax.tree.map(lambda x: x[i], many))  # noqa: B023
+        chex.assert_trees_all_close(one, expected(row, updates, params, rate), **TOLERANCE[jnp.float32])
+
+
+@every_row
+@pytest.mark.usefixtures("x64")
+def test_gradient_with_respect_to_the_rate(row: Row) -> None:
+    params, updates = make_params(jnp.float64), make_updates(jnp.float64)
+    params["Dense_0"]["kernel"] = params["Dense_0"]["kernel"].at[0, 0].set(0.7)  # Off the corner of |w|.
+
+    def total(rate: Any) -> Any:
+        optimizer = row.build(rate)
+        new = optimizer.update(updates, optimizer.init(params), params)[0]
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(new))
+
+    def oracle(rate: float) -> float:
+        return sum(np.sum(np.sin(leaf)) for leaf in jax.tree.leaves(expected(row, updates, params, rate)))
+
+    step = 1e-6
+    slope = (oracle(0.03 + step) - oracle(0.03 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(total)(0.03), slope, rtol=1e-6)
+    # At a rate of 0 the value is the update itself, and still the rate can be learned (a one-sided slope: a rate
+    # below zero is not defined). There every term of a cautious decay is a tie: it has the plain decay's slope.
+    if row.name.startswith("cautious"):
+        plain = next(plain for plain in ROWS if plain.name == row.name[len("cautious[") : -1])
+        row = row._replace(oracle=plain.oracle)
+    slope = (-3 * oracle(0.0) + 4 * oracle(step) - oracle(2 * step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(total)(0.0), slope, rtol=1e-5)
+
+
+@every_row
+def test_donation_of_params_updates_and_state(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    want = expected(row, updates, params) if not row.anchored else None
+    optimizer = row.build(RATE, toward="init") if row.anchored else row.build(RATE)
+    state = optimizer.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(updates: Any, state: Any, params: Any) -> Any:
+        new, state = optimizer.update(updates, state, params)
+        return new, state, optax.apply_updates(params, new)
+
+    new, state, params = step(updates, state, params)
+    if want is not None:
+        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+    jax.block_until_ready((state, params))
+
+
+@every_row
+def test_params_left_out(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = row.build(RATE)
+    name = row.name.partition("[")[0]
+    with pytest.raises(ValueError, match=rf"^{name} needs the parameters.*optimizer\.update\(grads, state, params\)"):
+        optimizer.update(updates, optimizer.init(params))
+
+
+@every_row
+def test_updates_of_another_structure_or_shape(row: Row) -> None:
+    params, updates = make_params(), make_updates()
+    optimizer = row.build(RATE)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=r"different structure.*Dense_0/bias"):
+        optimizer.update({"Dense_0": {"kernel": updates["Dense_0"]["kernel"]}}, state, params)
+    wrong = {"Dense_0": {**updates["Dense_0"], "bias": jnp.ones(4)}}
+    with pytest.raises(ValueError, match=r"'Dense_0/bias' has shape \(4,\) and the parameter \(3,\)"):
+        optimizer.update(wrong, state, params)

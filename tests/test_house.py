@@ -1,0 +1,100 @@
+"""The structure that DESIGN promises a reader: imports run one way, and what the docs show runs."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import wdjax
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; a module may import only from floors below its own.
+FLOORS = [
+    {"_checks", "_leaves"},
+    {"penalties", "paths"},
+    {"_action"},
+    {"in_loss", "in_gradient", "in_update", "on_weights"},
+    {"recipes", "wrappers", "testing"},
+]
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+MODULES = sorted(module.name for module in pkgutil.iter_modules(wdjax.__path__))
+PUBLIC = sorted(name for name, value in vars(wdjax).items() if not name.startswith("_") and not inspect.ismodule(value))
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """The top-level modules of wdjax that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("wdjax")):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "wdjax" else [base]
+            found |= {name.split(".")[1] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    folder = ROOT / "wdjax" / module
+    files = [(p, f"wdjax.{module}") for p in folder.glob("*.py")] or [(ROOT / "wdjax" / f"{module}.py", "wdjax")]
+    used = {name for path, package in files for name in imported(path, package)} - {module}
+    assert all(FLOOR[name] < FLOOR[module] for name in used), (module, used)
+
+
+def test_importing_wdjax_needs_no_extra() -> None:
+    allowed = {"jax", "numpy", "optax", "wdjax"}
+    for path in (ROOT / "wdjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            tops = {name.partition(".")[0] for name in names}
+            foreign = {
+                name
+                for name in tops
+                if name not in allowed and name not in importlib.import_module("sys").stdlib_module_names
+            }
+            assert foreign <= ({"chex"} if path.name == "testing.py" else set()), path
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_docstring_has_the_facts(name: str) -> None:
+    value = getattr(wdjax, name)
+    doc = inspect.getdoc(value) or ""
+    assert doc.partition("\n")[0].endswith((".", ":")) or "." in doc.partition("\n\n")[0], name
+    if inspect.isfunction(value) and value.__module__.partition(".")[2] != "paths._rules" and name != "canonical_paths":
+        for fact in ("Rule:", "Place:", "Units:", "Source:", "Args", "Returns", "Raises", "Example:", ">>>"):
+            assert fact in doc, (name, fact)
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.peers
+def test_the_code_in_the_readme_runs() -> None:
+    namespace: dict[str, object] = {}
+    blocks = readme_blocks("python")
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_names_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"`wdjax\.(\w+)", text)):
+        assert hasattr(wdjax, name) or name in MODULES, name
+
+
+def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
+    _, tests = [block.strip() for block in readme_blocks("sh")][:2]
+    assert tests in (ROOT / ".ci" / "run").read_text()
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## {wdjax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["name"] == "wdjax"

@@ -1,0 +1,151 @@
+"""Each penalty's value, gradient and prox against its definition, in float64."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from registry import KINDS
+
+import wdjax
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+every_kind = pytest.mark.parametrize("name", KINDS)
+RNG = np.random.default_rng(0)
+VALUES = {
+    "L2": lambda w: 0.5 * np.sum(w**2),
+    "L1": lambda w: np.sum(np.abs(w)),
+    "ElasticNet": lambda w: 0.3 * np.sum(np.abs(w)) + 0.35 * np.sum(w**2),
+    "GroupLasso": np.linalg.norm,
+    "Huber": lambda w: np.sum(np.where(np.abs(w) <= 0.5, 0.5 * w**2, 0.5 * (np.abs(w) - 0.25))),
+}
+
+
+@every_kind
+def test_value_is_the_definition_and_gradient_its_derivative(name: str) -> None:
+    kind = KINDS[name][0]
+    w = RNG.normal(size=(4, 3))
+    np.testing.assert_allclose(kind.value(jnp.asarray(w)), VALUES[name](w), rtol=1e-14)
+    np.testing.assert_allclose(kind.gradient(jnp.asarray(w)), KINDS[name][1](w), rtol=1e-14)
+    chex.assert_trees_all_close(jax.grad(kind.value)(jnp.asarray(w)), kind.gradient(jnp.asarray(w)), rtol=1e-14)
+
+
+@every_kind
+@pytest.mark.parametrize("step", [0.01, 0.4, 5.0])
+def test_prox_minimizes_what_it_says(name: str, step: float) -> None:
+    kind = KINDS[name][0]
+    w = RNG.normal(size=5)
+    found = np.asarray(kind.prox(jnp.asarray(w), jnp.asarray(step)))
+    np.testing.assert_allclose(found, KINDS[name][2](w, step), rtol=1e-14, atol=1e-16)
+
+    def objective(v: np.ndarray) -> float:
+        return 0.5 * np.sum((v - w) ** 2) + step * VALUES[name](v)
+
+    # The objective is strongly convex: where no small move, in any of many directions, gains, is its minimum.
+    for size in (1e-3, 1e-2, 1.0):
+        for move in [*np.eye(5), *-np.eye(5), *RNG.normal(size=(50, 5))]:
+            assert objective(found + size * move) > objective(found)
+
+
+@every_kind
+def test_zero_is_a_fixed_point_without_nan(name: str) -> None:
+    kind = KINDS[name][0]
+    zeros = jnp.zeros((3, 2))
+    for result in (kind.gradient(zeros), jax.grad(kind.value)(zeros), kind.prox(zeros, jnp.asarray(0.5))):
+        np.testing.assert_array_equal(result, zeros)
+    assert kind.value(zeros) == 0
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
+def test_group_lasso_zeroes_whole_groups(axis: Any) -> None:
+    w = np.array([[3.0, 0.1, 4.0], [0.1, 0.2, 3.0]])
+    kind = wdjax.GroupLasso(axis)
+    norms = np.sqrt(np.sum(w**2, axis=axis, keepdims=True))
+    np.testing.assert_allclose(kind.value(jnp.asarray(w)), norms.sum(), rtol=1e-14)
+    np.testing.assert_allclose(kind.gradient(jnp.asarray(w)), w / norms, rtol=1e-14)
+    found = np.asarray(kind.prox(jnp.asarray(w), jnp.asarray(0.5)))
+    np.testing.assert_allclose(found, w * np.maximum(1 - 0.5 / norms, 0), rtol=1e-14)
+    if axis == 0:
+        np.testing.assert_array_equal(found == 0, [[False, True, False]] * 2)
+
+
+def test_elastic_net_ends_at_l2_and_l1() -> None:
+    w, step = jnp.asarray(RNG.normal(size=7)), jnp.asarray(0.3)
+    for ratio, end in ((0.0, wdjax.L2()), (1.0, wdjax.L1())):
+        mixed = wdjax.ElasticNet(ratio)
+        chex.assert_trees_all_close(
+            (mixed.value(w), mixed.gradient(w), mixed.prox(w, step)),
+            (end.value(w), end.gradient(w), end.prox(w, step)),
+            rtol=1e-14,
+        )
+
+
+@pytest.mark.peers
+@every_kind
+def test_complex_weights_are_shrunk_along_their_phase(name: str) -> None:
+    kind = KINDS[name][0]
+    w = jnp.asarray([3 + 4j, 0.1 - 0.2j, -1j])
+    for result in (kind.gradient(w), kind.prox(w, jnp.asarray(0.05))):
+        ratio = np.asarray(result / w)
+        np.testing.assert_allclose(ratio.imag, 0, atol=1e-15)
+        assert np.all(ratio.real > 0)
+    # jax.grad gives the conjugate of the direction of steepest ascent.
+    np.testing.assert_allclose(np.conj(jax.grad(kind.value)(w)), kind.gradient(w), rtol=1e-13)
+
+
+def test_a_penalty_of_your_own_works_in_every_place() -> None:
+    class Quartic:
+        def value(self, w: Any) -> Any:
+            return jnp.sum(w**4) / 4
+
+        def gradient(self, w: Any) -> Any:
+            return w**3
+
+        def prox(self, w: Any, step: Any) -> Any:
+            return w - step * w**3
+
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    zero = {"w": jnp.zeros(2)}
+    np.testing.assert_allclose(wdjax.penalty(params, Quartic(), 0.5), 0.5 * 17 / 4)
+    place = wdjax.add_penalty_to_grads(Quartic(), 0.5)
+    np.testing.assert_allclose(place.update(zero, place.init(params), params)[0]["w"], [0.5, -4.0])
+    place = wdjax.proximal_step(Quartic(), 0.5, learning_rate=0.1)
+    np.testing.assert_allclose(place.update(zero, place.init(params), params)[0]["w"], [-0.05, 0.4])
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), "0.5", True])
+def test_elastic_net_refuses_a_ratio_that_is_none(ratio: Any) -> None:
+    with pytest.raises(ValueError, match=r"ElasticNet: l1_ratio must be a number from 0 to 1, got .*l1_ratio=0\.5"):
+        wdjax.ElasticNet(ratio)
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, float("inf"), float("nan"), "1"])
+def test_huber_refuses_a_delta_that_is_none(delta: Any) -> None:
+    with pytest.raises(ValueError, match=r"Huber: delta must be positive and finite, got .*Huber\(delta=1\.0\)"):
+        wdjax.Huber(delta)
+
+
+def test_group_lasso_names_the_axis_that_an_array_lacks() -> None:
+    with pytest.raises(ValueError, match=r"GroupLasso: axis=1 is out of range for an array of shape \(3,\).*mask"):
+        wdjax.GroupLasso(1).value(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda kind: wdjax.penalty({"w": jnp.ones(2)}, kind, 0.1),
+        lambda kind: wdjax.add_penalty_to_grads(kind, 0.1),
+        lambda kind: wdjax.proximal_step(kind, 0.1, learning_rate=0.1),
+    ],
+    ids=["penalty", "add_penalty_to_grads", "proximal_step"],
+)
+@pytest.mark.parametrize(("kind", "remedy"), [("l1", "L1()"), (wdjax.L2, "L2()"), (0.1, "L2()")])
+def test_a_kind_that_is_no_penalty(call: Any, kind: Any, remedy: str) -> None:
+    with pytest.raises(TypeError) as error:
+        call(kind)
+    assert "kind must be a penalty" in str(error.value)
+    assert repr(kind) in str(error.value)
+    assert f"({remedy}, ...)" in str(error.value)
