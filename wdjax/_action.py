@@ -1,12 +1,14 @@
 """What every place does alike: bring a rate, a mask and an anchor to each parameter, and act there in safe arithmetic.
 
 A place is an `Action` (how strong, on which parameters, toward what) and a rule for one leaf, a function
-`rule(update, param, rate, anchor) -> update` on arrays of one dtype. The action keeps the promises for all of them:
+`rule(update, param, anchor, rate) -> update` on arrays of one dtype. The action keeps the promises for all of them:
 
 - The rule runs in at least float32, and in float64 where the update or the parameter is; the update comes back in the
   dtype it came in with. The rate is brought to that dtype before anything is multiplied.
-- Where the decay is off, the update is returned as it came, bit for bit. Off for good (rate 0, mask False, integers,
-  holes) costs nothing; a rate that happens to be 0 in this step (a schedule, a traced rate) is selected away.
+- Where the decay is off for good (rate 0, mask False, integers, holes), the update is returned as it came and nothing
+  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate) leaves the same bits: what is then
+  added is -0.0, selected in place of 0 times a weight that may be infinite. (Denormal updates are flushed to zero by
+  the addition on hardware that flushes them everywhere.)
 - Each distinct rate is computed once a step, however many parameters share it.
 """
 
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from . import _checks, _leaves
@@ -25,6 +28,7 @@ from .paths._masks import booleans
 
 PyTree = Any
 Rule = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+Scalar = Any  # A NumPy scalar where the rate is known while tracing, else a 0-d array.
 
 
 class DecayState(NamedTuple):
@@ -63,9 +67,11 @@ class Action:
     toward: Any = None
 
     def __post_init__(self) -> None:
-        for name, value in self.rates.items():
-            if not isinstance(value, Rules):
-                self.rates[name] = _checks.rate(self.where, name, value)
+        checked = {
+            name: value if isinstance(value, Rules) else _checks.rate(self.where, name, value)
+            for name, value in self.rates.items()
+        }
+        object.__setattr__(self, "rates", checked)
         if isinstance(self.toward, str) and self.toward != "init":
             raise ValueError(
                 f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
@@ -104,11 +110,8 @@ class Action:
             key = (dtype, *map(id, factors))
             if key not in scalars:
                 scalars[key] = product(factors, dtype)
-            rate = scalars[key]
-            anchor = jnp.asarray(term.anchor, dtype)
-            new = rule(jnp.asarray(update, dtype), jnp.asarray(param, dtype), rate, anchor)
-            new = new.astype(jnp.result_type(update))
-            return new if all(isinstance(f, float) for f in factors) else unless_off(rate, update, new)
+            wide = (jnp.asarray(x, dtype) for x in (update, param, term.anchor))
+            return rule(*wide, scalars[key]).astype(jnp.result_type(update))
 
         return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
 
@@ -198,7 +201,7 @@ def compute_dtype(*leaves: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def product(factors: Sequence[Any], dtype: Any) -> jax.Array:
+def product(factors: Sequence[Any], dtype: Any) -> Scalar:
     """The product of Python floats and 0-d arrays, in the real dtype that belongs to `dtype`."""
     real = jnp.finfo(dtype).dtype
     number, arrays = 1.0, []
@@ -207,7 +210,7 @@ def product(factors: Sequence[Any], dtype: Any) -> jax.Array:
             number *= factor
         else:
             arrays.append(jnp.asarray(factor, real))
-    result = jnp.asarray(number, real)
+    result: Any = real.type(number)
     for array in arrays:
         result = result * array
     return result
@@ -217,16 +220,30 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, float) and value == 0
 
 
-@jax.custom_jvp
-def unless_off(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
+def plus(update: jax.Array, rate: Scalar, pull: jax.Array) -> jax.Array:
+    """update + rate * pull; the same bits as the update where the rate is 0."""
+    return update + unless_off(rate, jnp.full_like(update, -0.0), rate * pull)
+
+
+def minus(update: jax.Array, rate: Scalar, pull: jax.Array) -> jax.Array:
+    """update - rate * pull; the same bits as the update where the rate is 0."""
+    return update - unless_off(rate, jnp.zeros_like(update), rate * pull)
+
+
+def unless_off(rate: Any, off: jax.Array, on: jax.Array) -> jax.Array:
     """`off` where the rate is 0, else `on`, with the derivative of `on` everywhere.
 
-    The value at rate 0 is selected, not computed: 0 times infinity is NaN, and adding 0 flushes denormal numbers. The
-    derivative is still the rule's, so that a rate can be learned away from 0.
+    The value is selected, not computed, for 0 times infinity is NaN. The derivative is still the rule's, so that a rate
+    can be learned away from 0.
     """
+    return on if isinstance(rate, np.generic) else _select(rate, off, on)
+
+
+@jax.custom_jvp
+def _select(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
     return jnp.where(rate == 0, off, on)
 
 
-@unless_off.defjvp
+@_select.defjvp
 def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    return unless_off(*primals), tangents[2]
+    return _select(*primals), tangents[2]

@@ -57,7 +57,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         {'bias': 2.0, 'kernel': 1.9}
     """
     action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, lambda update, p, rate, a: update + rate * (p - a))
+    return transformation(action, lambda update, p, a, rate: _action.plus(update, rate, p - a))
 
 
 @_checks.known_arguments
@@ -84,7 +84,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, lambda update, p, rate, a: update - rate * (p - a))
+    return transformation(action, lambda update, p, a, rate: _action.minus(update, rate, p - a))
 
 
 @_checks.known_arguments
@@ -143,5 +143,6 @@ def _add_where_agreed(update: Any, term: Any) -> Any:
     wide = jnp.asarray(update, term.dtype)
     # Of signs, not of values: a product of small numbers underflows to a tie.
     agrees = jnp.real(jnp.sign(wide) * jnp.conj(jnp.sign(term))) >= 0
-    added = jnp.where(agrees, (wide + term).astype(jnp.result_type(update)), update)
-    return _action.unless_off(term, update, added)
+    nothing = jnp.full_like(term, -0.0)
+    added = wide + _action.unless_off(term, nothing, jnp.where(agrees, term, nothing))
+    return added.astype(jnp.result_type(update))

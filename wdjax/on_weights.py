@@ -7,10 +7,11 @@ weights become exactly zero and stay countable.
 
 from typing import Any
 
+import jax
 import optax
 
 from . import _checks
-from ._action import Action, transformation
+from ._action import Action, transformation, unless_off
 from .penalties import Penalty, checked_kind
 
 PyTree = Any
@@ -57,4 +58,8 @@ def proximal_step(
     where = "proximal_step"
     checked_kind(where, kind)
     action = Action(where, {"strength": strength, "learning_rate": learning_rate}, mask, toward)
-    return transformation(action, lambda update, p, rate, a: a + kind.prox(p + update - a, rate) - p)
+
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array, rate: Any) -> jax.Array:
+        return unless_off(rate, update, a + kind.prox(p + update - a, rate) - p)
+
+    return transformation(action, rule)

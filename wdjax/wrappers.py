@@ -19,7 +19,7 @@ import optax
 from optax import contrib
 
 from . import _checks
-from ._action import Action, DecayState, compute_dtype
+from ._action import Action, DecayState, compute_dtype, minus
 
 PyTree = Any
 
@@ -89,6 +89,9 @@ def with_decoupled_decay(
     inner = optax.with_extra_args_support(optimizer)
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
 
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array, rate: Any) -> jax.Array:
+        return minus(update, rate, p - a)
+
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
         return WithDecoupledDecayState(action.init(params), inner.init(params))
 
@@ -102,7 +105,7 @@ def with_decoupled_decay(
         shares = _shares(before, after)
 
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
-            return action.apply(lambda u, p, rate, a: u - rate * (p - a), tree, state.decay, params, *factors)
+            return action.apply(rule, tree, state.decay, params, *factors)
 
         def subtract_from_iterate(node: Any) -> Any:
             return node._replace(z=subtract(node.z, *stepped)) if _is_schedule_free(node) else node
