@@ -461,3 +461,25 @@ def test_updates_of_another_structure_or_shape(row: Row) -> None:
     wrong = {"Dense_0": {**updates["Dense_0"], "bias": jnp.ones(4)}}
     with pytest.raises(ValueError, match=r"'Dense_0/bias' has shape \(4,\) and the parameter \(3,\)"):
         optimizer.update(wrong, state, params)
+
+
+@pytest.mark.peers
+@pytest.mark.usefixtures("x64")  # In float32 an injected b2 costs Adam's bias correction its last digits.
+def test_the_public_functions_themselves_go_into_inject_hyperparams() -> None:
+    params, updates = make_params(jnp.float64), make_updates(jnp.float64)
+    rules = wdjax.only("kernel")
+    rates = optax.linear_schedule(0.1, 0.0, 10)
+    for recipe in (wdjax.sgd_l2, wdjax.sgdw, wdjax.adam_l2, wdjax.adamw):
+        injected = optax.inject_hyperparams(recipe)(learning_rate=rates, weight_decay=RATE, mask=rules, toward="init")
+        state, plain = injected.init(params), recipe(rates, RATE, rules, toward="init")
+        assert {"learning_rate", "weight_decay"} <= set(state.hyperparams)
+        assert not {"mask", "toward"} & set(state.hyperparams)
+        plain_state = plain.init(params)
+        moved = jax.tree.map(lambda p: p + 1, params)
+        for _ in range(3):
+            got, state = jax.jit(injected.update)(updates, state, moved)
+            want, plain_state = plain.update(updates, plain_state, moved)
+            chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-13)
+    table = wdjax.by_path({"kernel": 0.1}, default=0.0)
+    injected = optax.inject_hyperparams(wdjax.decoupled_decay)(weight_decay=table)
+    assert not injected.init(params).hyperparams

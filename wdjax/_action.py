@@ -110,8 +110,8 @@ class Action:
             key = (dtype, *map(id, factors))
             if key not in scalars:
                 scalars[key] = product(factors, dtype)
-            wide = (jnp.asarray(x, dtype) for x in (update, param, term.anchor))
-            return rule(*wide, scalars[key]).astype(jnp.result_type(update))
+            u, p, anchor = (jnp.asarray(x, dtype) for x in (update, param, term.anchor))
+            return rule(u, p, anchor, scalars[key]).astype(jnp.result_type(update))
 
         return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
 
