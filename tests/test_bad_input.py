@@ -12,6 +12,7 @@ import pytest
 from registry import ROWS, Row
 
 import wdjax
+from wdjax import testing
 
 PARAMS = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -48,6 +49,9 @@ BAD_RATES = [
     (1j, TypeError, "got complex 1j"),
     (np.complex64(1), TypeError, "must be a real number"),
     (jnp.array(True), TypeError, "must be a real number"),
+    (10**400, ValueError, "must be finite and not negative, got inf"),
+    (float, TypeError, "must be a number, a 0-d array, a schedule"),
+    (wdjax.only("bias"), TypeError, "a table of rates holds numbers, 0-d arrays or schedules"),
 ]
 
 
@@ -132,6 +136,9 @@ BAD_MASKS = [
     ({"Dense_0": {"kernel": {"w": True}, "bias": True}}, ValueError, "it has no entry for 'Dense_0/kernel'"),
     ({"Dense_0": {"kernel": np.ones((2, 3), bool), "bias": True}}, ValueError, "one boolean for each parameter"),
     (lambda params: "no_decay", TypeError, "the mask is 'no_decay'"),
+    (True, TypeError, "the mask is True, one boolean for the whole tree. Leave it out to decay all"),
+    (False, TypeError, "Under optax.inject_hyperparams a mask function is taken for a schedule"),
+    (lambda leaf: leaf.ndim > 1, TypeError, "It gets the whole tree: write lambda params: jax.tree.map("),
     (lambda params: {"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
     (wdjax.only("kernal"), ValueError, "the pattern 'kernal' matches no parameter. Did you mean 'kernel'?"),
 ]
@@ -140,9 +147,11 @@ BAD_MASKS = [
 @every_row
 @pytest.mark.parametrize(("mask", "error", "words"), BAD_MASKS, ids=[str(i) for i in range(len(BAD_MASKS))])
 def test_masks_are_refused_at_init_and_at_update(row: Row, mask: Any, error: type[Exception], words: str) -> None:
-    optimizer = row.build(0.1, mask)
     state = row.build(0.1).init(PARAMS)
-    for call in (lambda: optimizer.init(PARAMS), lambda: optimizer.update(PARAMS, state, PARAMS)):
+    for call in (
+        lambda: row.build(0.1, mask).init(PARAMS),
+        lambda: row.build(0.1, mask).update(PARAMS, state, PARAMS),
+    ):
         with pytest.raises(error, match=re.escape(words)) as caught:
             call()
         assert str(caught.value).startswith(f"{where(row)}: ")
@@ -182,6 +191,12 @@ def test_anchors_of_another_structure_or_shape(row: Row, toward: Any, words: str
     assert "toward='init'" in str(caught.value)
 
 
+def test_a_state_without_the_anchor() -> None:
+    state = wdjax.decoupled_decay(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match=r"toward='init', and the state holds no anchor.*optimizer\.init\(params\)"):
+        wdjax.decoupled_decay(0.1, toward="init").update(PARAMS, state, PARAMS)
+
+
 @pytest.mark.parametrize("name", IN_LOSS)
 def test_a_loss_has_no_init(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: toward='init' needs a state.*toward=initial_params"):
@@ -213,6 +228,42 @@ def test_an_unknown_keyword(function: Callable[..., Any], args: tuple[Any, ...])
     assert f"Write {function.__name__}(" in message
     if function is not wdjax.cautious:
         assert "Did you mean mask=...?" in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("wd", "weight_decay"),
+        ("l2", "weight_decay"),
+        ("lr", "learning_rate"),
+        ("weight_decay_mask", "mask"),
+        ("anchor", "toward"),
+    ],
+)
+def test_what_people_call_it_elsewhere(wrong: str, right: str) -> None:
+    with pytest.raises(TypeError, match=rf"adamw\(\) has no argument '{wrong}' .*Did you mean {right}=\.\.\.\?"):
+        wdjax.adamw(**{wrong: 0.1})  # pyright: ignore[reportCallIssue]
+
+
+def test_unknown_keywords_of_rules_and_assertions() -> None:
+    with pytest.raises(TypeError, match=r"by_path\(\) has no argument 'defualt' .*Did you mean default="):
+        wdjax.by_path({"a": 0.1}, defualt=0.0)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"only\(\) has no argument 'pattern'"):
+        wdjax.only(pattern="a")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"assert_only_decays\(\) has no argument 'masks' .*Did you mean mask="):
+        testing.assert_only_decays(optax.sgd(0.1), PARAMS, 0.1, masks=None)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(0.1), wdjax.adamw(0.1, 0.1), optax.sgd(0.1)])
+def test_cautious_of_a_whole_optimizer(optimizer: Any) -> None:
+    with pytest.raises(TypeError, match=r"cautious: decay must be a wdjax decay, not an optimizer.*optax\.chain\("):
+        wdjax.cautious(optimizer).init(PARAMS)
+
+
+def test_updates_in_other_containers() -> None:
+    optimizer = wdjax.decoupled_decay(0.1)
+    with pytest.raises(ValueError, match="the same paths in different containers"):
+        optimizer.update([jnp.ones(1), jnp.ones(1)], optimizer.init((jnp.ones(1),) * 2), (jnp.ones(1),) * 2)
 
 
 @pytest.mark.parametrize("decay", [0.1, None, wdjax.decoupled_decay, optax.sgd])

@@ -483,3 +483,60 @@ def test_the_public_functions_themselves_go_into_inject_hyperparams() -> None:
     table = wdjax.by_path({"kernel": 0.1}, default=0.0)
     injected = optax.inject_hyperparams(wdjax.decoupled_decay)(weight_decay=table)
     assert not injected.init(params).hyperparams
+
+
+@pytest.mark.usefixtures("x64")
+def test_second_derivatives_with_respect_to_a_rate_of_zero_through_scan() -> None:
+    def end(rate: Any) -> Any:
+        optimizer = wdjax.independent_decay(rate)
+
+        def step(carry: Any, _: Any) -> Any:
+            w, state = carry
+            updates, state = optimizer.update(jnp.zeros_like(w), state, w)
+            return (w + updates, state), None
+
+        w = jnp.array(2.0)
+        return jax.lax.scan(step, (w, optimizer.init(w)), length=3)[0][0]
+
+    # 2 (1 - rate)^3
+    np.testing.assert_allclose([jax.grad(end)(0.0), jax.hessian(end)(0.0), jax.grad(jax.grad(end))(0.0)], [-6, 12, 12])
+    np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(end))(0.0), 12)
+
+
+@every_row
+def test_complex_weights(row: Row) -> None:
+    # Of one phase, so that the rule for the modulus is the one for real weights.
+    phase = np.exp(0.7j)
+    moduli, moves = (
+        np.abs(float64(make_params())["Dense_0"]["kernel"]) + 0.1,
+        float64(make_updates())["Dense_0"]["kernel"],
+    )
+    params, updates = jnp.asarray(moduli * phase, jnp.complex64), jnp.asarray(moves * phase, jnp.complex64)
+    optimizer = row.build(RATES["schedule"])
+    new, _ = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    assert new.dtype == jnp.complex64
+    np.testing.assert_allclose(new, row.oracle(moves, moduli, 0.1, 0.0) * phase, rtol=1e-5, atol=1e-6)
+
+
+@every_decay
+def test_a_complex_decay_that_is_off_leaves_the_bits(row: Row) -> None:
+    parts = np.array([0.0, -0.0, 1.0, -2.0], np.float32)
+    updates = jax.lax.complex(*(jnp.asarray(x.ravel()) for x in np.meshgrid(parts, parts)))
+    params = jnp.ones(16, jnp.complex64)
+    for rate in (0.0, jnp.array(0.0), lambda count: jnp.asarray(0.0)):
+        optimizer = row.build(rate)
+        assert_same_bits(run_jit(optimizer, updates, optimizer.init(params), params)[0], updates)
+
+
+def test_an_anchor_is_needed_only_where_there_is_a_decay() -> None:
+    params, updates = make_params(), make_updates()
+    part = {"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": None}}
+    for place in (
+        wdjax.decoupled_decay(RATE, wdjax.only("kernel"), toward=part),
+        wdjax.decoupled_decay(
+            wdjax.by_path({"kernel": RATE}, default=0.0), toward={"Dense_0": {"kernel": jnp.ones((4, 3))}}
+        ),
+    ):
+        new, _ = place.update(updates, place.init(params), params)
+        want = float64(updates)["Dense_0"]["kernel"] + RATE * (float64(params)["Dense_0"]["kernel"] - 1)
+        chex.assert_trees_all_close(float64(new)["Dense_0"]["kernel"], want, **TOLERANCE[jnp.float32])

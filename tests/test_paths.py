@@ -1,7 +1,9 @@
 """The pattern language, the order of rules, and what each mistake in them is told."""
 
+import copy
 import fnmatch
 import itertools
+import pickle
 import random
 import re
 from typing import Any
@@ -190,7 +192,29 @@ def test_a_factor_on_either_side(factor: Any) -> None:
         np.testing.assert_allclose(penalty, 0.1, rtol=1e-6)
 
 
+def test_rules_survive_copy_and_pickle() -> None:
+    rules = 0.5 * by_path({re.compile(".*/bias"): 0.0, ("kernel", "scale"): 0.1})
+    for twin in (copy.deepcopy(rules), pickle.loads(pickle.dumps(rules))):
+        assert repr(twin) == repr(rules)
+        with pytest.raises(ValueError, match="no rule covers the parameter 'mlp/~/linear_0/w'"):
+            wdjax.decoupled_decay(twin).init(PARAMS)
+
+
+def test_leaves_that_are_functions_are_no_parameters() -> None:
+    params = {"w": jnp.ones(2), "activation": jnp.tanh}
+    assert all_but(lambda leaf: leaf.ndim == 2, "activation").mask({**params, "m": jnp.ones((2, 2))}) == {
+        "w": True,
+        "m": False,
+        "activation": False,
+    }
+
+
 # Mistakes.
+
+
+def test_two_parameters_of_one_path() -> None:
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    fails(r"two parameters have the path 'a/b'.*Rename one", lambda: wdjax.decoupled_decay(0.1).init(params))
 
 
 def fails(message: str, call: Any, error: type[Exception] = ValueError) -> None:

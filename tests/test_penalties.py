@@ -116,6 +116,31 @@ def test_a_penalty_of_your_own_works_in_every_place() -> None:
     np.testing.assert_allclose(place.update(zero, place.init(params), params)[0]["w"], [-0.05, 0.4])
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-20, 1.0, 1e20, 1e300])
+def test_group_lasso_at_any_size(size: float) -> None:
+    w = np.array([[3.0, 0.0], [4.0, 0.0]]) * size
+    kind = wdjax.GroupLasso(0)
+    np.testing.assert_allclose(kind.value(jnp.asarray(w)), 5 * size, rtol=1e-14)
+    np.testing.assert_allclose(kind.gradient(jnp.asarray(w)), [[0.6, 0.0], [0.8, 0.0]], rtol=1e-14)
+    np.testing.assert_allclose(jax.grad(kind.value)(jnp.asarray(w)), [[0.6, 0.0], [0.8, 0.0]], rtol=1e-14)
+    np.testing.assert_allclose(kind.prox(jnp.asarray(w), jnp.asarray(2.5 * size)), w / 2, rtol=1e-14)
+
+
+def test_group_lasso_does_not_hide_a_nan() -> None:
+    w = jnp.array([[jnp.nan, 3.0], [2.0, 4.0]])
+    kind = wdjax.GroupLasso(0)
+    for result in (kind.gradient(w), kind.prox(w, jnp.asarray(0.5))):
+        np.testing.assert_array_equal(np.isnan(result), [[True, False], [True, False]])
+
+
+def test_parameters_of_a_penalty_may_be_numpys() -> None:
+    assert wdjax.ElasticNet(np.float32(0.5)).l1_ratio == 0.5
+    assert wdjax.Huber(np.float32(0.5)).delta == 0.5
+    assert wdjax.GroupLasso(np.int64(0)) == wdjax.GroupLasso(0)
+    with pytest.raises(TypeError, match=r"GroupLasso: axis must be an integer, .*got 'in'"):
+        wdjax.GroupLasso("in")
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), "0.5", True])
 def test_elastic_net_refuses_a_ratio_that_is_none(ratio: Any) -> None:
     with pytest.raises(ValueError, match=r"ElasticNet: l1_ratio must be a number from 0 to 1, got .*l1_ratio=0\.5"):

@@ -57,19 +57,19 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], str]] = {
         {},
         r"'Dense_0/bias' must stay bit-identical .*from 1.0 to 0\.99",
     ),
-    "nothing decays": (optax.adam(0.1), (0.01, KERNEL), {}, "'Dense_0/kernel' must lose 0.01 .*no bit of it changed"),
+    "nothing decays": (optax.adam(0.1), (0.01, KERNEL), {}, "'Dense_0/kernel' must lose 0.01 .*is -?0.0 and not"),
     "L2 in Adam": (
         wdjax.adam_l2(0.1, 0.1),
         (0.01,),
         {},
-        "'Dense_0/bias' must lose 0.01 .*its element 0 went from 1.0 to",
+        "'Dense_0/bias' must lose 0.01 .*the update of its element 0, which is 1.0, is -0.09999",
     ),
     "one percent off": (wdjax.adamw(0.1, 0.101), (0.01,), {}, "must lose 0.01"),
     "the wrong sign": (
         optax.chain(optax.adam(0.1), wdjax.decoupled_decay(0.01)),
         (0.01,),
         {},
-        r"went from 1\.0 to 1\.009.*not to 0\.99",
+        r"which is 1\.0, is 0\.009.* and not -0\.01",
     ),
     "twice": (wdjax.with_decoupled_decay(wdjax.adamw(0.1, 0.1), 0.1, learning_rate=0.1), (0.01,), {}, "must lose 0.01"),
     "toward zero, not init": (wdjax.adamw(0.1, 0.1), (0.01,), {"toward": FLOATS}, "must lose 0.01"),
@@ -92,12 +92,32 @@ def test_assert_only_decays_sees_a_decay_that_rounds_to_nothing() -> None:
         testing.assert_only_decays(wdjax.sgdw(3e-4, 0.1), half, 3e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
+def test_assert_only_decays_sees_a_wrong_rate_in_every_precision(dtype: Any, factor: float) -> None:
+    params = jax.tree.map(lambda p: p.astype(dtype), FLOATS)
+    for fraction in (1e-2, 1e-3 if dtype == jnp.float16 else 1e-2):
+        testing.assert_only_decays(wdjax.sgdw(0.1, 10 * fraction), params, fraction)
+        with pytest.raises(AssertionError, match="must lose"):
+            testing.assert_only_decays(wdjax.sgdw(0.1, 10 * fraction * factor), params, fraction)
+
+
+def test_assert_only_decays_takes_an_expected_zero_for_what_it_is() -> None:
+    for zero in (0.0, jnp.array(0.0), wdjax.by_path({"**": 0.0})):
+        with pytest.raises(AssertionError, match="must stay bit-identical"):
+            testing.assert_only_decays(wdjax.sgdw(1.0, 1e-6), FLOATS, zero)
+
+
+def test_assert_only_decays_of_an_optimizer_that_keeps_the_weights_in_its_state() -> None:
+    testing.assert_only_decays(contrib.schedule_free_adamw(0.1, weight_decay=0.1), FLOATS, 0.01)
+
+
 def test_assert_only_decays_sees_nan() -> None:
     broken = optax.GradientTransformation(
         lambda p: optax.EmptyState(), lambda u, s, p=None: (jax.tree.map(lambda x: x * jnp.nan, u), s)
     )
     for expected in (0.0, 0.01):
-        with pytest.raises(AssertionError, match="to nan"):
+        with pytest.raises(AssertionError, match=r"to nan|is nan and not"):
             testing.assert_only_decays(broken, FLOATS, expected)
 
 

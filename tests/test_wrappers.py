@@ -192,17 +192,45 @@ def test_extra_arguments_reach_the_optimizer() -> None:
     assert seen == {"value": 3, "other": 4}
 
 
-def test_what_steps_in_part_is_refused() -> None:
-    part = optax.partition(
-        {"a": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "b": optax.sgd(0.1)},
-        wdjax.by_path({"kernel": "a"}, default="b").values,
-    )
-    params = make_params()
-    optimizer = wdjax.with_decoupled_decay(part, RATE, learning_rate=0.1)
-    with pytest.raises(
-        ValueError, match=r"with_decoupled_decay: a part of the parameters .*MultiSteps\(with_decoupled"
+PARTS: dict[str, Any] = {
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "ApplyIfFinite": optax.apply_if_finite(optax.adam(0.1), 2),
+    "ScheduleFree": contrib.schedule_free(optax.sgd(0.1), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_steps_in_part_is_refused(name: str) -> None:
+    labels = wdjax.by_path({"kernel": "a"}, default="b").values
+    for part in (
+        optax.partition({"a": PARTS[name], "b": optax.sgd(0.1)}, labels),
+        optax.chain(optax.masked(PARTS[name], wdjax.only("kernel").mask)),
     ):
-        optimizer.update(params, optimizer.init(params), params)
+        optimizer = wdjax.with_decoupled_decay(part, RATE, learning_rate=0.1)
+        with pytest.raises(
+            ValueError, match=rf"a part of the parameters has a {name}State of its own.*Put the decay inside"
+        ):
+            optimizer.init(make_params())
+
+
+UNDOING: dict[str, Any] = {
+    "Lookahead": optax.lookahead(optax.sgd(0.1), 5, 0.5),
+    "ConditionallyMask": optax.transforms.conditionally_mask(optax.sgd(0.1), lambda step: step % 3 == 0),
+    "ConditionallyTransform": optax.transforms.conditionally_transform(optax.sgd(0.1), lambda step: step % 3 == 0),
+    "COCOB": contrib.cocob(),
+    "Mechanic": contrib.mechanize(optax.sgd(0.1)),
+    "SAM": contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2),
+}
+
+
+@pytest.mark.parametrize("name", UNDOING)
+def test_what_would_undo_or_repeat_the_decay_is_refused(name: str) -> None:
+    params = make_params()
+    if name == "Lookahead":
+        params = optax.LookaheadParams.init_synced(params)
+    optimizer = wdjax.with_decoupled_decay(UNDOING[name], RATE, learning_rate=0.1)
+    with pytest.raises(ValueError, match=rf"the optimizer holds a {name}State.*Put the decay inside"):
+        optimizer.init(params)
 
 
 @pytest.mark.parametrize("optimizer", [0.1, optax.adam, None, "adam"])

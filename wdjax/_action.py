@@ -6,9 +6,8 @@ A place is an `Action` (how strong, on which parameters, toward what) and a rule
 - The rule runs in at least float32, and in float64 where the update or the parameter is; the update comes back in the
   dtype it came in with. The rate is brought to that dtype before anything is multiplied.
 - Where the decay is off for good (rate 0, mask False, integers, holes), the update is returned as it came and nothing
-  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate) leaves the same bits: what is then
-  added is -0.0, selected in place of 0 times a weight that may be infinite. (Denormal updates are flushed to zero by
-  the addition on hardware that flushes them everywhere.)
+  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate) leaves the same bits, but for
+  denormal updates on hardware that flushes them to zero wherever it adds.
 - Each distinct rate is computed once a step, however many parameters share it.
 """
 
@@ -27,7 +26,7 @@ from .paths import Rules
 from .paths._masks import booleans
 
 PyTree = Any
-Rule = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+Rule = Callable[[jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
 Scalar = Any  # A NumPy scalar where the rate is known while tracing, else a 0-d array.
 
 
@@ -44,7 +43,7 @@ class DecayState(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What acts on one parameter: the rate as factors (Python floats and 0-d arrays), and the anchor (0.0 for zero)."""
+    """What acts on one parameter: the factors of the rate (floats, 0-d arrays), and the anchor (None for zero)."""
 
     factors: tuple[Any, ...]
     anchor: Any
@@ -72,6 +71,10 @@ class Action:
             for name, value in self.rates.items()
         }
         object.__setattr__(self, "rates", checked)
+        for rules in (rate for rate in checked.values() if isinstance(rate, Rules)):
+            rules.check_rates(self.where)
+        if isinstance(self.mask, Rules):
+            self.mask.check_booleans(self.where)
         if isinstance(self.toward, str) and self.toward != "init":
             raise ValueError(
                 f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
@@ -85,8 +88,7 @@ class Action:
         if isinstance(self.toward, str):
             # A copy: the state must not hold the buffers of params, or both could not be donated.
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
-        self._factors(params, leaves)
-        self._anchors(leaves, anchor)
+        self._anchors(leaves, self._factors(params, leaves), anchor)
         return DecayState(jnp.zeros([], jnp.int32), anchor)
 
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
@@ -110,14 +112,18 @@ class Action:
             key = (dtype, *map(id, factors))
             if key not in scalars:
                 scalars[key] = product(factors, dtype)
-            u, p, anchor = (jnp.asarray(x, dtype) for x in (update, param, term.anchor))
-            return rule(u, p, anchor, scalars[key]).astype(jnp.result_type(update))
+            anchor = None if term.anchor is None else jnp.asarray(term.anchor, dtype)
+            new = rule(jnp.asarray(update, dtype), jnp.asarray(param, dtype), anchor, scalars[key])
+            return new.astype(jnp.result_type(update))
 
-        return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
+        # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
+        with jax.numpy_dtype_promotion("standard"):
+            return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
 
     def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
         """What acts on each leaf in this step; None where the decay is off for good."""
-        anchors = self._anchors(leaves, None if state is None else state.anchor)
+        rows = self._factors(params, leaves)
+        anchors = self._anchors(leaves, rows, None if state is None else state.anchor)
         evaluated: dict[int, Any] = {}
 
         def at_this_step(name: str, factor: Any) -> Any:
@@ -128,7 +134,7 @@ class Action:
             return evaluated[id(factor)]
 
         terms = []
-        for factors, anchor in zip(self._factors(params, leaves), anchors, strict=True):
+        for factors, anchor in zip(rows, anchors, strict=True):
             if factors is None:
                 terms.append(None)
                 continue
@@ -159,22 +165,28 @@ class Action:
             return value
         return _checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
-    def _anchors(self, leaves: Sequence[tuple[str, Any]], initial: PyTree) -> list[Any]:
-        """Each leaf's anchor, 0.0 where `toward` is None; found by canonical path."""
+    def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any], initial: PyTree) -> list[Any]:
+        """Each leaf's anchor, None for zero; found by canonical path, and needed only where there is a decay."""
         if self.toward is None or not leaves:
-            return [0.0] * len(leaves)
+            return [None] * len(leaves)
+        if isinstance(self.toward, str) and initial is None:
+            raise ValueError(
+                f"{self.where}: toward='init', and the state holds no anchor: it comes from an optimizer without one. "
+                "Make a new state, optimizer.init(params), and take over the rest of the old one."
+            )
         given = dict(_leaves.flatten_with_paths(initial if isinstance(self.toward, str) else self.toward))
         holes = tuple(path + "/" for path, leaf in leaves if _leaves.is_hole(leaf))
         paths = {path for path, _ in leaves}
-        missing = [path for path, leaf in leaves if _leaves.is_decayable(leaf) and _leaves.is_hole(given.get(path))]
+        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if row and not any(_is_zero(f) for _, f in row)]
+        missing = [path for path, _ in pulled if _leaves.is_hole(given.get(path))]
         extra = [path for path in given if path not in paths and not path.startswith(holes)]
         if missing or extra:
             raise ValueError(
                 f"{self.where}: toward must be a tree like params; it lacks {missing[:5]} and has besides {extra[:5]}. "
                 f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
             )
-        for path, leaf in leaves:
-            if _leaves.is_decayable(leaf) and jnp.shape(given[path]) != jnp.shape(leaf):
+        for path, leaf in pulled:
+            if jnp.shape(given[path]) != jnp.shape(leaf):
                 raise ValueError(
                     f"{self.where}: toward has shape {jnp.shape(given[path])} at {path!r}, and the parameter "
                     f"{jnp.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
@@ -216,34 +228,41 @@ def product(factors: Sequence[Any], dtype: Any) -> Scalar:
     return result
 
 
+def _is_known(rate: Scalar) -> bool:
+    # A rate that is known while tracing is not zero: those are off for good, and no rule is asked about them.
+    return isinstance(rate, np.generic)
+
+
 def _is_zero(value: Any) -> bool:
     return isinstance(value, float) and value == 0
 
 
 def plus(update: jax.Array, rate: Scalar, pull: jax.Array) -> jax.Array:
     """update + rate * pull; the same bits as the update where the rate is 0."""
-    return update + unless_off(rate, jnp.full_like(update, -0.0), rate * pull)
+    return minus(update, rate, -pull)
 
 
-def minus(update: jax.Array, rate: Scalar, pull: jax.Array) -> jax.Array:
-    """update - rate * pull; the same bits as the update where the rate is 0."""
-    return update - unless_off(rate, jnp.zeros_like(update), rate * pull)
+def minus(update: jax.Array, rate: Any, pull: jax.Array) -> jax.Array:
+    """update - rate * pull; the same bits as the update where the rate is 0.
 
-
-def unless_off(rate: Any, off: jax.Array, on: jax.Array) -> jax.Array:
-    """`off` where the rate is 0, else `on`, with the derivative of `on` everywhere.
-
-    The value is selected, not computed, for 0 times infinity is NaN. The derivative is still the rule's, so that a rate
-    can be learned away from 0.
+    There what is subtracted is +0.0, which changes no number, and the derivative with respect to the rate is still
+    that of the rule, so that a rate can be learned away from 0. An infinite pull is out of both, or 0 * inf is NaN.
     """
-    return on if isinstance(rate, np.generic) else _select(rate, off, on)
+    if _is_known(rate):
+        return update - rate * pull
+    off = rate == 0
+    step = rate * jnp.where(off & ~jnp.isfinite(pull), jnp.zeros_like(pull), pull)
+    return update - jnp.where(off, step - jax.lax.stop_gradient(step), step)
 
 
-@jax.custom_jvp
-def _select(rate: jax.Array, off: jax.Array, on: jax.Array) -> jax.Array:
-    return jnp.where(rate == 0, off, on)
+def unless_off(rate: Scalar, off: jax.Array, on: jax.Array) -> jax.Array:
+    """`off` where the rate is 0, else `on`, with the derivative of `on` in both."""
+    if _is_known(rate):
+        return on
+    finite = jnp.where(jnp.isfinite(on), on, jnp.zeros_like(on))
+    return jnp.where(rate == 0, off - (jax.lax.stop_gradient(finite) - finite), on)
 
 
-@_select.defjvp
-def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    return _select(*primals), tangents[2]
+def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:
+    """How far a parameter is from its anchor, None for zero."""
+    return p if anchor is None else p - anchor

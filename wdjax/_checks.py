@@ -15,6 +15,16 @@ from jax.core import Tracer
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What people write, and the arguments that may be meant.
+_ALSO_CALLED = {
+    **dict.fromkeys(("wd", "l2", "lam", "lambda_", "decay", "rate"), ("weight_decay", "strength")),
+    **dict.fromkeys(("weight_decay", "l1"), ("strength",)),
+    "strength": ("weight_decay",),
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("weight_decay_mask", "where", "only"), ("mask",)),
+    **dict.fromkeys(("anchor", "init", "reference"), ("toward",)),
+}
+
 Scalar = Any  # A Python or NumPy number, or a 0-d array (traced is fine).
 Schedule = Callable[[Any], Any]
 
@@ -31,7 +41,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
         write: the call to show instead, if it is not `where(name=0.1)`.
     """
     write = write or f"{where}({name}=0.1)"
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return value
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{where}: {name} must be a rate, got {value}. Write {write}, or 0.0 for none.")
@@ -50,13 +60,20 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
         raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
     if isinstance(value, Tracer):
         return value
-    number = float(value)
+    number = _as_float(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(
             f"{where}: {name} must be finite and not negative, got {number}. Write {write}: a rate shrinks weights, "
             "and the sign is set by the place."
         )
     return value if isinstance(value, jax.Array) else number
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # An integer beyond all floats.
+        return math.inf
 
 
 def params_given(where: str, params: Any) -> None:
@@ -76,7 +93,8 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in signature.parameters:
-                near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.5)
+                meant = [other for other in _ALSO_CALLED.get(name, ()) if other in signature.parameters]
+                near = meant or difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.6)
                 hint = f" Did you mean {near[0]}=...?" if near else ""
                 takes = signature.replace(return_annotation=inspect.Signature.empty)
                 takes = takes.replace(

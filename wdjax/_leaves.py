@@ -57,7 +57,16 @@ def is_decayable(leaf: Any) -> bool:
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
     boxes = _box_types()
-    return [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), lambda x: is_hole(x) or isinstance(x, boxes))]
+    walked = _walk(tree, (), lambda x: is_hole(x) or isinstance(x, boxes))
+    found = [("/".join(keys), leaf) for keys, leaf in walked]
+    if len({path for path, _ in found}) < len(found):
+        paths = [path for path, _ in found]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"wdjax: two parameters have the path {twice!r}, as {{'a/b': ...}} beside {{'a': {{'b': ...}}}} have. "
+            "Rename one: a rule by path could not tell them apart."
+        )
+    return found
 
 
 def structure(tree: PyTree) -> Any:
@@ -69,7 +78,7 @@ def describe(path: str, leaf: Any) -> Leaf:
     """The description of a leaf that predicates get."""
     if is_hole(leaf):
         return Leaf(path, (), None)
-    return Leaf(path, tuple(jnp.shape(leaf)), getattr(leaf, "dtype", type(leaf)))
+    return Leaf(path, tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", type(leaf)))
 
 
 def map_with_params(
@@ -109,6 +118,11 @@ def map_with_params(
 
 def _structure_message(where: str, updates: PyTree, paths: Sequence[str]) -> str:
     found = {path for path, _ in flatten_with_paths(updates)}
+    if found == set(paths):
+        return (
+            f"{where}: updates and params have the same paths in different containers (a list for a tuple, a dict "
+            f"for a FrozenDict): updates are {jax.tree.structure(updates)}. Give both in the containers of params."
+        )
     return (
         f"{where}: updates and params are trees of different structure. "
         f"Only in updates: {sorted(found - set(paths))[:5]}; only in params: {sorted(set(paths) - found)[:5]}. "

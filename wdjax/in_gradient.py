@@ -13,7 +13,7 @@ from typing import Any
 import optax
 
 from . import _checks
-from ._action import Action, plus, transformation
+from ._action import Action, away, plus, transformation
 from .penalties import L1, L2, Penalty, checked_kind
 
 PyTree = Any
@@ -111,4 +111,4 @@ def add_penalty_to_grads(
 
 def _add(where: str, kind: Penalty, rates: dict[str, Any], mask: Any, toward: Any) -> optax.GradientTransformation:
     action = Action(where, rates, mask, toward)
-    return transformation(action, lambda update, p, a, rate: plus(update, rate, kind.gradient(p - a)))
+    return transformation(action, lambda update, p, a, rate: plus(update, rate, kind.gradient(away(p, a))))

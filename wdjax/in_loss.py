@@ -31,7 +31,8 @@ def l2_penalty(params: PyTree, weight_decay: Any, mask: Any = None, *, toward: P
     Source: Hoerl & Kennard 1970. The same as `add_l2_to_grads`; not the same as `decoupled_decay` in Adam.
 
     Args:
-        params: a tree of parameters; integers, booleans, PRNG keys and None are left out.
+        params: a tree of parameters; integers, booleans, PRNG keys and None are left out. Not a whole NNX module:
+            its batch statistics are numbers too.
         weight_decay: a number or 0-d array (traced is fine) >= 0, or a `by_path` table of these.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
         toward: None for zero, or a tree like params.
@@ -111,6 +112,7 @@ def _penalty(where: str, name: str, params: PyTree, kind: Penalty, rate: Any, ma
     for (_, param), term in zip(leaves, terms, strict=True):
         if term is not None:
             wide = _action.compute_dtype(param)
-            value = kind.value(jnp.asarray(param, wide) - jnp.asarray(term.anchor, wide))
+            anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
+            value = kind.value(_action.away(jnp.asarray(param, wide), anchor))
             total = total + (_action.product(term.factors, wide) * value).astype(dtype)
     return total

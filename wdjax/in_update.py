@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _action, _checks, _leaves
-from ._action import Action, transformation
+from . import _checks, _leaves
+from ._action import Action, DecayState, away, compute_dtype, minus, plus, transformation
 
 PyTree = Any
 
@@ -57,7 +57,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         {'bias': 2.0, 'kernel': 1.9}
     """
     action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, lambda update, p, a, rate: _action.plus(update, rate, p - a))
+    return transformation(action, lambda update, p, a, rate: plus(update, rate, away(p, a)))
 
 
 @_checks.known_arguments
@@ -84,7 +84,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, lambda update, p, a, rate: _action.minus(update, rate, p - a))
+    return transformation(action, lambda update, p, a, rate: minus(update, rate, away(p, a)))
 
 
 @_checks.known_arguments
@@ -99,13 +99,13 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
     Source: Cautious Weight Decay, arXiv 2510.12402 (the tie as in the paper: u * p >= 0).
 
     Args:
-        decay: a transformation that adds a term of its own to the updates, such as `decoupled_decay(...)`.
+        decay: `decoupled_decay(...)` or `independent_decay(...)`; not a whole optimizer.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `decay`.
 
     Raises:
-        TypeError: if `decay` is no gradient transformation (a rate, say).
+        TypeError: if `decay` is no gradient transformation (a rate, say); at `init`, if it is an optimizer or a chain.
 
     Example:
 
@@ -122,27 +122,35 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
         )
     inner = optax.with_extra_args_support(decay)
 
+    def init_fn(params: PyTree) -> Any:
+        state = inner.init(params)
+        if not isinstance(state, DecayState):
+            # Anything else would be run on the blank updates below, and its own work would be lost.
+            raise TypeError(
+                f"cautious: decay must be a wdjax decay, not an optimizer or a chain, got one with the state "
+                f"{type(state).__name__}. Write optax.chain(optax.scale_by_adam(), cautious(decoupled_decay(0.1)), "
+                "optax.scale_by_learning_rate(1e-3))."
+            )
+        return state
+
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         _checks.params_given("cautious", params)
-        blank = jax.tree.map(_blank, updates, is_leaf=_leaves.is_hole)
-        terms, state = inner.update(blank, state, params, **extra_args)
-        return jax.tree.map(_add_where_agreed, updates, terms, is_leaf=_leaves.is_hole), state
+        blanks = jax.tree.map(_blank, updates, is_leaf=_leaves.is_hole)
+        terms, state = inner.update(blanks, state, params, **extra_args)
+        return jax.tree.map(_add_where_agreed, updates, blanks, terms, is_leaf=_leaves.is_hole), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _blank(update: Any) -> Any:
-    if not _leaves.is_decayable(update):
-        return update
-    return jnp.zeros_like(update, dtype=_action.compute_dtype(update))
+    # Minus zero, the number that adding to anything changes no bit of it.
+    return -jnp.zeros_like(update, dtype=compute_dtype(update)) if _leaves.is_decayable(update) else update
 
 
-def _add_where_agreed(update: Any, term: Any) -> Any:
-    if not _leaves.is_decayable(update):
+def _add_where_agreed(update: Any, blank: Any, term: Any) -> Any:
+    if term is blank:
         return update
     wide = jnp.asarray(update, term.dtype)
     # Of signs, not of values: a product of small numbers underflows to a tie.
     agrees = jnp.real(jnp.sign(wide) * jnp.conj(jnp.sign(term))) >= 0
-    nothing = jnp.full_like(term, -0.0)
-    added = wide + _action.unless_off(term, nothing, jnp.where(agrees, term, nothing))
-    return added.astype(jnp.result_type(update))
+    return (wide + jnp.where(agrees, term, blank)).astype(jnp.result_type(update))

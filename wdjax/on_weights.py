@@ -2,7 +2,8 @@
 
 A proximal step does not follow the penalty's gradient; it solves for the penalty after the optimizer has moved. It
 never overshoots, however large the strength, and where the penalty has a corner (L1, group lasso) it lands on it:
-weights become exactly zero and stay countable.
+weights become exactly zero and stay countable. (An anchor other than zero is met to the last bit or so: what reaches
+the weights is a difference, and only the one to zero is always exact.)
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import optax
 
 from . import _checks
-from ._action import Action, transformation, unless_off
+from ._action import Action, away, transformation, unless_off
 from .penalties import Penalty, checked_kind
 
 PyTree = Any
@@ -59,7 +60,8 @@ def proximal_step(
     checked_kind(where, kind)
     action = Action(where, {"strength": strength, "learning_rate": learning_rate}, mask, toward)
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array, rate: Any) -> jax.Array:
-        return unless_off(rate, update, a + kind.prox(p + update - a, rate) - p)
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
+        new = kind.prox(away(p + update, a), rate)
+        return unless_off(rate, update, (new if a is None else a + new) - p)
 
     return transformation(action, rule)

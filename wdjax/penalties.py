@@ -17,6 +17,8 @@ Complex weights: |w| is the modulus, sign(w) is w / |w|.
 
 import dataclasses
 import math
+import numbers
+import operator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -124,6 +126,18 @@ class GroupLasso:
 
     axis: int | tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.axis is None:
+            return
+        try:
+            axis = tuple(map(operator.index, self.axis)) if isinstance(self.axis, tuple) else operator.index(self.axis)
+        except TypeError:
+            raise TypeError(
+                f"GroupLasso: axis must be an integer, a tuple of integers or None, got {self.axis!r}. "
+                "Write GroupLasso(axis=0)."
+            ) from None
+        object.__setattr__(self, "axis", axis)
+
     def _norm(self, w: jax.Array) -> jax.Array:
         if self.axis is not None:
             axes = (self.axis,) if isinstance(self.axis, int) else self.axis
@@ -132,20 +146,23 @@ class GroupLasso:
                     f"GroupLasso: axis={self.axis} is out of range for an array of shape {w.shape}. "
                     "Select the arrays that have it with a mask, such as only('kernel')."
                 )
-        square = jnp.sum(_square(w), axis=self.axis, keepdims=True)
+        # Squares of the largest weight's share: they neither overflow nor vanish.
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(w), axis=self.axis, keepdims=True, initial=0))
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        square = jnp.sum(_square(w / unit), axis=self.axis, keepdims=True)
         # The root's derivative at zero is infinite; a zero group must give a zero gradient, not NaN.
-        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        return unit * jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
     def value(self, w: jax.Array) -> jax.Array:
         return jnp.sum(self._norm(w))
 
     def gradient(self, w: jax.Array) -> jax.Array:
         norm = jnp.broadcast_to(self._norm(w), w.shape)
-        return jnp.where(norm > 0, w / jnp.where(norm > 0, norm, 1), 0)
+        return jnp.where(norm == 0, 0, w / jnp.where(norm == 0, 1, norm))
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
         norm = jnp.broadcast_to(self._norm(w), w.shape)
-        return w * jnp.where(norm > step, 1 - step / jnp.where(norm > step, norm, 1), 0)
+        return w * jnp.where(norm <= step, 0, 1 - step / jnp.where(norm <= step, 1, norm))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +206,7 @@ def _modulus(w: jax.Array) -> jax.Array:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def checked_kind(where: str, kind: Any) -> Penalty:

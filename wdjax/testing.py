@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _leaves
-from ._action import Action, DecayState
+from . import _checks, _leaves
+from ._action import Action, DecayState, compute_dtype
 
 PyTree = Any
 Floats = Any  # Anything that NumPy makes a float64 array of.
@@ -115,6 +115,7 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
     return np.sign(w) * np.maximum(np.abs(w) - np.asarray(threshold, np.float64), 0.0)
 
 
+@_checks.known_arguments
 def assert_only_decays(
     optimizer: optax.GradientTransformation,
     params: PyTree,
@@ -125,9 +126,11 @@ def assert_only_decays(
 ) -> None:
     """Asserts that, with zero gradients, one step takes `expected` of each weight away, and touches nothing else.
 
-    The optimizer is initialized on `params` and stepped at a probe: `params` with every number moved one away from
-    zero, so that a decay shows on biases and anchored weights that start at zero (or at the anchor) too. The probe
-    after the step must be p - expected * (p - toward) up to one rounding, and the same bits where `expected` is 0.
+    The optimizer is stepped at a probe: `params` with every number moved one away from zero, so that a decay shows on
+    biases that start at zero, too. It is initialized there, or with `toward` on `params` themselves. The update must
+    be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it, for an
+    optimizer that computes the update as a difference of weights); after `optax.apply_updates` some bit must have
+    changed. Where `expected` is 0, none may.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
@@ -150,20 +153,21 @@ def assert_only_decays(
     action = Action("assert_only_decays", {"expected": expected}, mask, toward)
     probe = jax.tree.map(_moved_from_zero, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), probe)
+    state = optimizer.init(probe if toward is None else params)
+    updates, _ = optimizer.update(zeros, state, probe)
     chex.assert_trees_all_equal_structs(updates, probe)
     stepped = optax.apply_updates(probe, updates)
     leaves = _leaves.flatten_with_paths(probe)
     terms = action.terms(probe, leaves, DecayState(jnp.zeros([], jnp.int32)))
-    results = [leaf for _, leaf in _leaves.flatten_with_paths(stepped)]
-    for (path, before), after, term in zip(leaves, results, terms, strict=True):
+    moves, results = ([leaf for _, leaf in _leaves.flatten_with_paths(tree)] for tree in (updates, stepped))
+    for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
         if _leaves.is_hole(before) or jnp.size(before) == 0:
             continue
-        if term is None:
+        fraction = 0.0 if term is None else float(np.prod([np.float64(factor) for factor in term.factors]))
+        if term is None or fraction == 0:
             fault = _fault_if_touched(before, after)
         else:
-            fraction = float(np.prod([np.float64(factor) for factor in term.factors]))
-            fault = _fault_unless_decayed(before, after, fraction, term.anchor)
+            fault = _fault_unless_decayed(before, update, after, fraction, 0.0 if term.anchor is None else term.anchor)
         if fault:
             raise AssertionError(f"assert_only_decays: {path!r} {fault}")
 
@@ -175,24 +179,22 @@ def _fault_if_touched(before: Any, after: Any) -> str | None:
     return f"must stay bit-identical under zero gradients, and one step moved it: from {old.flat[0]} to {new.flat[0]}."
 
 
-def _fault_unless_decayed(before: Any, after: Any, fraction: float, anchor: Any) -> str | None:
-    old, new, to = (_as_float64(x) for x in (before, after, anchor))
-    wanted = old - fraction * (old - to)
-    if fraction > 0 and np.array_equal(old, new):
-        return (
-            f"must lose {fraction:g} of its distance to the anchor in one step, and no bit of it changed. Either it is "
-            f"not decayed, or so small a step rounds to nothing in {before.dtype}."
-        )
-    # One rounding of the sum, in the dtype of the weights, and a few of the update's own size.
-    allowed = float(jnp.finfo(before.dtype).eps) * (np.abs(old) + 4 * np.abs(old - wanted))
-    excess = np.abs(new - wanted) - allowed
+def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: float, anchor: Any) -> str | None:
+    old, move, to = (_as_float64(x) for x in (before, update, anchor))
+    wanted = -fraction * (old - to)
+    must = f"must lose {fraction:g} of its distance to the anchor in one step"
+    allowed = 4 * float(jnp.finfo(update.dtype).eps) * np.abs(wanted)
+    allowed += 2 * float(jnp.finfo(compute_dtype(before)).eps) * np.abs(old)
+    excess = np.abs(move - wanted) - allowed
     worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
-    if excess.flat[worst] <= 0:
-        return None
-    return (
-        f"must lose {fraction:g} of its distance to the anchor in one step; its element {worst} went from "
-        f"{old.flat[worst]} to {new.flat[worst]}, not to {wanted.flat[worst]}."
-    )
+    if np.isnan(excess.flat[worst]) or excess.flat[worst] > 0:
+        return (
+            f"{must}; the update of its element {worst}, which is {old.flat[worst]}, is {move.flat[worst]} and not "
+            f"{wanted.flat[worst]}."
+        )
+    if np.array_equal(old, _as_float64(after)):
+        return f"{must}, and no bit of it changed: so small a step rounds to nothing in {before.dtype}."
+    return None
 
 
 def _as_float64(x: Any) -> np.ndarray:

@@ -9,6 +9,9 @@ Two kinds of optimizers need more than an added term, and get it:
   NaN. The decay waits with them, and so does its step count.
 - Schedule-free keeps the iterate that it really steps in its state. The decay goes into that iterate, and through its
   averaging into the weights, as if it stood in the base optimizer.
+
+Others that rewrite the weights from a state of their own, or that step in part, are refused by name: there the decay
+belongs inside.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ import optax
 from optax import contrib
 
 from . import _checks
-from ._action import Action, DecayState, compute_dtype, minus
+from ._action import Action, DecayState, away, compute_dtype, minus
 
 PyTree = Any
 
@@ -65,8 +68,9 @@ def with_decoupled_decay(
 
     Raises:
         TypeError: if `optimizer` is no optimizer.
-        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `update`: if a part of the
-            parameters is under a `MultiSteps` or the like of its own, so that no one step is everybody's.
+        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init`: if the optimizer undoes or
+            repeats what is added to it (lookahead, mechanize, COCOB, SAM, conditional steps), or if a part of the
+            parameters is under a `MultiSteps`, `apply_if_finite` or schedule-free of its own.
 
     Example:
 
@@ -89,11 +93,13 @@ def with_decoupled_decay(
     inner = optax.with_extra_args_support(optimizer)
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array, rate: Any) -> jax.Array:
-        return minus(update, rate, p - a)
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
+        return minus(update, rate, away(p, a))
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
-        return WithDecoupledDecayState(action.init(params), inner.init(params))
+        state = inner.init(params)
+        _refuse_what_undoes_it(state)
+        return WithDecoupledDecayState(action.init(params), state)
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -120,22 +126,49 @@ def with_decoupled_decay(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+# What skips a step as a whole, and where it keeps the state of what it wraps.
+_SKIPPING = {optax.MultiStepsState: "inner_opt_state", optax.ApplyIfFiniteState: "inner_state"}
+_PARTIAL = (optax.PartitionState, optax.MaskedState)
+_UNDOING = (
+    optax.LookaheadState,
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
+    contrib.COCOBState,
+    contrib.MechanicState,
+    contrib.SAMState,
+)
+
+
+def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """The outermost nodes of these types in a state."""
+    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in found if isinstance(node, kinds)]
+
+
+def _refuse_what_undoes_it(state: Any) -> None:
+    inside = (
+        "Put the decay inside: there optax.sgd(lr) becomes with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
+    )
+    for node in _nodes(state, _UNDOING):
+        raise ValueError(
+            f"with_decoupled_decay: the optimizer holds a {type(node).__name__}; it steps in part or rewrites the "
+            f"weights from a state of its own, and a decay added after it would be undone or repeated. {inside}"
+        )
+    own = (*_SKIPPING, contrib.ScheduleFreeState)
+    for node in (found for part in _nodes(state, _PARTIAL) for found in _nodes(tuple(part), own)):
+        raise ValueError(
+            f"with_decoupled_decay: a part of the parameters has a {type(node).__name__} of its own, inside "
+            f"optax.partition or optax.masked, so that no one step is everybody's. {inside}"
+        )
+
+
 def _stepped(before: Any, after: Any) -> tuple[jax.Array, ...]:
     """For each wrapper in the state that may skip a step, whether it stepped: a boolean, to multiply a rate with."""
     flags: tuple[jax.Array, ...] = ()
-    stop = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.PartitionState, optax.MaskedState)
-    olds, news = (jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, stop)) for state in (before, after))
-    for old, new in zip(olds, news, strict=True):
-        if isinstance(new, optax.MultiStepsState):
-            flags += (new.gradient_step > old.gradient_step, *_stepped(old.inner_opt_state, new.inner_opt_state))
-        elif isinstance(new, optax.ApplyIfFiniteState):
-            flags += (new.last_finite, *_stepped(old.inner_state, new.inner_state))
-        elif isinstance(new, stop) and _stepped(tuple(old), tuple(new)):
-            raise ValueError(
-                "with_decoupled_decay: a part of the parameters accumulates or skips steps on its own (MultiSteps or "
-                "apply_if_finite inside partition or masked), so that no one step is everybody's. Put the decay inside "
-                "it: optax.MultiSteps(with_decoupled_decay(optax.adam(lr), 0.1, learning_rate=lr), k)."
-            )
+    for old, new in zip(*(_nodes(state, tuple(_SKIPPING)) for state in (before, after)), strict=True):
+        flags += (new.gradient_step > old.gradient_step if isinstance(new, optax.MultiStepsState) else new.last_finite,)
+        inner = _SKIPPING[type(new)]
+        flags += _stepped(getattr(old, inner), getattr(new, inner))
     return flags
 
 
@@ -148,17 +181,8 @@ def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
 
     z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z', with c the weight of this step in the average.
     """
-    olds, news = (
-        [node for node in jax.tree.leaves(state, is_leaf=_is_schedule_free) if _is_schedule_free(node)]
-        for state in (before, after)
-    )
-    if len(news) > 1:
-        raise ValueError(
-            "with_decoupled_decay: the optimizer holds more than one schedule-free part. "
-            "Put the decay inside each: optax.contrib.schedule_free(with_decoupled_decay(optax.sgd(lr), ...), lr)."
-        )
     shares = []
-    for old, new in zip(olds, news, strict=True):
+    for old, new in zip(*(_nodes(state, (contrib.ScheduleFreeState,)) for state in (before, after)), strict=True):
         dtype = compute_dtype(new.weight_sum)
         total, previous, b1 = (jnp.asarray(x, dtype) for x in (new.weight_sum, old.weight_sum, new.b1))
         c = jnp.where(total > 0, (total - previous) / jnp.where(total > 0, total, 1), 0)

@@ -27,7 +27,15 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
         return [True] * len(leaves)
     if isinstance(mask, Rules):
         return mask.booleans(where, leaves)
-    tree = mask(params) if callable(mask) else mask
+    if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
+        raise TypeError(
+            f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "
+            "of 0.0 to decay nothing. Under optax.inject_hyperparams a mask function is taken for a schedule and "
+            "ends up so: give a rule set, mask=only('kernel'), or name it in static_args."
+        )
+    # A tree may be callable too, such as an Equinox module of booleans.
+    is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
+    tree = _called(where, mask, params) if is_function else mask
     flags = {p: _boolean(where, p, flag) for p, flag in _leaves.flatten_with_paths(tree) if not _leaves.is_hole(flag)}
     owners = [next((prefix for prefix in _prefixes(path) if prefix in flags), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)
@@ -35,10 +43,21 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
     if bare:
         raise ValueError(_misfit(where, "it has no entry for", bare))
     holes = {path for path, leaf in leaves if _leaves.is_hole(leaf)}
-    extra = [p for p in flags if p not in owners and holes.isdisjoint(_prefixes(p))]
+    used = set(owners)
+    extra = [p for p in flags if p not in used and holes.isdisjoint(_prefixes(p))]
     if extra:
         raise ValueError(_misfit(where, "these entries of it are no parameters:", extra))
     return [owner is not None and flags[owner] for owner in owners]
+
+
+def _called(where: str, mask: Any, params: PyTree) -> PyTree:
+    try:
+        return mask(params)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"{where}: the mask function failed on params: {error}. It gets the whole tree: write "
+            "lambda params: jax.tree.map(lambda p: p.ndim > 1, params), or mask=only(lambda leaf: leaf.ndim > 1)."
+        ) from error
 
 
 def _prefixes(path: str) -> Iterable[str]:

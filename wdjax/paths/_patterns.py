@@ -124,7 +124,10 @@ def _no_match(pattern: Pattern, leaves: Sequence[Leaf]) -> str:
     paths = [leaf.path for leaf in leaves]
     message = f"the pattern {show((pattern,))} matches no parameter."
     if paths == [""]:
-        return message + " The params are one array and have no paths: give rules the tree, outside optax.flatten."
+        return (
+            f"{message} The params are one array and have no paths. Give rules the tree: outside optax.flatten, and "
+            "under optax.inject_hyperparams the rule set itself, not its method mask."
+        )
     if isinstance(pattern, str):
         names = set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")}
         by_lower = {name.lower(): name for name in sorted(names)}

@@ -1,6 +1,7 @@
 """Rule sets: tables from patterns to values, decided on the leaves of a tree."""
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,14 @@ from ._patterns import Pattern
 
 PyTree = Any
 
-_MISSING: Any = object()
+
+class _Missing(enum.Enum):
+    """A member of an enumeration stays itself under copy and pickle."""
+
+    MISSING = enum.auto()
+
+
+_MISSING: Any = _Missing.MISSING
 _TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 
 
@@ -55,6 +63,11 @@ class Rules:
 
     def booleans(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
         """Each leaf's boolean, for an error in the name of the function `where`."""
+        self.check_booleans(where)
+        return [bool(value) and _leaves.is_decayable(leaf) for value, (_, leaf) in self._paired(where, leaves)]
+
+    def check_booleans(self, where: str) -> None:
+        """Refuses a table of rates or labels as a mask."""
         wrong = [v for v in self._all_values() if not isinstance(v, (bool, np.bool_))]
         if wrong or self.factors:
             raise TypeError(
@@ -62,11 +75,10 @@ class Rules:
                 "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
                 "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
             )
-        return [bool(value) and _leaves.is_decayable(leaf) for value, (_, leaf) in self._paired(where, leaves)]
 
     def rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
         """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules)."""
-        self._check_rates(where)
+        self.check_rates(where)
         return [(0.0,) if value is None else (*self.factors, value) for value, _ in self._paired(where, leaves)]
 
     def decide(
@@ -98,7 +110,7 @@ class Rules:
     def __mul__(self, factor: Any) -> "Rules":
         if isinstance(factor, Rules):
             raise TypeError("by_path: the product of two rule sets is not defined: write one table with the products.")
-        self._check_rates("by_path")
+        self.check_rates("by_path")
         factor = _checks.rate("by_path", "the factor of a table", factor, write=f"0.1 * {_TABLE}")
         return dataclasses.replace(self, factors=(*self.factors, factor))
 
@@ -112,7 +124,8 @@ class Rules:
     def _all_values(self) -> list[Any]:
         return [v for v in (*(value for _, value in self.rules), self.default) if v is not _MISSING]
 
-    def _check_rates(self, where: str) -> None:
+    def check_rates(self, where: str) -> None:
+        """Refuses a table of booleans or labels as a rate."""
         for value in self._all_values():
             if isinstance(value, (bool, np.bool_, str)):
                 raise TypeError(
@@ -131,6 +144,7 @@ class Rules:
         )
 
 
+@_checks.known_arguments
 def by_path(rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = _MISSING) -> Rules:
     """A table from patterns to values; for each parameter the first rule that matches wins.
 
@@ -167,6 +181,7 @@ def by_path(rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: An
     return Rules(tuple(table), default if default is _MISSING else _checked_value(default))
 
 
+@_checks.known_arguments
 def only(*patterns: Pattern) -> Rules:
     """The mask that is True for the parameters that any of the patterns matches, and False for all others.
 
@@ -183,6 +198,7 @@ def only(*patterns: Pattern) -> Rules:
     return Rules(((_patterns.checked("only", patterns), True),), default=False)
 
 
+@_checks.known_arguments
 def all_but(*patterns: Pattern) -> Rules:
     """The mask that is False for the parameters that any of the patterns matches, and True for all others.
 
