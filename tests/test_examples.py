@@ -1,0 +1,41 @@
+"""The examples run from a shell, without a warning, and leave a table and a picture."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+METHODS = ("no decay", "L2 in Adam", "decoupled decay")
+ROWS = {
+    "train_digits": METHODS,
+    "train_digits_nnx": METHODS,
+    "train_digits_pmap": ("pmap", "one device", "Replicas of parameters and optimizer state (8): equal bit by bit."),
+    "high_dimensional_regression": tuple(
+        f"lambda = {lam}, in the {place}" for lam in (0, 3) for place in ("loss", "gradient", "update")
+    ),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("[!_]*.py")} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_example(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "x.png"
+    script = [str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(picture)]
+    # Without the devices that conftest.py emulates: a user has none of them.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    lines = done.stdout.splitlines()
+    for row in ROWS[name]:
+        assert any(line.startswith(row) for line in lines), done.stdout
+    assert picture.stat().st_size > 10_000
+    assert picture.read_bytes().startswith(b"\x89PNG")
