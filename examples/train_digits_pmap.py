@@ -1,0 +1,151 @@
+"""Data-parallel training with `jax.pmap`: decay needs nothing special, and here is the check.
+
+    python examples/train_digits_pmap.py
+
+Every device holds all parameters and a share of each batch. The gradients are averaged over the devices, and then
+every device takes the same AdamW step: the decay acts on parameters that are the same everywhere and needs no
+communication. Two checks end the run, and each raises if it fails: the replicas are equal bit by bit, and they are
+what one device makes of the same whole batches, to rounding.
+
+Uses all GPUs (or TPUs) of the machine. Where there is only a CPU, it plays eight devices.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from _common import COLORS, arguments, digits, group_norms, print_table, save, shuffled_batches
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+from train_digits import MLP
+
+import wdjax
+
+# Adam divides a gradient by its own size, so where it is zero but for rounding, noise of 1e-9 becomes a whole step,
+# and two runs that differ by rounding part. An eps far above that noise (and far below most gradients) stops it.
+# The network helps: GELU is smooth, where rounding at the kink of a ReLU switches a whole gradient on or off.
+EPS = 1e-5
+
+# Of each array's largest entry, at the end. A step rounds by about 1e-7 in float32, and 300 of them add up to 3e-5 if
+# they all err the same way; a lost share of the batch or another weight decay shows as more than 1e-1. (In the first
+# steps the biases, which start at zero, are so small that the same noise is a larger part of them.)
+BOUND = 1e-4
+
+
+def device_count() -> int:
+    """How many devices there are to train on; a CPU becomes eight, unless the user has said how many it is."""
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", 8)  # Counts only if JAX has not used a device yet.
+    return jax.local_device_count()
+
+
+def train_step(state: TrainState, images: jax.Array, labels: jax.Array, axis: str | None) -> tuple[TrainState, Any]:
+    """One step, and the batch's mean loss; with an axis, images and labels are one device's share of the batch."""
+
+    def loss(params: Any) -> jax.Array:
+        logits = state.apply_fn({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    if axis is not None:
+        # Shares are of equal size, so the mean of their means is the mean of the batch.
+        value, grads = jax.lax.pmean((value, grads), axis)
+    return state.apply_gradients(grads=grads), value
+
+
+def first_replica(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x[0]), tree)
+
+
+def replicas_are_equal(tree: Any) -> bool:
+    """Whether each array is the same on all devices, bit by bit (so that NaN equals NaN, and -0 is not 0)."""
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return all(replica.tobytes() == array[0].tobytes() for array in arrays for replica in array)
+
+
+@jax.jit
+def difference(params: Any, others: Any) -> jax.Array:
+    """The largest difference between entries, relative to the largest entry of the array they are in."""
+
+    def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        scale = jnp.maximum(jnp.max(jnp.abs(a)), jnp.finfo(a.dtype).tiny)  # Biases start at zero.
+        return jnp.max(jnp.abs(a - b)) / scale
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, params, others))))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Trains both ways at once, checks, prints, draws, and returns the rows of the table and of the checks."""
+    options = arguments(__doc__, __file__, argv)
+    jax.config.update("jax_default_matmul_precision", "highest")  # GPUs may round products to 10 bits otherwise.
+    count = device_count()
+    share = max(1, 64 // count)
+    data = digits(train_size=5 * count * share)
+    batches = shuffled_batches(len(data.train_labels), count * share, epochs=4 if options.quick else 60)
+
+    model = MLP()
+    params = model.init(jax.random.key(0), data.train_images[:1])["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, len(batches) // 20, len(batches))
+    optimizer = wdjax.adamw(schedule, 1.0, wdjax.only("kernel"), eps=EPS)
+    single = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer).replace(step=jnp.zeros([], jnp.int32))
+    replicated = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), single)
+
+    single_step = jax.jit(lambda state, x, y: train_step(state, x, y, None))
+    replicated_step = jax.pmap(lambda state, x, y: train_step(state, x, y, "devices"), axis_name="devices")
+    losses: dict[str, list[float]] = {"pmap": [], "one device": []}
+    differences = []
+    for batch in tqdm(batches, desc=f"{count} x {jax.devices()[0].device_kind}"):
+        x, y = data.train_images[batch], data.train_labels[batch]
+        single, loss = single_step(single, x, y)
+        replicated, shared_loss = replicated_step(replicated, x.reshape(count, share, -1), y.reshape(count, share))
+        losses["one device"].append(float(loss))
+        losses["pmap"].append(float(shared_loss[0]))
+        differences.append(float(difference(single.params, first_replica(replicated.params))))
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, params in {"pmap": first_replica(replicated.params), "one device": single.params}.items():
+        correct = single.apply_fn({"params": params}, data.test_images).argmax(-1) == data.test_labels
+        rows[name] = {"last loss": losses[name][-1], "test acc": float(correct.mean())}
+        rows[name] |= {f"|{group}|": float(norm) for group, norm in group_norms(params).items()}
+    print_table(rows, list(rows["pmap"]))
+
+    if not replicas_are_equal(replicated):
+        raise AssertionError("the replicas of parameters and optimizer state differ")
+    print(f"\nReplicas of parameters and optimizer state ({count}): equal bit by bit.")
+    difference_at_end = differences[-1]
+    if not difference_at_end < BOUND:
+        raise AssertionError(f"the runs differ by {difference_at_end:.1e} of an array's largest entry: not by rounding")
+    print(f"Difference of the runs after {len(batches)} steps: {difference_at_end:.1e} of an array's largest entry.")
+
+    draw(
+        losses, differences, f"Flax Linen: pmap over {count} and one device, {count * share} images a step", options.out
+    )
+    return rows | {"checks": {"devices": count, "difference": difference_at_end}}
+
+
+def draw(losses: dict[str, list[float]], differences: list[float], title: str, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    steps = range(1, len(differences) + 1)
+    left.semilogy(steps, losses["pmap"], color=COLORS[1], linewidth=5, alpha=0.5, label="pmap")
+    left.semilogy(steps, losses["one device"], color=COLORS[2], linewidth=1.2, label="one device")
+    left.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy of the batch (log scale)")
+    visible = np.where(differences, differences, np.nan)  # A logarithmic axis has no zero.
+    right.semilogy(steps, visible, color=COLORS[0], label="largest of all parameters")
+    right.axhline(BOUND, color=COLORS[1], linestyle="--", label="what the check allows at the end")
+    right.axhline(np.finfo(np.float32).eps, color=COLORS[0], linestyle=":", label="spacing of float32 at 1")
+    right.set(title="Difference between the two", xlabel="step", ylabel="relative to the array's largest entry (log)")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    save(figure, title, path)
+
+
+if __name__ == "__main__":
+    main()
