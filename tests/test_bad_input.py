@@ -245,6 +245,13 @@ def test_what_people_call_it_elsewhere(wrong: str, right: str) -> None:
         wdjax.adamw(**{wrong: 0.1})  # pyright: ignore[reportCallIssue]
 
 
+def test_a_missing_argument() -> None:
+    with pytest.raises(TypeError, match=r"adamw\(\): missing a required argument: 'weight_decay'\. Write adamw\(learn"):
+        wdjax.adamw(1e-3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"sgdw\(\): too many positional arguments\. Write sgdw\(learning_rate, weight"):
+        wdjax.sgdw(0.1, 0.1, None, 0.9)  # pyright: ignore[reportCallIssue]
+
+
 def test_unknown_keywords_of_rules_and_assertions() -> None:
     with pytest.raises(TypeError, match=r"by_path\(\) has no argument 'defualt' .*Did you mean default="):
         wdjax.by_path({"a": 0.1}, defualt=0.0)  # pyright: ignore[reportCallIssue]

@@ -86,8 +86,10 @@ def params_given(where: str, params: Any) -> None:
 
 
 def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Gives an unknown keyword an error that shows the nearest one and the whole call."""
+    """Gives an unknown or missing argument an error that shows the nearest one and the whole call."""
     signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    call = f"{function.__name__}{inspect.Signature(bare)}"
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -96,14 +98,13 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
                 meant = [other for other in _ALSO_CALLED.get(name, ()) if other in signature.parameters]
                 near = meant or difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.6)
                 hint = f" Did you mean {near[0]}=...?" if near else ""
-                takes = signature.replace(return_annotation=inspect.Signature.empty)
-                takes = takes.replace(
-                    parameters=[p.replace(annotation=inspect.Parameter.empty) for p in takes.parameters.values()]
-                )
                 raise TypeError(
-                    f"{function.__name__}() has no argument {name!r} (given {kwargs[name]!r}).{hint} "
-                    f"Write {function.__name__}{takes}."
+                    f"{function.__name__}() has no argument {name!r} (given {kwargs[name]!r}).{hint} Write {call}."
                 )
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}. Write {call}.") from None
         return function(*args, **kwargs)
 
     return checked

@@ -20,6 +20,9 @@ class _Missing(enum.Enum):
 
     MISSING = enum.auto()
 
+    def __repr__(self) -> str:
+        return "..."
+
 
 _MISSING: Any = _Missing.MISSING
 _TABLE = "by_path({'kernel': 0.1}, default=0.0)"
