@@ -112,9 +112,9 @@ class Action:
             key = (dtype, *map(id, factors))
             if key not in scalars:
                 scalars[key] = product(factors, dtype)
-            anchor = None if term.anchor is None else jnp.asarray(term.anchor, dtype)
-            new = rule(jnp.asarray(update, dtype), jnp.asarray(param, dtype), anchor, scalars[key])
-            return new.astype(jnp.result_type(update))
+            anchor = None if term.anchor is None else cast(term.anchor, dtype)
+            new = rule(cast(update, dtype), cast(param, dtype), anchor, scalars[key])
+            return cast(new, jnp.result_type(update))
 
         # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
         with jax.numpy_dtype_promotion("standard"):
@@ -204,6 +204,11 @@ def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:
     return optax.GradientTransformation(action.init, update_fn)
 
 
+def cast(x: Any, dtype: Any) -> jax.Array:
+    """The array in this dtype: itself if it is that already, which traces faster than a conversion that is none."""
+    return x if isinstance(x, jax.Array) and x.dtype == dtype else jnp.asarray(x, dtype)
+
+
 def compute_dtype(*leaves: Any) -> Any:
     """The dtype to compute in: at least float32, float64 if a leaf is, complex if a leaf is."""
     dtypes = [jnp.result_type(leaf) for leaf in leaves]
@@ -251,16 +256,20 @@ def minus(update: jax.Array, rate: Any, pull: jax.Array) -> jax.Array:
     if _is_known(rate):
         return update - rate * pull
     off = rate == 0
-    step = rate * jnp.where(off & ~jnp.isfinite(pull), jnp.zeros_like(pull), pull)
-    return update - jnp.where(off, step - jax.lax.stop_gradient(step), step)
+    step = rate * jax.lax.select_n(off, pull, _finite(pull))
+    return update - jax.lax.select_n(off, step, step - jax.lax.stop_gradient(step))
 
 
 def unless_off(rate: Scalar, off: jax.Array, on: jax.Array) -> jax.Array:
     """`off` where the rate is 0, else `on`, with the derivative of `on` in both."""
     if _is_known(rate):
         return on
-    finite = jnp.where(jnp.isfinite(on), on, jnp.zeros_like(on))
-    return jnp.where(rate == 0, off - (jax.lax.stop_gradient(finite) - finite), on)
+    finite = _finite(on)
+    return jax.lax.select_n(rate == 0, on, off - (jax.lax.stop_gradient(finite) - finite))
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jax.lax.select(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:

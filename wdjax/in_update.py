@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _leaves
-from ._action import Action, DecayState, away, compute_dtype, minus, plus, transformation
+from ._action import Action, DecayState, away, cast, compute_dtype, minus, plus, transformation
 
 PyTree = Any
 
@@ -150,7 +150,7 @@ def _blank(update: Any) -> Any:
 def _add_where_agreed(update: Any, blank: Any, term: Any) -> Any:
     if term is blank:
         return update
-    wide = jnp.asarray(update, term.dtype)
+    wide = cast(update, term.dtype)
     # Of signs, not of values: a product of small numbers underflows to a tie.
-    agrees = jnp.real(jnp.sign(wide) * jnp.conj(jnp.sign(term))) >= 0
-    return (wide + jnp.where(agrees, term, blank)).astype(jnp.result_type(update))
+    agreement = jax.lax.sign(wide) * jnp.conj(jax.lax.sign(term))
+    return cast(wide + jax.lax.select(jnp.real(agreement) >= 0, term, blank), jnp.result_type(update))
