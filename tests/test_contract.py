@@ -531,6 +531,8 @@ def test_a_complex_decay_that_is_off_leaves_the_bits(row: Row) -> None:
 def test_an_anchor_is_needed_only_where_there_is_a_decay() -> None:
     params, updates = make_params(), make_updates()
     part = {"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": None}}
+    with_head = {**params, "head": {"w": jnp.ones(2)}}
+    wdjax.decoupled_decay(RATE, wdjax.only("kernel"), toward={**part, "head": None}).init(with_head)
     for place in (
         wdjax.decoupled_decay(RATE, wdjax.only("kernel"), toward=part),
         wdjax.decoupled_decay(

@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import functools
 import itertools
 import pickle
 import random
@@ -310,6 +311,13 @@ def test_rates_and_masks_are_not_mixed_up() -> None:
         TypeError,
     )
     fails(r"holds 'no_decay'", lambda: wdjax.decoupled_decay(by_path({"**": "no_decay"})).init(PARAMS), TypeError)
+
+
+def test_forgetting_dot_mask_before_optax_is_told() -> None:
+    params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    for optimizer in (optax.adamw(0.1, mask=only("kernel")), optax.masked(optax.sgd(0.1), only("kernel"))):
+        init = functools.partial(optimizer.init, params)
+        fails(r"has no truth value\. Optax takes its method.*mask=rules\.mask", init, TypeError)
 
 
 def test_under_optax_flatten_there_are_no_paths() -> None:

@@ -179,7 +179,7 @@ class Action:
         paths = {path for path, _ in leaves}
         pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if row and not any(_is_zero(f) for _, f in row)]
         missing = [path for path, _ in pulled if _leaves.is_hole(given.get(path))]
-        extra = [path for path in given if path not in paths and not path.startswith(holes)]
+        extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or _leaves.is_hole(a))]
         if missing or extra:
             raise ValueError(
                 f"{self.where}: toward must be a tree like params; it lacks {missing[:5]} and has besides {extra[:5]}. "

@@ -34,8 +34,8 @@ def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
     Args:
         weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
-            `init`, kept in the state.
+        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
+            compiled step); or "init" for the values at `init`, kept in the state.
 
     Returns:
         An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype.

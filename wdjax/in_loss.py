@@ -31,11 +31,11 @@ def l2_penalty(params: PyTree, weight_decay: Any, mask: Any = None, *, toward: P
     Source: Hoerl & Kennard 1970. The same as `add_l2_to_grads`; not the same as `decoupled_decay` in Adam.
 
     Args:
-        params: a tree of parameters; integers, booleans, PRNG keys and None are left out. Not a whole NNX module:
-            its batch statistics are numbers too.
+        params: a tree of parameters; integers, booleans, PRNG keys and None are left out. Of an NNX module
+            give `nnx.state(model, nnx.Param)`: its batch statistics are numbers too.
         weight_decay: a number or 0-d array (traced is fine) >= 0, or a `by_path` table of these.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        toward: None for zero, or a tree like params.
+        toward: None for zero, or a tree like params, which may leave out what does not decay.
 
     Returns:
         A 0-d float32 array (float64 if a parameter is).

@@ -36,8 +36,8 @@ def proximal_step(
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
         learning_rate: the number or schedule that the optimizer has; a schedule is called with this
             transformation's own count of updates, from 0.
-        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
-            `init`, kept in the state.
+        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
+            compiled step); or "init" for the values at `init`, kept in the state.
 
     Returns:
         An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype;

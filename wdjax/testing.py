@@ -130,7 +130,8 @@ def assert_only_decays(
     biases that start at zero, too. It is initialized there, or with `toward` on `params` themselves. The update must
     be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it, for an
     optimizer that computes the update as a difference of weights); after `optax.apply_updates` some bit must have
-    changed. Where `expected` is 0, none may.
+    changed. Where `expected` is 0, none may. It is the first step that is tested: a learning rate that warms up from 0
+    does nothing there, so test the optimizer with a constant one.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
@@ -188,10 +189,13 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: float,
     excess = np.abs(move - wanted) - allowed
     worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
     if np.isnan(excess.flat[worst]) or excess.flat[worst] > 0:
-        return (
-            f"{must}; the update of its element {worst}, which is {old.flat[worst]}, is {move.flat[worst]} and not "
-            f"{wanted.flat[worst]}."
-        )
+        got, want = move.flat[worst], wanted.flat[worst]
+        hint = ""
+        if got == 0:
+            hint = " Is it decayed at all, and is the learning rate of the first step 0?"
+        elif np.real(got * np.conj(want)) < 0:
+            hint = " It grows: is the decay on the wrong side of the learning rate?"
+        return f"{must}; the update of its element {worst}, which is {old.flat[worst]}, is {got} and not {want}.{hint}"
     if np.array_equal(old, _as_float64(after)):
         return f"{must}, and no bit of it changed: so small a step rounds to nothing in {before.dtype}."
     return None

@@ -55,13 +55,14 @@ def with_decoupled_decay(
 
     Args:
         optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
-            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`.
+            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. What decays by
+            itself goes on doing so: `optax.lion` and `optax.adamw` want `weight_decay=0.0`.
         weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
         learning_rate: the same number or schedule that the optimizer got. A schedule is called with the wrapper's own
             count of steps, from 0.
-        toward: None for zero, a tree like params (a constant of the compiled step), or "init" for the values at
-            `init`, kept in the state.
+        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
+            compiled step); or "init" for the values at `init`, kept in the state.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.

@@ -119,6 +119,13 @@ class Rules:
 
     __rmul__ = __mul__
 
+    def __bool__(self) -> bool:
+        # Optax would take the rule set for one leaf that says yes to everything.
+        raise TypeError(
+            f"{self!r} has no truth value. Optax takes its method: optax.adamw(..., mask=rules.mask), "
+            "optax.masked(optimizer, rules.mask)."
+        )
+
     def __repr__(self) -> str:
         table = ", ".join(f"{_patterns.show(patterns)}: {value!r}" for patterns, value in self.rules)
         default = "" if self.default is _MISSING else f", default={self.default!r}"
