@@ -442,6 +442,22 @@ def test_donation_of_params_updates_and_state(row: Row) -> None:
     jax.block_until_ready((state, params))
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if "GroupLasso" not in row.name], ids=lambda row: row.name)
+def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params, updates = ({"w": jax.device_put(jnp.linspace(-1.0, x, 32).reshape(8, 4), sharding)} for x in (1.0, 2.0))
+    optimizer = row.build(RATES["schedule"], toward="init") if row.anchored else row.build(RATES["schedule"])
+    state = optimizer.init(params)
+    compiled = jax.jit(optimizer.update).lower(updates, state, params).compile()
+    for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert name not in compiled.as_text()
+    new, state = compiled(updates, state, params)
+    assert new["w"].sharding.is_equivalent_to(sharding, 2)
+    if row.anchored:
+        assert optax.tree.get(state, "anchor")["w"].sharding.is_equivalent_to(sharding, 2)
+
+
 @every_row
 def test_params_left_out(row: Row) -> None:
     params, updates = make_params(), make_updates()

@@ -1,4 +1,4 @@
-"""The structure that DESIGN promises a reader: imports run one way, and what the docs show runs."""
+"""The structure of the house: imports run one way, docstrings hold their facts, and what README shows runs."""
 
 import ast
 import importlib
