@@ -50,6 +50,10 @@ def expected(row: Row, updates: Any, params: Any, rate: float = RATE, anchor: fl
     return jax.tree.map(lambda u, w: row.oracle(u, w, rate, anchor), float64(updates), float64(params))
 
 
+def expected_by_path(row: Row, updates: Any, params: Any, **rates: float) -> Any:
+    return {"Dense_0": {key: expected(row, updates, params, rate)["Dense_0"][key] for key, rate in rates.items()}}
+
+
 def state_of(row: Row, rate: Any, params: Any, **kwargs: Any) -> Any:
     return row.build(rate, **kwargs).init(params)
 
@@ -197,12 +201,7 @@ def test_rates_by_path_each_with_its_own() -> None:
         rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
         optimizer = row.build(wdjax.by_path(rates))
         new, _ = optimizer.update(updates, optimizer.init(params), params)
-        want = {
-            "Dense_0": {
-                "kernel": expected(row, updates, params, 0.1)["Dense_0"]["kernel"],
-                "bias": expected(row, updates, params, 0.2)["Dense_0"]["bias"],
-            }
-        }
+        want = expected_by_path(row, updates, params, kernel=0.1, bias=0.2)
         chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
@@ -214,12 +213,7 @@ def test_multipliers_by_path_times_a_number_an_array_or_a_schedule() -> None:
             for rate in (base * table, table * base):
                 optimizer = row.build(rate)
                 new, _ = optimizer.update(updates, optimizer.init(params), params)
-                want = {
-                    "Dense_0": {
-                        "kernel": expected(row, updates, params, 0.2)["Dense_0"]["kernel"],
-                        "bias": expected(row, updates, params, 0.05)["Dense_0"]["bias"],
-                    }
-                }
+                want = expected_by_path(row, updates, params, kernel=0.2, bias=0.05)
                 chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
@@ -246,7 +240,9 @@ def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
         for run in (run_eager, run_jit):
             new, _ = run(optimizer, updates, optimizer.init(params), params)
             assert_same_bits(new, updates)
-    for never in (row.build(0.0), row.build(RATE, {"w": False}), row.build(wdjax.by_path({"w": 0}))):
+    # 1e-60 is no zero, but nothing in float32.
+    rates = (0.0, 1e-60, wdjax.by_path({"w": 0}))
+    for never in (*map(row.build, rates), row.build(RATE, {"w": False})):
         tiny = {"w": jnp.full_like(moves, DENORMAL)}
         for grads in (updates, tiny):
             assert_same_bits(run_jit(never, grads, never.init(params), params)[0], grads)
@@ -256,8 +252,8 @@ def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
         return optimizer.update(updates, optimizer.init(params), params)[0]
 
     assert_same_bits(jax.jit(traced)(jnp.array(0.0)), updates)
-    anchored = row.build(jnp.array(0.0), toward="init") if row.anchored else None
-    if anchored is not None:
+    if row.anchored:
+        anchored = row.build(jnp.array(0.0), toward="init")
         assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
 
 

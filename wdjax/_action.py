@@ -112,8 +112,11 @@ class Action:
             key = (dtype, *map(id, factors))
             if key not in scalars:
                 scalars[key] = product(factors, dtype)
+            rate = scalars[key]
+            if _is_known(rate) and rate == 0:  # So small that it is nothing in this dtype.
+                return update
             anchor = None if term.anchor is None else cast(term.anchor, dtype)
-            new = rule(cast(update, dtype), cast(param, dtype), anchor, scalars[key])
+            new = rule(cast(update, dtype), cast(param, dtype), anchor, rate)
             return cast(new, jnp.result_type(update))
 
         # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
@@ -234,7 +237,7 @@ def product(factors: Sequence[Any], dtype: Any) -> Scalar:
 
 
 def _is_known(rate: Scalar) -> bool:
-    # A rate that is known while tracing is not zero: those are off for good, and no rule is asked about them.
+    # A rate that is known while tracing is not zero when a rule gets it: those leaves are off for good.
     return isinstance(rate, np.generic)
 
 

@@ -25,9 +25,6 @@ _ALSO_CALLED = {
     **dict.fromkeys(("anchor", "init", "reference"), ("toward",)),
 }
 
-Scalar = Any  # A Python or NumPy number, or a 0-d array (traced is fine).
-Schedule = Callable[[Any], Any]
-
 
 def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
     """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule; gives numbers back as Python floats.
