@@ -24,6 +24,7 @@ import optax
 from . import _checks, _leaves
 from .paths import Rules
 from .paths._masks import booleans
+from .paths._rules import PerLayer
 
 PyTree = Any
 Rule = Callable[[jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
@@ -43,7 +44,7 @@ class DecayState(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What acts on one parameter: the factors of the rate (floats, 0-d arrays), and the anchor (None for zero)."""
+    """What acts on one parameter: the factors of the rate (for `product`), and the anchor (None for zero)."""
 
     factors: tuple[Any, ...]
     anchor: Any
@@ -72,9 +73,9 @@ class Action:
         }
         object.__setattr__(self, "rates", checked)
         for rules in (rate for rate in checked.values() if isinstance(rate, Rules)):
-            rules.check_rates(self.where)
+            rules._check_rates(self.where)
         if isinstance(self.mask, Rules):
-            self.mask.check_booleans(self.where)
+            self.mask._check_booleans(self.where)
         if isinstance(self.toward, str) and self.toward != "init":
             raise ValueError(
                 f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
@@ -96,7 +97,7 @@ class Action:
         _checks.params_given(self.where, params)
         leaves = _leaves.flatten_with_paths(params)
         terms = self.terms(params, leaves, state)
-        scalars: dict[Any, Any] = {}
+        rates: dict[Any, tuple[Any, int | None]] = {}
 
         def act(update: Any, i: int) -> Any:
             (path, param), term = leaves[i], terms[i]
@@ -110,13 +111,16 @@ class Action:
             dtype = compute_dtype(update, param)
             factors = (*term.factors, *gates)
             key = (dtype, *map(id, factors))
-            if key not in scalars:
-                scalars[key] = product(factors, dtype)
-            rate = scalars[key]
+            if key not in rates:
+                rates[key] = product(factors, dtype)
+            rate, axis = rates[key]
             if _is_known(rate) and rate == 0:  # So small that it is nothing in this dtype.
                 return update
             anchor = None if term.anchor is None else cast(term.anchor, dtype)
-            new = rule(cast(update, dtype), cast(param, dtype), anchor, rate)
+            by_layer = rule
+            if axis is not None:
+                by_layer = jax.vmap(rule, (axis, axis, None if anchor is None else axis, 0), axis)
+            new = by_layer(cast(update, dtype), cast(param, dtype), anchor, rate)
             return cast(new, jnp.result_type(update))
 
         # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
@@ -149,7 +153,9 @@ class Action:
         """Each leaf's named factors, with schedules still unevaluated; None for a leaf that does not decay."""
         columns = []
         for name, rate in self.rates.items():
-            rows = rate.rates(self.where, leaves) if isinstance(rate, Rules) else itertools.repeat((rate,), len(leaves))
+            rows = (
+                rate._rates(self.where, leaves) if isinstance(rate, Rules) else itertools.repeat((rate,), len(leaves))
+            )
             columns.append([[(name, factor) for factor in row] for row in rows])
         chosen = booleans(self.where, self.mask, params, leaves)
         return [
@@ -221,19 +227,32 @@ def compute_dtype(*leaves: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def product(factors: Sequence[Any], dtype: Any) -> Scalar:
-    """The product of Python floats and 0-d arrays, in the real dtype that belongs to `dtype`."""
+def product(factors: Sequence[Any], dtype: Any) -> tuple[Any, int | None]:
+    """The product of Python floats, 0-d arrays and `PerLayer`s, in the real dtype that belongs to `dtype`.
+
+    Returns:
+        The rate, and None; or where a `PerLayer` is among the factors, the rate of each layer, of shape (layers,), and
+        the axis that counts the layers.
+    """
     real = jnp.finfo(dtype).dtype
-    number, arrays = 1.0, []
+    number, arrays, axes = 1.0, [], set()
     for factor in factors:
         if isinstance(factor, float):
             number *= factor
+        elif isinstance(factor, PerLayer):
+            axes.add(factor.axis)
+            arrays.append(jnp.asarray(factor.values, real))
         else:
             arrays.append(jnp.asarray(factor, real))
+    if len(axes) > 1:
+        raise ValueError(
+            f"by_depth: the multipliers of one parameter lie along several axes, {sorted(axes)}. "
+            "Layers are stacked along one: write the product of the factors into one by_depth."
+        )
     result: Any = real.type(number)
     for array in arrays:
         result = result * array
-    return result
+    return result, axes.pop() if axes else None
 
 
 def _is_known(rate: Scalar) -> bool:

@@ -137,7 +137,7 @@ def _walk(
     # The root of a box is not its own leaf, and the key under it ("value") is not part of the path.
     stop = (lambda x: x is not tree and is_stop(x)) if box else is_stop
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
-        path = prefix + tuple(map(_text, keys[1:] if box else keys))
+        path = prefix + tuple(map(key_text, keys[1:] if box else keys))
         if is_stop(node) and not is_hole(node):
             found += _walk(node, path, is_stop, box=True)
         else:
@@ -145,7 +145,8 @@ def _walk(
     return found
 
 
-def _text(key: Any) -> str:
+def key_text(key: Any) -> str:
+    """One segment of a canonical path."""
     match key:
         case DictKey() | FlattenedIndexKey():
             return str(key.key)

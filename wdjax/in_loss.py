@@ -113,6 +113,8 @@ def _penalty(where: str, name: str, params: PyTree, kind: Penalty, rate: Any, ma
         if term is not None:
             wide = _action.compute_dtype(param)
             anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
-            value = kind.value(_action.away(jnp.asarray(param, wide), anchor))
-            total = total + (_action.product(term.factors, wide) * value).astype(dtype)
+            far = _action.away(jnp.asarray(param, wide), anchor)
+            rate, axis = _action.product(term.factors, wide)
+            value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
+            total = total + jnp.sum(rate * value).astype(dtype)
     return total

@@ -15,6 +15,7 @@ import optax
 
 from . import _checks, _leaves
 from ._action import Action, DecayState, compute_dtype
+from .paths._rules import PerLayer
 
 PyTree = Any
 Floats = Any  # Anything that NumPy makes a float64 array of.
@@ -164,8 +165,10 @@ def assert_only_decays(
     for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
         if _leaves.is_hole(before) or jnp.size(before) == 0:
             continue
-        fraction = 0.0 if term is None else float(np.prod([np.float64(factor) for factor in term.factors]))
-        if term is None or fraction == 0:
+        fraction = 1.0
+        for factor in () if term is None else term.factors:
+            fraction = fraction * (factor.along(before.ndim) if isinstance(factor, PerLayer) else np.float64(factor))
+        if term is None or not np.any(fraction):
             fault = _fault_if_touched(before, after)
         else:
             fault = _fault_unless_decayed(before, update, after, fraction, 0.0 if term.anchor is None else term.anchor)
@@ -180,10 +183,11 @@ def _fault_if_touched(before: Any, after: Any) -> str | None:
     return f"must stay bit-identical under zero gradients, and one step moved it: from {old.flat[0]} to {new.flat[0]}."
 
 
-def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: float, anchor: Any) -> str | None:
+def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, anchor: Any) -> str | None:
     old, move, to = (_as_float64(x) for x in (before, update, anchor))
     wanted = -fraction * (old - to)
-    must = f"must lose {fraction:g} of its distance to the anchor in one step"
+    shown = ", ".join(f"{one:g}" for one in np.ravel(fraction))
+    must = f"must lose {shown} of its distance to the anchor in one step"
     allowed = 4 * float(jnp.finfo(update.dtype).eps) * np.abs(wanted)
     allowed += 2 * float(jnp.finfo(compute_dtype(before)).eps) * np.abs(old)
     excess = np.abs(move - wanted) - allowed

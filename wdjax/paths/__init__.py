@@ -20,7 +20,11 @@ no rule covers are errors: a typo in a pattern stops the program before the firs
 
 from .._leaves import Leaf as Leaf
 from .._leaves import canonical_paths as canonical_paths
+from ._modules import register_layer as register_layer
 from ._rules import Rules as Rules
-from ._rules import all_but as all_but
-from ._rules import by_path as by_path
-from ._rules import only as only
+from ._scales import by_depth as by_depth
+from ._scales import by_width as by_width
+from ._standard import weights_only as weights_only
+from ._tables import all_but as all_but
+from ._tables import by_path as by_path
+from ._tables import only as only

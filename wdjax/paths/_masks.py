@@ -26,7 +26,7 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
     if mask is None or not leaves:
         return [True] * len(leaves)
     if isinstance(mask, Rules):
-        return mask.booleans(where, leaves)
+        return mask._booleans(where, leaves)
     if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
         raise TypeError(
             f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "

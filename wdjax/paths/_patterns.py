@@ -1,67 +1,157 @@
 """The pattern language: what one pattern matches, and what to say of one that matches nothing."""
 
+import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._leaves import Leaf
+from ._rules import Rules, Tree
 
-Pattern = str | re.Pattern[str] | Callable[[Leaf], bool] | tuple[Any, ...]
+
+@dataclasses.dataclass(frozen=True)
+class Regex:
+    """A text that is read as another language than shell patterns, and what a path must match as a whole."""
+
+    text: str
+    syntax: str
+    whole: re.Pattern[str]
+
+
+Pattern = str | re.Pattern[str] | Regex | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
 
 BELOW = r"(?:/|\Z)"  # A match of an inner node takes all that is below it.
+SYNTAXES = ("shell", "regex", "search", "contains")
 
 
-def checked(where: str, pattern: Any) -> tuple[Pattern, ...]:
+def checked(where: str, pattern: Any, syntax: str = "shell") -> tuple[Pattern, ...]:
     """The patterns of one rule as a tuple; refuses what is no pattern, in the name of the function `where`."""
+    if syntax not in SYNTAXES:
+        raise ValueError(f"{where}: syntax must be one of {', '.join(map(repr, SYNTAXES))}, got {syntax!r}.")
     patterns = pattern if isinstance(pattern, tuple) else (pattern,)
     if not patterns:
         raise ValueError(f"{where}: no pattern was given. Write {where}('kernel').")
-    for one in patterns:
-        if isinstance(one, str):
-            compiled(one)
-        elif not isinstance(one, re.Pattern) and (not callable(one) or isinstance(one, type)):
-            raise TypeError(
-                f"{where}: a pattern is a text, a compiled regular expression or a function of a Leaf, got {one!r}. "
-                "Write several patterns as separate arguments, only('kernel', 'embedding'), or as a tuple in a table."
-            )
-    return patterns
+    return tuple(_checked_one(where, one, syntax) for one in patterns)
 
 
-def matching(where: str, pattern: Pattern, leaves: Sequence[Leaf]) -> set[int]:
-    """The indices of the leaves that a pattern matches.
+def _checked_one(where: str, pattern: Any, syntax: str) -> Pattern:
+    if isinstance(pattern, str):
+        if syntax == "shell":
+            compiled(pattern)
+            return pattern
+        return Regex(pattern, syntax, _whole(where, pattern, syntax))
+    if isinstance(pattern, Rules):
+        pattern._check_booleans(where)
+        return pattern
+    if not isinstance(pattern, (re.Pattern, Regex)) and (not callable(pattern) or isinstance(pattern, type)):
+        raise TypeError(
+            f"{where}: a pattern is a text, a compiled regular expression, a function of a Leaf or a mask such as "
+            f"weights_only(), got {pattern!r}. "
+            "Write several patterns as separate arguments, only('kernel', 'embedding'), or as a tuple in a table."
+        )
+    return pattern  # pyright: ignore[reportReturnType]
+
+
+def matching(tree: Tree, pattern: Pattern, asked: Sequence[int], left: Sequence[int]) -> set[int]:
+    """The indices among `asked` of the leaves that a pattern matches; a rule set is asked of those in `left` only.
 
     Raises:
-        ValueError: if it matches none. A hole has a path but no shape, so a predicate that matches nothing is let
-            pass where there are holes: what it is for may be hidden.
+        ValueError: if it matches none. A hole has a path but no shape, so a pattern that looks at more than the path
+            and matches nothing is let pass where there are holes: what it is for may be hidden.
     """
-    matches = _matcher(where, pattern)
-    found = {i for i, leaf in enumerate(leaves) if matches(leaf)}
-    is_predicate = not isinstance(pattern, (str, re.Pattern))
-    if not found and not (is_predicate and any(leaf.dtype is None for leaf in leaves)):
-        raise ValueError(f"{where}: {_no_match(pattern, leaves)}")
+    if not asked:
+        return set()
+    by_text = isinstance(pattern, (str, re.Pattern, Regex))
+    if isinstance(pattern, Rules):
+        found = {i for i, answer in pattern._answers(tree, left).items() if answer.value} if left else set()
+        if not left:
+            return found
+    else:
+        matches = _matcher(tree.where, pattern)
+        found = {i for i in asked if matches(tree.leaves[i])}
+    if not found and (by_text or all(tree.leaves[i].dtype is not None for i in asked)):
+        raise ValueError(f"{tree.where}: {_no_match(pattern, [tree.leaves[i] for i in asked])}")
     return found
 
 
 def show(patterns: tuple[Pattern, ...]) -> str:
     """The patterns of one rule as a person wrote them."""
-    shown = [
-        repr(p)
-        if isinstance(p, str)
-        else f"re.compile({p.pattern!r})"
-        if isinstance(p, re.Pattern)
-        else getattr(p, "__qualname__", repr(p))
-        for p in patterns
-    ]
+    shown = [_show(pattern) for pattern in patterns]
     return shown[0] if len(shown) == 1 else f"({', '.join(shown)})"
 
 
+def _show(pattern: Pattern) -> str:
+    if isinstance(pattern, (str, Rules)):
+        return repr(pattern)
+    if isinstance(pattern, Regex):
+        return repr(pattern.text)
+    if isinstance(pattern, re.Pattern):
+        return f"re.compile({pattern.pattern!r})"
+    return getattr(pattern, "__qualname__", repr(pattern))
+
+
+def plain(patterns: tuple[Pattern, ...]) -> Any:
+    """The patterns of one rule as JSON and TOML know them: a text, {language: text}, a rule set, or a list of these.
+
+    Raises:
+        TypeError: for a function.
+    """
+    written = [_plain(pattern) for pattern in patterns]
+    return written[0] if len(written) == 1 else written
+
+
+def _plain(pattern: Pattern) -> Any:
+    if isinstance(pattern, str):
+        return pattern
+    if isinstance(pattern, Rules):
+        return pattern.to_dict()
+    if isinstance(pattern, Regex):
+        return {pattern.syntax: pattern.text}
+    if isinstance(pattern, re.Pattern):
+        flags = "".join(letter for letter in "aimsx" if pattern.flags & getattr(re, letter.upper()))
+        return {"regex": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
+    raise TypeError(
+        f"Rules.to_dict: the function {_show(pattern)} can't be written into a file. Name the parameters by path."
+    )
+
+
+def from_plain(written: Any) -> Any:
+    """The pattern that `plain` wrote."""
+    if isinstance(written, (list, tuple)):
+        return tuple(map(from_plain, written))
+    if isinstance(written, Mapping):
+        (syntax, text), *more = written.items()
+        if syntax in SYNTAXES and not more:
+            return checked("Rules.from_dict", text, syntax)[0]
+        return Rules.from_dict(written)
+    return written
+
+
+def _whole(where: str, text: str, syntax: str) -> re.Pattern[str]:
+    if syntax == "contains":
+        if not text:
+            raise ValueError(
+                f"{where}: an empty text is contained in every path. Write the piece of a path to look for."
+            )
+        return re.compile(f".*{re.escape(text.replace('.', '/'))}.*", re.DOTALL)
+    try:
+        found = re.compile(text)
+        if syntax == "regex":
+            return found
+        flags = re.match(r"(\(\?[aiLmsux]+\))?", text)
+        prefix = flags.group() if flags else ""
+        return re.compile(f"{prefix}(?s:.*)(?:{text.removeprefix(prefix)})(?s:.*)")
+    except re.error as error:
+        raise ValueError(f"{where}: the regular expression {text!r} is malformed: {error}.") from error
+
+
 @functools.lru_cache(maxsize=4096)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A text pattern as a regular expression to `search` a canonical path with."""
+def compiled(pattern: str, star: str = "[^/]*") -> re.Pattern[str]:
+    """A text pattern as a regular expression to `search` a canonical path with; `star` is what a "*" stands for."""
     segments = pattern.split("/")
     if not all(segments):
         raise ValueError(
@@ -73,21 +163,21 @@ def compiled(pattern: str) -> re.Pattern[str]:
     if pattern == "**":
         return re.compile("")
     start = r"\A" if len(segments) > 1 else r"(?:\A|/)"
-    body = "".join("(?:[^/]*/)*" if segment == "**" else _segment(segment) + "/" for segment in segments[:-1])
-    end = "" if segments[-1] == "**" else _segment(segments[-1]) + BELOW
+    body = "".join("(?:[^/]*/)*" if segment == "**" else _segment(segment, star) + "/" for segment in segments[:-1])
+    end = "" if segments[-1] == "**" else _segment(segments[-1], star) + BELOW
     try:
         return re.compile(start + body + end)
     except re.error as error:
         raise ValueError(f"by_path: the pattern {pattern!r} is malformed: {error}.") from error
 
 
-def _segment(pattern: str) -> str:
+def _segment(pattern: str, star: str) -> str:
     """One segment of a shell pattern as a regular expression, as `fnmatch` reads it but never crossing a "/"."""
     out, i = "", 0
     while i < len(pattern):
         char, i = pattern[i], i + 1
         if char == "*":
-            out += "[^/]*"
+            out += star
         elif char == "?":
             out += "[^/]"
         elif char == "[" and (end := pattern.find("]", i + 1 + pattern.startswith("!", i))) >= 0:
@@ -104,8 +194,8 @@ def _matcher(where: str, pattern: Pattern) -> Callable[[Leaf], bool]:
     if isinstance(pattern, str):
         found = compiled(pattern).search
         return lambda leaf: found(leaf.path) is not None
-    if isinstance(pattern, re.Pattern):
-        whole = pattern.fullmatch
+    if isinstance(pattern, (re.Pattern, Regex)):
+        whole = (pattern.whole if isinstance(pattern, Regex) else pattern).fullmatch
         return lambda leaf: whole(leaf.path) is not None
 
     def predicate(leaf: Leaf) -> bool:
@@ -129,16 +219,9 @@ def _no_match(pattern: Pattern, leaves: Sequence[Leaf]) -> str:
             "under optax.inject_hyperparams the rule set itself, not its method mask."
         )
     if isinstance(pattern, str):
-        names = set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")}
-        by_lower = {name.lower(): name for name in sorted(names)}
-        near = difflib.get_close_matches(pattern.lower(), by_lower, n=1, cutoff=0.6)
-        if near:
-            name = by_lower[near[0]]
-            count = sum(name == path or name in path.split("/") for path in paths)
-            message += f" Did you mean {name!r}? It matches {count} parameter{'s' * (count != 1)}."
-    text = pattern if isinstance(pattern, str) else getattr(pattern, "pattern", "")
-    nearest = difflib.get_close_matches(text, paths, n=3, cutoff=0.0)
-    message += f" The nearest of {len(paths)} paths: {', '.join(map(repr, nearest))}."
+        message += _near_names(pattern, paths)
+    text = pattern if isinstance(pattern, str) else getattr(pattern, "text", getattr(pattern, "pattern", ""))
+    message += f" The nearest of {len(paths)} paths: {nearest(text, paths)}."
     hidden = sum(leaf.dtype is None for leaf in leaves)
     if hidden:
         message += (
@@ -146,3 +229,38 @@ def _no_match(pattern: Pattern, leaves: Sequence[Leaf]) -> str:
             "build the tree on all parameters first: mask=rules.mask(params)."
         )
     return message
+
+
+def nearest(text: str, paths: Sequence[str]) -> str:
+    """The three paths that are nearest to a text."""
+    return ", ".join(map(repr, difflib.get_close_matches(text, paths, n=3, cutoff=0.0)))
+
+
+def _near_names(pattern: str, paths: Sequence[str]) -> str:
+    """The name that is nearest to a pattern, and the name that it is only a part of."""
+    names = sorted(set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")})
+    by_lower = {name.lower(): name for name in reversed(names)}
+    hint = ""
+    near = difflib.get_close_matches(pattern.lower(), by_lower, n=1, cutoff=0.6)
+    if near:
+        name = by_lower[near[0]]
+        numbered = re.sub(r"\d+", "*", name)
+        counts = {text: _count(text, paths) for text in (name, numbered)}
+        # All the numbered siblings are meant, unless a number was written.
+        if counts[numbered] > counts[name] and not re.search(r"\d", pattern):
+            name = numbered
+        hint += f" Did you mean {name!r}? It matches {counts[name]} parameter{'s' * (counts[name] != 1)}."
+    whole = next((name for name in names if pattern.lower() in name.lower()), None)
+    if whole and "/" not in pattern and len(pattern) > 1:
+        start = whole.lower().index(pattern.lower())
+        wider = f"*{whole[start : start + len(pattern)]}*"
+        hint += (
+            f" {pattern!r} is a part of {whole!r}, but a pattern is compared with whole names: {wider!r} matches "
+            f"{_count(wider, paths)}."
+        )
+    return hint
+
+
+def _count(pattern: str, paths: Sequence[str]) -> int:
+    found = compiled(pattern).search
+    return sum(found(path) is not None for path in paths)

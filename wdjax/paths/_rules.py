@@ -1,49 +1,84 @@
-"""Rule sets: tables from patterns to values, decided on the leaves of a tree."""
+"""What every rule set is: a decision for each parameter, times factors, read as a mask, as rates or as labels."""
 
+import abc
 import dataclasses
-import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from .. import _checks, _leaves
-from . import _patterns
-from ._patterns import Pattern
+from .._leaves import Leaf
 
 PyTree = Any
+TABLE = "by_path({'kernel': 0.1}, default=0.0)"
+_KINDS: dict[str, type["Rules"]] = {}
 
 
-class _Missing(enum.Enum):
-    """A member of an enumeration stays itself under copy and pickle."""
+class Decision(NamedTuple):
+    """What a rule set says of one parameter.
 
-    MISSING = enum.auto()
+    Attributes:
+        value: a boolean, a rate or multiplier, a schedule, a `PerLayer`, or a label.
+        rule: the rule that decided, as it is written.
+        reason: why it applies, in a few words.
+        factors: what else multiplies the value.
+    """
 
-    def __repr__(self) -> str:
-        return "..."
+    value: Any
+    rule: str
+    reason: str = ""
+    factors: tuple[Any, ...] = ()
 
 
-_MISSING: Any = _Missing.MISSING
-_TABLE = "by_path({'kernel': 0.1}, default=0.0)"
+class PerLayer(NamedTuple):
+    """A multiplier for each layer of a stacked parameter: `values[i]` for index i of axis `axis`."""
+
+    values: tuple[float, ...]
+    axis: int
+
+    def along(self, ndim: int) -> np.ndarray:
+        """The multipliers as an array that broadcasts against a parameter of this rank."""
+        shape = [1] * ndim
+        shape[self.axis] = len(self.values)
+        return np.array(self.values).reshape(shape)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Rules:
-    """An ordered table from patterns to values; made by `by_path`, `only` and `all_but`.
+class Tree(NamedTuple):
+    """The parameters that a rule set is asked about.
+
+    Attributes:
+        where: the function to name in an error.
+        leaves: all of them, holes too.
+        required: the indices of those for which no answer is an error.
+    """
+
+    where: str
+    leaves: list[Leaf]
+    required: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Rules(abc.ABC):
+    """Who decays and how strongly: made by `by_path`, `only`, `all_but`, `weights_only`, `by_depth` and `by_width`.
 
     It is an object and no function, so nothing takes it for a schedule. Give it to wdjax as it is; give its method
     `mask` to the `mask=` arguments of Optax, and its method `values` to `optax.partition`.
 
-    A table of multipliers becomes a table of rates by `rate * rules`, where the rate is a number, a 0-d array or a
-    schedule: `schedule * by_path({"embedding": 0.1, "kernel": 1.0}, default=0.0)`.
+    Multipliers become rates by `rate * rules`, where the rate is a number, a 0-d array, a schedule or another rule set
+    of multipliers: `schedule * by_path({"embedding": 0.1}, default=1.0)`, `0.1 * by_depth("Block_*", 0.75)`.
     """
 
-    rules: tuple[tuple[tuple[Pattern, ...], Any], ...]
-    default: Any = _MISSING
     factors: tuple[Any, ...] = ()
 
+    kind: ClassVar[str]  # The public function that makes it.
     __array_ufunc__ = None  # Leaves `numpy_scalar * rules` to `__rmul__`.
+
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind = kind
+        _KINDS[kind] = cls
 
     def mask(self, params: PyTree) -> PyTree:
         """The tree of booleans for `params`; integers, booleans and keys are never decayed and get False.
@@ -53,68 +88,58 @@ class Rules:
             ValueError: if a rule matches nothing or never decides, or a parameter is not covered.
         """
         leaves = _leaves.flatten_with_paths(params)
-        return _like(params, leaves, self.booleans("Rules.mask", leaves))
+        return _like(params, leaves, self._booleans("Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
-        """The tree of each leaf's value as it stands in the table: labels, booleans, rates, multipliers, schedules.
+        """The tree of each leaf's value: labels, booleans, rates, multipliers, schedules.
+
+        What multiplies the rules multiplies the values. The multipliers of a stacked parameter are an array that
+        broadcasts against it.
 
         Raises:
             ValueError: if a rule matches nothing or never decides, or a leaf (of any dtype) is not covered.
         """
         leaves = _leaves.flatten_with_paths(params)
-        return _like(params, leaves, self.decide("Rules.values", leaves, lambda leaf: not _leaves.is_hole(leaf)))
+        decisions = self._decisions("Rules.values", leaves, lambda leaf: not _leaves.is_hole(leaf))
+        return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(decisions, leaves, strict=True)])
 
-    def booleans(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-        """Each leaf's boolean, for an error in the name of the function `where`."""
-        self.check_booleans(where)
-        return [bool(value) and _leaves.is_decayable(leaf) for value, (_, leaf) in self._paired(where, leaves)]
+    def to_dict(self) -> dict[str, Any]:
+        """The rules in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker.
 
-    def check_booleans(self, where: str) -> None:
-        """Refuses a table of rates or labels as a mask."""
-        wrong = [v for v in self._all_values() if not isinstance(v, (bool, np.bool_))]
-        if wrong or self.factors:
-            raise TypeError(
-                f"{where}: a mask says True or False, and {self!r} holds {wrong[0] if wrong else 'rates'!r}. "
-                "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
-                "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
-            )
-
-    def rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-        """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules)."""
-        self.check_rates(where)
-        return [(0.0,) if value is None else (*self.factors, value) for value, _ in self._paired(where, leaves)]
-
-    def decide(
-        self, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = _leaves.is_decayable
-    ) -> list[Any]:
-        """Each leaf's value in the table; None for a leaf that no rule covers and `covers` does not ask for.
-
-        A hole counts as matched, so that a rule set for the whole model also serves inside `optax.masked` or
-        `optax.partition`, where a part of the model is hidden.
+        Raises:
+            TypeError: if they hold a function: a predicate or a schedule.
         """
-        if not leaves:
-            return []
-        described = [_leaves.describe(path, leaf) for path, leaf in leaves]
-        deciders: list[int | None] = [None] * len(leaves)
-        for number, (patterns, _) in enumerate(self.rules):
-            matched = set().union(*(_patterns.matching(where, pattern, described) for pattern in patterns))
-            undecided = [i for i in matched if deciders[i] is None]
-            if matched and not undecided:
-                raise ValueError(f"{where}: {self._shadowed(number, {deciders[i] for i in matched})}")
-            for i in undecided:
-                deciders[i] = number
-        if self.default is _MISSING:
-            bare = [path for n, (path, leaf) in zip(deciders, leaves, strict=True) if n is None and covers(leaf)]
-            if bare:
-                raise ValueError(f"{where}: {_uncovered(bare)}")
-        default = None if self.default is _MISSING else self.default
-        return [default if number is None else self.rules[number][1] for number in deciders]
+        written = {self.kind: self._arguments()}
+        return {**written, "times": [plain(factor) for factor in self.factors]} if self.factors else written
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Rules":
+        """The rules that `to_dict` wrote, or that a person wrote like it into a configuration file.
+
+        Raises:
+            TypeError, ValueError: if `data` is nothing that `to_dict` writes.
+        """
+        kinds = [kind for kind in _KINDS if isinstance(data, Mapping) and kind in data]
+        if len(kinds) != 1 or set(data) - {kinds[0], "times"}:
+            raise ValueError(
+                f"Rules.from_dict: one of the keys {', '.join(map(repr, _KINDS))} was expected, and perhaps 'times', "
+                f"got {list(data) if isinstance(data, Mapping) else data!r}. "
+                "Write {'by_path': {'rules': [{'match': 'bias', 'value': 0.0}], 'default': 0.1}}."
+            )
+        try:
+            rules = _KINDS[kinds[0]]._from_arguments(dict(data[kinds[0]]))
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"Rules.from_dict: {kinds[0]} lacks {error} in {dict(data)!r}.") from error
+        for factor in data.get("times", ()):
+            rules = rules * from_plain(factor)
+        return rules
 
     def __mul__(self, factor: Any) -> "Rules":
+        self._check_rates("by_path")
         if isinstance(factor, Rules):
-            raise TypeError("by_path: the product of two rule sets is not defined: write one table with the products.")
-        self.check_rates("by_path")
-        factor = _checks.rate("by_path", "the factor of a table", factor, write=f"0.1 * {_TABLE}")
+            factor._check_rates("by_path")
+        else:
+            factor = _checks.rate("by_path", "the factor of a table", factor, write=f"0.1 * {TABLE}")
         return dataclasses.replace(self, factors=(*self.factors, factor))
 
     __rmul__ = __mul__
@@ -127,119 +152,134 @@ class Rules:
         )
 
     def __repr__(self) -> str:
-        table = ", ".join(f"{_patterns.show(patterns)}: {value!r}" for patterns, value in self.rules)
-        default = "" if self.default is _MISSING else f", default={self.default!r}"
-        return "".join(f"{factor!r} * " for factor in self.factors) + f"by_path({{{table}}}{default})"
+        return "".join(f"{factor!r} * " for factor in self.factors) + self._written()
 
-    def _all_values(self) -> list[Any]:
-        return [v for v in (*(value for _, value in self.rules), self.default) if v is not _MISSING]
+    def _booleans(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
+        """Each leaf's boolean, for an error in the name of the function `where`."""
+        self._check_booleans(where)
+        pairs = zip(self._decisions(where, leaves), leaves, strict=True)
+        return [decision is not None and bool(decision.value) and _leaves.is_decayable(x) for decision, (_, x) in pairs]
 
-    def check_rates(self, where: str) -> None:
-        """Refuses a table of booleans or labels as a rate."""
-        for value in self._all_values():
+    def _rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
+        """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
+        self._check_rates(where)
+        return [(0.0,) if d is None else (*d.factors, d.value) for d in self._decisions(where, leaves)]
+
+    def _decisions(
+        self, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = _leaves.is_decayable
+    ) -> list[Decision | None]:
+        """The decision on each leaf; None for one that no rule covers and `covers` does not ask for."""
+        if not leaves:
+            return []
+        required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
+        tree = Tree(where, [_leaves.describe(path, leaf) for path, leaf in leaves], required)
+        answers = self._answers(tree, range(len(leaves)))
+        return [answers.get(i) for i in range(len(leaves))]
+
+    def _answers(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        """The decisions with the factors of these rules in them; a leaf that no rule covers is left out."""
+        decided = self._decide(tree, asked)
+        for factor in reversed(self.factors):
+            if isinstance(factor, Rules):
+                more = factor._answers(tree, asked)
+                decided = {i: _times(more[i], d) if i in more else d for i, d in decided.items()}
+            else:
+                decided = {i: d._replace(factors=(factor, *d.factors)) for i, d in decided.items()}
+        return decided
+
+    def _check_booleans(self, where: str) -> None:
+        """Refuses rates or labels as a mask."""
+        wrong = [v for v in self._values() if not isinstance(v, (bool, np.bool_))]
+        if wrong or self.factors:
+            raise TypeError(
+                f"{where}: a mask says True or False, and {self!r} holds {wrong[0] if wrong else 'rates'!r}. "
+                "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
+                "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
+            )
+
+    def _check_rates(self, where: str) -> None:
+        """Refuses booleans or labels as rates."""
+        for value in self._values():
             if isinstance(value, (bool, np.bool_, str)):
                 raise TypeError(
                     f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {self!r} holds {value!r}. "
-                    f"Write {_TABLE}; a table of booleans is a mask."
+                    f"Write {TABLE}; a table of booleans is a mask."
                 )
 
-    def _paired(self, where: str, leaves: Sequence[tuple[str, Any]]) -> Iterable[tuple[Any, tuple[str, Any]]]:
-        return zip(self.decide(where, leaves), leaves, strict=True)
+    @abc.abstractmethod
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        """The decisions on the leaves of these indices; a leaf that no rule covers is left out.
 
-    def _shadowed(self, number: int, deciders: set[int | None]) -> str:
-        earlier = [_patterns.show(self.rules[i][0]) for i in sorted(i for i in deciders if i is not None)]
-        return (
-            f"the rule {_patterns.show(self.rules[number][0])} never decides: every parameter that it matches is taken "
-            f"by {' or '.join(earlier)} before it. The first match wins: put the narrower rule first, or drop this one."
-        )
+        Raises:
+            ValueError: if it can't decide on one that is required, or a rule of its own is no use.
+        """
 
+    @abc.abstractmethod
+    def _values(self) -> list[Any]:
+        """Every value that a decision may have, to tell masks from rates."""
 
-@_checks.known_arguments
-def by_path(rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = _MISSING) -> Rules:
-    """A table from patterns to values; for each parameter the first rule that matches wins.
+    @abc.abstractmethod
+    def _written(self) -> str:
+        """The call that makes it, without its factors."""
 
-    Args:
-        rules: a dictionary, or a list of pairs (pattern, value); the order counts. For patterns see `wdjax.paths`.
-            Values: booleans for a mask; finite numbers >= 0, 0-d arrays or schedules for rates; text for labels.
-        default: the value of parameters that no rule matches. Without one they are an error.
+    @abc.abstractmethod
+    def _arguments(self) -> dict[str, Any]:
+        """Its arguments, without its factors, in plain dictionaries, lists, texts, numbers and booleans."""
 
-    Returns:
-        `Rules`, to give as the mask or as the rate of any wdjax function.
-
-    Raises:
-        TypeError: if a pattern or a value is of a kind that has no meaning here.
-        ValueError: if a pattern is malformed, or a rate is negative, NaN, infinite or not a scalar. At `init` and
-            `update`: if a rule matches no parameter or never decides, or a parameter is not covered.
-
-    Example:
-
-        >>> import jax.numpy as jnp, wdjax
-        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> rules = wdjax.by_path({"bias": 0.0, "Dense_*": 0.1})
-        >>> rules.values(params)
-        {'Dense_0': {'bias': 0.0, 'kernel': 0.1}}
-    """
-    table = []
-    if isinstance(rules, str):
-        raise TypeError(f"by_path: the rules are a table, got the text {rules!r}. Write only({rules!r}), or {_TABLE}.")
-    for pair in rules.items() if isinstance(rules, Mapping) else rules:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"by_path: a rule is a pair (pattern, value), got {pair!r}. Write {_TABLE}.")
-        table.append((_patterns.checked("by_path", pair[0]), _checked_value(pair[1])))
-    if not table and default is _MISSING:
-        raise ValueError(f"by_path: no rules and no default were given. Write {_TABLE}.")
-    return Rules(tuple(table), default if default is _MISSING else _checked_value(default))
+    @classmethod
+    @abc.abstractmethod
+    def _from_arguments(cls, arguments: dict[str, Any]) -> "Rules":
+        """What `_arguments` was written from."""
 
 
-@_checks.known_arguments
-def only(*patterns: Pattern) -> Rules:
-    """The mask that is True for the parameters that any of the patterns matches, and False for all others.
+def plain(value: Any) -> Any:
+    """A value of a rule set as JSON and TOML know it.
 
     Raises:
-        TypeError, ValueError: as `by_path`; each pattern must match at least one parameter.
-
-    Example:
-
-        >>> import jax.numpy as jnp, wdjax
-        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> wdjax.only("kernel").mask(params)
-        {'Dense_0': {'bias': False, 'kernel': True}}
+        TypeError: for a schedule or a traced rate.
     """
-    return Rules(((_patterns.checked("only", patterns), True),), default=False)
-
-
-@_checks.known_arguments
-def all_but(*patterns: Pattern) -> Rules:
-    """The mask that is False for the parameters that any of the patterns matches, and True for all others.
-
-    Raises:
-        TypeError, ValueError: as `by_path`; each pattern must match at least one parameter.
-
-    Example:
-
-        >>> import jax.numpy as jnp, wdjax
-        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> wdjax.all_but("bias").mask(params)
-        {'Dense_0': {'bias': False, 'kernel': True}}
-    """
-    return Rules(((_patterns.checked("all_but", patterns), False),), default=True)
-
-
-def _checked_value(value: Any) -> Any:
-    if isinstance(value, (bool, np.bool_, str)):
+    if isinstance(value, Rules):
+        return value.to_dict()
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, str):
         return value
-    return _checks.rate("by_path", "a value of the table", value, write=_TABLE)
+    if callable(value) or isinstance(value, Tracer):
+        raise TypeError(
+            f"Rules.to_dict: {value!r} can't be written into a file. Write the table with multipliers, and multiply "
+            "it in code: weight_decay=schedule * rules."
+        )
+    return float(value)
+
+
+def from_plain(value: Any) -> Any:
+    """The value that `plain` wrote."""
+    return Rules.from_dict(value) if isinstance(value, Mapping) else value
+
+
+def _times(first: Decision, second: Decision) -> Decision:
+    reason = "; ".join(reason for reason in (first.reason, second.reason) if reason)
+    factors = (*first.factors, first.value, *second.factors)
+    return Decision(second.value, f"{first.rule} × {second.rule}", reason, factors)
+
+
+def _product(decision: Decision | None, leaf: Any) -> Any:
+    """The value of a decision times its factors, as a person would write the product."""
+    if decision is None:
+        return None
+    parts = (*decision.factors, decision.value)
+    if len(parts) == 1 and not isinstance(decision.value, PerLayer):
+        return decision.value
+    if any(callable(part) for part in parts):
+        return lambda step: _product(
+            Decision(1.0, "", "", tuple(part(step) if callable(part) else part for part in parts)), leaf
+        )
+    result: Any = 1.0
+    for part in parts:
+        result = result * (part.along(leaf.ndim) if isinstance(part, PerLayer) else part)
+    return result
 
 
 def _like(params: PyTree, leaves: Sequence[tuple[str, Any]], values: Sequence[Any]) -> PyTree:
     filled = [leaf if _leaves.is_hole(leaf) else value for (_, leaf), value in zip(leaves, values, strict=True)]
     return jax.tree.unflatten(_leaves.structure(params), filled)
-
-
-def _uncovered(paths: list[str]) -> str:
-    name = paths[0].rpartition("/")[2]
-    more = f" (and {len(paths) - 1} more: {', '.join(map(repr, paths[1:4]))})" if len(paths) > 1 else ""
-    return (
-        f"no rule covers the parameter {paths[0]!r}{more}. "
-        f"Add a rule, such as {{{name!r}: ...}}, or a value for all the rest: by_path({{...}}, default=...)."
-    )

@@ -1,0 +1,192 @@
+"""Low-rank factors: decay the matrix that they make, not the factors.
+
+A LoRA layer adds a product of two thin factors to a frozen weight, W = W0 + scale * A @ B, and only A and B are
+trained. Weight decay asks here which matrix is to be small:
+
+- **the factors** (`decoupled_decay` on A and B): with zero gradient A @ B is multiplied by
+  (1 - learning_rate * weight_decay)^2 each step, so W goes to W0, not to zero. Beside a loss it is more than that. The
+  least (|A|^2 + |B|^2) / 2 of all factors with one product is that product's nuclear norm, the sum of its singular
+  values, so small singular values go to exactly zero: the rank shrinks.
+- **the matrix** (`decoupled_lora_decay`): the gradient of (weight_decay / 2) * |W|^2 with respect to A and B. This is
+  the decay that training all of W would have, as far as A and B reach.
+
+One is a pull to the pretrained weights, the other a pull to zero; for LoRA neither is the better in general. What is
+not factors is left alone here: `decoupled_decay` with a mask decays it.
+
+The room: which leaves are a pair, and where their W0 may be, is read from canonical paths, and how the axes of W0 are
+those of A and B from shapes (`_pairs`); the rule itself is two lines (`_pull`) and never forms a matrix of the size of
+W but W0 itself.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import _checks, _leaves
+from .._action import Action, DecayState, Term, cast, compute_dtype, plus, product
+from ._pairs import WHERE, Pair, checked, factors_of, has
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def decoupled_lora_decay(
+    weight_decay: Any, mask: Any = None, *, scale: Any = 1.0, pairs: Mapping[str, tuple[str, str]] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Decays the matrix W = W0 + scale * A @ B that LoRA factors make, by a pull on the factors A and B alone.
+
+    Decaying A and B themselves, `decoupled_decay` on "lora_a" and "lora_b", pulls W to W0 and lowers the rank of
+    A @ B; this pulls W to zero. Only the factors are changed: biases, W0 and all else pass through untouched.
+
+    Rule:   u_A <- u_A + weight_decay * scale * W @ B^T;  u_B <- u_B + weight_decay * scale * A^T @ W
+    Place:  after `scale_by_*`, before the learning rate. Put first in the chain it is L2 in the gradient: the loss has
+            then (weight_decay / 2) * |W|^2 beside it.
+    Units:  per step and per unit of learning rate, but no fixed fraction of W: with zero gradient W changes by
+            -learning_rate * weight_decay * scale^2 * (W B^T B + A A^T W), to first order in the learning rate. Where
+            B is zero, as LoRA starts, A does not move; left alone, A @ B comes to cancel the largest singular values
+            of W0, as many as the rank.
+    Source: Khodak et al. 2021 (arXiv 2105.01029), "Frobenius decay", for products without a W0; Shafkat 2023,
+            irhum.github.io/blog/lorawd, for LoRA. Deviation: decoupled, and times the learning rate itself, as
+            `decoupled_decay`.
+
+    The pairs are found by path, and W0 near them:
+
+        X/lora_a, X/lora_b             X/kernel, X/base_module/kernel, X/base_layer/kernel    nnx.LoRA
+        X/lora/lora_a, X/lora/lora_b   X/kernel                                               nnx.LoRALinear
+        X/lora/a, X/lora/b             X/kernel                                               Gemma
+        X/lora_A/kernel, ...           X/kernel, X/base_layer/kernel                          PEFT
+        X/kernel_lora_a, ...           X/kernel                                               Qwix, openpi
+
+    where `kernel` may also be `weight`, `w` or `embedding`. A is (*stack, *in, r), B is (*stack, r, *out), and W0 has
+    the axes (*stack, *in, *out), or these in another order if their sizes tell them apart, or `in` and `out` split
+    into several axes. Factors of an (out, in) weight as PyTorch's, where W = W0 + scale * lora_B @ lora_A, are named
+    in the order of the product: pairs={"X/weight": ("X/lora_B/weight", "X/lora_A/weight")}.
+
+    Products run at the highest matrix precision, in at least float32, whatever the device's default is: each step
+    reads W0 twice, widened to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
+
+    Args:
+        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one. A
+            factor that is masked out stays, and still counts in W.
+        scale: what the model multiplies A @ B with, alpha / rank or alpha / sqrt(rank); 1 for Flax NNX and Gemma,
+            which multiply with nothing. A number, a 0-d array or a `by_path` table of these, read at A.
+        pairs: for other layouts, a dict from the path of W0 to the paths of A and B; it goes before what is found.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `DecayState`; its `update` needs `params`. Updates keep their
+        dtype. W0 is looked up in the keyword argument `base` of `update`, a tree with the paths of the whole model,
+        and without it in `params`: optimizer.update(grads, state, params, base=frozen_params). A factor that is not
+        in `params` because it is frozen, as A in LoRA-FA, is looked up there too.
+
+    Raises:
+        TypeError, ValueError: for a rate or scale that is negative, NaN, infinite or not a scalar, and for malformed
+            pairs. At `init` and `update`: if params hold no factors, if the mask chooses none, or if shapes do not fit.
+            At `update`: if W0 or a factor is nowhere or is quantized, or params are left out.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax
+        >>> import wdjax
+        >>> optimizer = optax.chain(
+        ...     optax.scale_by_adam(), wdjax.decoupled_lora_decay(0.1), optax.scale_by_learning_rate(1.0)
+        ... )
+        >>> frozen = {"dense": {"kernel": jnp.array([[2.0]])}}
+        >>> params = {"dense": {"lora_a": jnp.array([[1.0]]), "lora_b": jnp.array([[0.5]])}}
+        >>> grads = {"dense": {"lora_a": jnp.array([[0.0]]), "lora_b": jnp.array([[0.0]])}}
+        >>> updates, _ = optimizer.update(grads, optimizer.init(params), params, base=frozen)
+        >>> {name: round(float(u[0, 0]), 6) for name, u in updates["dense"].items()}
+        {'lora_a': -0.125, 'lora_b': -0.25}
+    """
+    rates, scales = Action(WHERE, {"weight_decay": weight_decay}, mask), Action(WHERE, {"scale": scale})
+    given = checked(pairs)
+
+    def init_fn(params: PyTree) -> DecayState:
+        state, leaves = rates.init(params), _leaves.flatten_with_paths(params)
+        tree = dict(leaves)
+        factors = factors_of([path for path, _ in leaves], given)
+        _refuse_idle(rates.terms(params, leaves, state), leaves, factors)
+        scales.init(params)
+        for pair in factors.values():  # W0 may come later, in `base`.
+            if has(tree, pair.left) and has(tree, pair.right) and (weight := pair.weight_in(tree)):
+                pair.layout(tree[weight], weight, tree[pair.left], tree[pair.right])
+        return state
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, *, base: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, DecayState]:
+        del extra_args
+        _checks.params_given(WHERE, params)
+        leaves = _leaves.flatten_with_paths(params)
+        tree = dict(leaves)
+        frozen = tree if base is None else dict(_leaves.flatten_with_paths(base))
+        factors = factors_of(list(tree), given)
+        terms, sizes = rates.terms(params, leaves, state), scales.terms(params, leaves, state)
+        _refuse_idle(terms, leaves, factors)
+        index = {path: i for i, path in enumerate(tree)}
+
+        def act(update: Any, i: int) -> Any:
+            (path, param), term, pair = leaves[i], terms[i], factors.get(leaves[i][0])
+            if term is None or pair is None:
+                return update
+            size = next((sizes[index[p]] for p in (pair.left, pair.right) if p in index and sizes[index[p]]), None)
+            if size is None:  # A scale of zero.
+                return update
+            if jnp.shape(update) != jnp.shape(param):
+                raise ValueError(
+                    f"{WHERE}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
+                    f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
+                )
+            w0, left, right = pair.matrices(tree, frozen, is_given=base is not None)
+            dtype = compute_dtype(update, w0, left, right)
+            rate = _along(*product((*term.factors, *size.factors), dtype), param)
+            scale = _along(*product(size.factors, dtype), param)
+            if isinstance(rate, np.generic) and rate == 0:  # So small that it is nothing in this dtype.
+                return update
+            w0, left, right = (cast(x, dtype) for x in (w0, left, right))
+            of_w0, of_product = _pull(w0, left, right, is_left=path == pair.left)
+            pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
+            new = plus(cast(update, dtype), rate, pull)
+            return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
+
+        # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
+        with jax.numpy_dtype_promotion("standard"):
+            updates = _leaves.map_with_params(act, WHERE, updates, params, list(tree))
+        return updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _along(rate: Any, axis: int | None, param: Any) -> Any:
+    """A rate, or the rates of stacked layers as an array like the parameter."""
+    if axis is None:
+        return rate
+    return jnp.broadcast_to(
+        jnp.expand_dims(rate, [k for k in range(param.ndim) if k != axis % param.ndim]), param.shape
+    )
+
+
+def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) -> tuple[jax.Array, jax.Array]:
+    """What W0 and what the product (yet without its scale) pull on one factor: (W0 + left @ right) @ right^H, or ..."""
+    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if is_left:
+        other = jnp.matrix_transpose(right).conj()
+        return matmul(w0, other), matmul(left, matmul(right, other))
+    other = jnp.matrix_transpose(left).conj()
+    return matmul(other, w0), matmul(matmul(other, left), right)
+
+
+def _refuse_idle(terms: Sequence[Term | None], leaves: Sequence[tuple[str, Any]], factors: Mapping[str, Pair]) -> None:
+    """Refuses a mask or a table of rates that means something, but no factor."""
+    chosen = [path for (path, _), term in zip(leaves, terms, strict=True) if term is not None]
+    if chosen and not any(path in factors for path in chosen):
+        raise ValueError(
+            f"{WHERE}: mask and weight_decay choose {chosen[:3]}, and no LoRA factor; the factors are "
+            f"{list(factors)[:3]}, and nothing else is decayed here. Leave out mask, or choose factors with it; "
+            "decoupled_decay(0.1, mask) decays the rest."
+        )

@@ -1,0 +1,192 @@
+"""Tables from patterns to values, the first match wins: `by_path`, `only`, `all_but`."""
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _checks
+from . import _patterns
+from ._patterns import Pattern
+from ._rules import TABLE, Decision, Rules, Tree, from_plain, plain
+
+
+class _Missing(enum.Enum):
+    """A member of an enumeration stays itself under copy and pickle."""
+
+    MISSING = enum.auto()
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+MISSING: Any = _Missing.MISSING
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Table(Rules, kind="by_path"):
+    """An ordered table from patterns to values; a value may be a rule set, which then decides what the pattern took."""
+
+    rules: tuple[tuple[tuple[Pattern, ...], Any], ...]
+    default: Any = MISSING
+
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        # A hole counts as matched, so that a rule set for the whole model also serves inside `optax.masked` or
+        # `optax.partition`, where a part of the model is hidden.
+        deciders: dict[int, int] = {}
+        groups: list[list[int]] = []
+        for number, (patterns, _) in enumerate(self.rules):
+            left = [i for i in asked if i not in deciders]
+            matched = set().union(*(_patterns.matching(tree, pattern, asked, left) for pattern in patterns))
+            groups.append([i for i in left if i in matched])
+            if matched and not groups[-1]:
+                raise ValueError(f"{tree.where}: {self._shadowed(number, {deciders[i] for i in matched})}")
+            deciders.update(dict.fromkeys(groups[-1], number))
+        rest = [i for i in asked if i not in deciders]
+        bare = [tree.leaves[i].path for i in rest if i in tree.required]
+        if self.default is MISSING and bare:
+            raise ValueError(f"{tree.where}: {_uncovered(bare)}")
+        decided: dict[int, Decision] = {}
+        for (patterns, value), group in zip(self.rules, groups, strict=True):
+            decided |= _delegated(tree, group, value, _patterns.show(patterns))
+        if self.default is not MISSING:
+            decided |= _delegated(tree, rest, self.default, "default")
+        return decided
+
+    def _values(self) -> list[Any]:
+        values = [v for v in (*(value for _, value in self.rules), self.default) if v is not MISSING]
+        return [v for value in values for v in (value._values() if isinstance(value, Rules) else [value])]
+
+    def _written(self) -> str:
+        table = ", ".join(f"{_patterns.show(patterns)}: {value!r}" for patterns, value in self.rules)
+        default = "" if self.default is MISSING else f", default={self.default!r}"
+        return f"by_path({{{table}}}{default})"
+
+    def _arguments(self) -> dict[str, Any]:
+        rules = [{"match": _patterns.plain(patterns), "value": plain(value)} for patterns, value in self.rules]
+        return {"rules": rules} if self.default is MISSING else {"rules": rules, "default": plain(self.default)}
+
+    @classmethod
+    def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
+        rules = [(_patterns.from_plain(rule["match"]), from_plain(rule["value"])) for rule in arguments["rules"]]
+        return by_path(rules, default=from_plain(arguments["default"]) if "default" in arguments else MISSING)
+
+    def _shadowed(self, number: int, deciders: set[int]) -> str:
+        earlier = [_patterns.show(self.rules[i][0]) for i in sorted(deciders)]
+        return (
+            f"the rule {_patterns.show(self.rules[number][0])} never decides: every parameter that it matches is taken "
+            f"by {' or '.join(earlier)} before it. The first match wins: put the narrower rule first, or drop this one."
+        )
+
+
+def _delegated(tree: Tree, group: Sequence[int], value: Any, rule: str) -> dict[int, Decision]:
+    if not isinstance(value, Rules):
+        return dict.fromkeys(group, Decision(value, rule))
+    inner = value._answers(tree, group) if group else {}
+    prefix = "" if rule == "default" else f"{rule} → "
+    return {i: decision._replace(rule=f"{prefix}{decision.rule}") for i, decision in inner.items()}
+
+
+@_checks.known_arguments
+def by_path(
+    rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = MISSING, syntax: str = "shell"
+) -> Rules:
+    """A table from patterns to values; for each parameter the first rule that matches wins.
+
+    Args:
+        rules: a dictionary, or a list of pairs (pattern, value); the order counts. For patterns see `wdjax.paths`.
+            Values: booleans for a mask; finite numbers >= 0, 0-d arrays or schedules for rates; text for labels; or
+            a rule set of these, which decides on what the pattern matches.
+        default: the value of parameters that no rule matches, a rule set too: `default=weights_only()`. Without one
+            they are an error.
+        syntax: how a text is read, for tables that come from elsewhere: "shell" as `wdjax.paths` says; "regex" as a
+            regular expression for the whole path; "search" as one for any part of it; "contains" as a piece of the
+            path, "." for "/".
+
+    Returns:
+        `Rules`, to give as the mask or as the rate of any wdjax function.
+
+    Raises:
+        TypeError: if a pattern or a value is of a kind that has no meaning here.
+        ValueError: if a pattern is malformed, or a rate is negative, NaN, infinite or not a scalar. At `init` and
+            `update`: if a rule matches no parameter or never decides, or a parameter is not covered.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> rules = wdjax.by_path({"bias": 0.0, "Dense_*": 0.1})
+        >>> rules.values(params)
+        {'Dense_0': {'bias': 0.0, 'kernel': 0.1}}
+    """
+    table = []
+    if isinstance(rules, str):
+        raise TypeError(f"by_path: the rules are a table, got the text {rules!r}. Write only({rules!r}), or {TABLE}.")
+    if isinstance(rules, Rules):
+        raise TypeError(f"by_path: the rules are a table, got {rules!r}. It is a rule set already; write {TABLE}.")
+    for pair in rules.items() if isinstance(rules, Mapping) else rules:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"by_path: a rule is a pair (pattern, value), got {pair!r}. Write {TABLE}.")
+        table.append((_patterns.checked("by_path", pair[0], syntax), _checked_value(pair[1])))
+    if not table and default is MISSING:
+        raise ValueError(f"by_path: no rules and no default were given. Write {TABLE}.")
+    return Table(tuple(table), default if default is MISSING else _checked_value(default))
+
+
+@_checks.known_arguments
+def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
+    """The mask that is True for the parameters that any of the patterns matches, and False for all others.
+
+    Args:
+        patterns: as in `wdjax.paths`; each must match at least one parameter.
+        syntax: how a text is read, as in `by_path`.
+
+    Raises:
+        TypeError, ValueError: as `by_path`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> wdjax.only("kernel").mask(params)
+        {'Dense_0': {'bias': False, 'kernel': True}}
+    """
+    return Table(((_patterns.checked("only", patterns, syntax), True),), default=False)
+
+
+@_checks.known_arguments
+def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
+    """The mask that is False for the parameters that any of the patterns matches, and True for all others.
+
+    Args:
+        patterns: as in `wdjax.paths`; each must match at least one parameter.
+        syntax: how a text is read, as in `by_path`: `all_but("bias", "LayerNorm.weight", syntax="contains")`.
+
+    Raises:
+        TypeError, ValueError: as `by_path`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> wdjax.all_but("bias").mask(params)
+        {'Dense_0': {'bias': False, 'kernel': True}}
+    """
+    return Table(((_patterns.checked("all_but", patterns, syntax), False),), default=True)
+
+
+def _checked_value(value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_, str, Rules)):
+        return value
+    return _checks.rate("by_path", "a value of the table", value, write=TABLE)
+
+
+def _uncovered(paths: list[str]) -> str:
+    name = paths[0].rpartition("/")[2]
+    more = f" (and {len(paths) - 1} more: {', '.join(map(repr, paths[1:4]))})" if len(paths) > 1 else ""
+    return (
+        f"no rule covers the parameter {paths[0]!r}{more}. "
+        f"Add a rule, such as {{{name!r}: ...}}, or a value for all the rest: by_path({{...}}, default=...)."
+    )
