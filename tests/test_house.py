@@ -18,7 +18,7 @@ FLOORS = [
     {"_checks", "_leaves"},
     {"penalties", "paths"},
     {"_action"},
-    {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank"},
+    {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "plans"},
     {"recipes", "wrappers", "testing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
@@ -57,7 +57,8 @@ def test_importing_wdjax_needs_no_extra() -> None:
                 for name in tops
                 if name not in allowed and name not in importlib.import_module("sys").stdlib_module_names
             }
-            assert foreign <= ({"chex"} if path.name == "testing.py" else set()), path
+            optional = {"testing.py": {"chex"}, "_plan.py": {"rich"}, "_table.py": {"rich"}}
+            assert foreign <= optional.get(path.name, set()), path
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -37,6 +37,10 @@ from .penalties import ElasticNet as ElasticNet
 from .penalties import GroupLasso as GroupLasso
 from .penalties import Huber as Huber
 from .penalties import Penalty as Penalty
+from .plans import Plan as Plan
+from .plans import PlanDiff as PlanDiff
+from .plans import Planned as Planned
+from .plans import plan as plan
 from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2

@@ -1,0 +1,153 @@
+"""The decision as a value: which parameters decay, at which rate, by which rule and why, before anything is trained.
+
+`plan` asks rules, masks and rates what they will do to a tree of parameters, or of `jax.ShapeDtypeStruct`s, and gives
+the answer back as a `Plan`: to print, to compare with another, to hold in a file, and to assert in a unit test
+(`wdjax.testing.assert_plan`).
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+from .. import _checks, _leaves
+from ..paths import Leaf, Rules
+from ..paths._masks import booleans
+from ..paths._roles import BIAS, role
+from ..paths._rules import Decision, PerLayer
+from ..paths._standard import parameter_at
+from ._plan import Plan as Plan
+from ._plan import PlanDiff as PlanDiff
+from ._planned import Planned as Planned
+from ._planned import Rate, show_rate
+from ._planned import Totals as Totals
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: Any = None) -> Plan:
+    """Who decays at which rate, by which rule and why, for the same arguments that the transformations get.
+
+    Rule:   none is applied: this is what `decoupled_decay(weight_decay, mask)` and its like will do to `params`.
+    Place:  before training; on parameters, or on the output of `jax.eval_shape`, which costs no memory.
+    Units:  those of `weight_decay`; with its default of 1, rates are multipliers.
+    Source: ours; the table is modelled on Flax's `tabulate`.
+
+    Args:
+        params: a tree of arrays or `jax.ShapeDtypeStruct`s.
+        weight_decay: a number or 0-d array, a schedule, or `Rules` of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
+        frozen: the mask that `freeze` gets, if it is used: what is frozen does not decay.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        TypeError, ValueError: as `decoupled_decay` at `init`.
+
+    Warns:
+        UserWarning: if nothing decays, or everything does and biases are among it.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> print(wdjax.plan(params, 0.1, wdjax.weights_only()))
+        path            arrays   shape    dtype  parameters  rate  rule          why
+        -----------------------------------------------------------------------------------------------
+        Dense_0/bias         1    (3,)  float32           3     0  weights_only  bias: named 'bias'
+        Dense_0/kernel       1  (2, 3)  float32           6   0.1  weights_only  kernel: named 'kernel'
+        <BLANKLINE>
+        decayed 6 of 9 parameters in 1 of 2 arrays
+    """
+    where = "plan"
+    leaves = _leaves.flatten_with_paths(params)
+    if not isinstance(weight_decay, Rules):
+        weight_decay = _checks.rate(where, "weight_decay", weight_decay)
+    chosen = _asked(where, mask, params, leaves, "all")
+    kept = _asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
+    if isinstance(weight_decay, Rules):
+        weight_decay._check_rates(where)
+        rates = [decision or Decision(0.0, "") for decision in weight_decay._decisions(where, leaves)]
+    else:
+        rates = [Decision(weight_decay, "")] * len(leaves)
+    rows = [
+        _planned(_leaves.describe(path, leaf), _leaves.is_decayable(leaf), *decisions)
+        for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
+        if not _leaves.is_hole(leaf)
+    ]
+    _warn(rows)
+    return Plan(tuple(rows))
+
+
+def _asked(
+    where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule_of_none: str
+) -> list[Decision]:
+    if isinstance(mask, Rules):
+        mask._check_booleans(where)
+        return [decision or Decision(False, "") for decision in mask._decisions(where, leaves)]
+    rule = rule_of_none if mask is None else "mask"
+    return [Decision(flag, rule) for flag in booleans(where, mask, params, leaves)]
+
+
+def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
+    decisions = [chosen]
+    if not is_decayable:
+        decisions = [Decision(False, "", "no real number")]
+    elif kept.value:
+        decisions = [kept._replace(rule=f"frozen: {kept.rule}")]
+    elif chosen.value and rate.rule:
+        decisions = [rate] if chosen.rule == "all" else [chosen, rate]
+    value: Rate = 0.0
+    if is_decayable and chosen.value and not kept.value:
+        value = _shown((*rate.factors, rate.value))
+    return Planned(
+        leaf.path,
+        leaf.shape,
+        np.dtype(leaf.dtype).name if isinstance(leaf.dtype, (np.dtype, type)) else str(leaf.dtype),
+        value not in (0, 0.0) if not isinstance(value, tuple) else any(value),
+        value,
+        " · ".join(decision.rule for decision in decisions),
+        "; ".join(decision.reason for decision in decisions if decision.reason),
+    )
+
+
+def _shown(factors: Sequence[Any]) -> Rate:
+    """The product of the factors of a rate: a number, one for each layer, or a text where a factor has none yet."""
+    numbers: Any = 1.0
+    names = []
+    for factor in factors:
+        if callable(factor):
+            names.append(getattr(factor, "__name__", "schedule"))
+        elif isinstance(factor, Tracer):
+            names.append("traced")
+        elif isinstance(factor, PerLayer):
+            numbers = numbers * np.array(factor.values)
+        else:
+            numbers = numbers * float(factor)
+    rate = tuple(map(float, numbers)) if isinstance(numbers, np.ndarray) else float(numbers)
+    if not names or rate == 0:
+        return rate
+    return " × ".join(names if rate == 1 else [show_rate(rate), *names])
+
+
+def _warn(rows: Sequence[Planned]) -> None:
+    decayable = [row for row in rows if row.reason != "no real number"]
+    if decayable and not any(row.decays for row in decayable):
+        warnings.warn(
+            f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay. "
+            "Print the plan to see which rule took each.",
+            stacklevel=4,
+        )
+    shapes = {row.path: row.shape for row in rows}
+    roles = {row.path: role(parameter_at(row.path, shapes)) for row in decayable}
+    biases = [path for path, found in roles.items() if found is not None and found.name == BIAS]
+    if biases and all(row.decays for row in decayable):
+        warnings.warn(
+            f"plan: everything decays, biases too: {', '.join(map(repr, biases[:3]))}. For the weights alone give "
+            "mask=weights_only().",
+            stacklevel=4,
+        )

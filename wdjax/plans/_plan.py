@@ -1,0 +1,127 @@
+"""A plan: one row for each parameter, to print, to compare and to keep."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from . import _table
+from ._planned import Planned, Totals, show_rate, totals_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Who decays, how strongly and why: one row for each parameter, in the order of the tree.
+
+    `print(plan)` and `str(plan)` give a table in plain text, `plan.show()` and `rich.print(plan)` one in colors for a
+    terminal, and a notebook shows it as HTML. Repeated blocks are one line.
+    """
+
+    parameters: tuple[Planned, ...]
+
+    def __getitem__(self, path: str) -> Planned:
+        """The row of the parameter at a canonical path."""
+        for planned in self.parameters:
+            if planned.path == path:
+                return planned
+        raise KeyError(f"Plan: no parameter has the path {path!r}.")
+
+    @property
+    def totals(self) -> "Totals":
+        """How many parameters decay, in how many arrays."""
+        return totals_of(self.parameters)
+
+    @property
+    def totals_by_rule(self) -> dict[str, "Totals"]:
+        """The same for the parameters that each rule decided on."""
+        groups: dict[str, list[Planned]] = collections.defaultdict(list)
+        for planned in self.parameters:
+            groups[planned.rule].append(planned)
+        return {rule: totals_of(group) for rule, group in groups.items()}
+
+    def diff(self, other: "Plan") -> "PlanDiff":
+        """What `other` plans otherwise: parameters that it has besides, that it lacks, and whose rate it changes."""
+        before, after = ({planned.path: planned for planned in plan.parameters} for plan in (self, other))
+        return PlanDiff(
+            added=tuple(planned for path, planned in after.items() if path not in before),
+            removed=tuple(planned for path, planned in before.items() if path not in after),
+            changed=tuple(
+                (planned, after[path])
+                for path, planned in before.items()
+                if path in after and (planned.decays, planned.rate) != (after[path].decays, after[path].rate)
+            ),
+        )
+
+    def text(self) -> str:
+        """One line for each parameter, its rate and its path: for a golden file and `wdjax.testing.assert_plan`."""
+        return "".join(f"{show_rate(planned.rate):<8} {planned.path}\n" for planned in self.parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker."""
+        rows = [planned._asdict() for planned in self.parameters]
+        for row in rows:
+            row["shape"] = list(row["shape"])
+            row["rate"] = list(row["rate"]) if isinstance(row["rate"], tuple) else row["rate"]
+        return {"totals": str(self.totals), "parameters": rows}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            ValueError: if `data` is nothing that `to_dict` writes.
+        """
+        try:
+            rows = [{**row, "shape": tuple(row["shape"])} for row in data["parameters"]]
+            for row in rows:
+                row["rate"] = tuple(row["rate"]) if isinstance(row["rate"], list) else row["rate"]
+            return Plan(tuple(Planned(**row) for row in rows))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"Plan.from_dict: {error} in what should be a dictionary of Plan.to_dict, got {str(data)[:80]}."
+            ) from error
+
+    def show(self) -> None:
+        """Prints the table: in colors where rich is installed and the output is a terminal, else in plain text."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self)
+            return
+        console = Console()
+        if console.is_terminal:
+            console.print(self)
+        else:
+            print(self)
+
+    def __str__(self) -> str:
+        totals = self.totals_by_rule.items()
+        by_rule = [f"  {rule}: {total}" for rule, total in totals] if len(totals) > 1 else []
+        return "\n".join((*_table.as_text(self.parameters), "", str(self.totals), *by_rule))
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield _table.as_rich(str(self.totals), self.parameters, options.max_width)
+
+    def _repr_html_(self) -> str:
+        return _table.as_html(str(self.totals), self.parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanDiff:
+    """How one plan differs from another; false if it doesn't.
+
+    Attributes:
+        added, removed: the rows of parameters that only the second, or only the first plan has.
+        changed: pairs of rows of parameters whose rate differs.
+    """
+
+    added: tuple[Planned, ...]
+    removed: tuple[Planned, ...]
+    changed: tuple[tuple[Planned, Planned], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+    def __str__(self) -> str:
+        added, removed = ((None, p) for p in self.added), ((p, None) for p in self.removed)
+        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference"

@@ -1,0 +1,72 @@
+"""One row of a plan, and sums of rows."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Rate = float | tuple[float, ...] | str
+
+
+class Planned(NamedTuple):
+    """What is planned for one parameter.
+
+    Attributes:
+        path: its canonical path.
+        shape, dtype: of the parameter; the dtype by its name.
+        decays: whether anything is to act on it.
+        rate: a number; for stacked layers a number for each; a text for what is known only while training (a schedule,
+            a traced rate); 0.0 where nothing decays.
+        rule: the rule that decided, as it is written.
+        reason: why it applies, in a few words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    decays: bool
+    rate: Rate
+    rule: str
+    reason: str
+
+    @property
+    def size(self) -> int:
+        """The number of parameters in the array."""
+        return math.prod(self.shape)
+
+
+class Totals(NamedTuple):
+    """How many parameters, in how many arrays, decay, and how many there are."""
+
+    decayed: int
+    parameters: int
+    decayed_arrays: int
+    arrays: int
+
+    def __str__(self) -> str:
+        return (
+            f"decayed {count(self.decayed)} of {count(self.parameters)} parameters "
+            f"in {self.decayed_arrays} of {self.arrays} arrays"
+        )
+
+
+def show_rate(rate: Rate, *, digits: int = 6) -> str:
+    """A rate as tables and golden files have it."""
+    if isinstance(rate, str):
+        return rate
+    if isinstance(rate, tuple):
+        return f"{rate[0]:.{digits}g} … {rate[-1]:.{digits}g}" if rate else "0"
+    return f"{rate:.{digits}g}"
+
+
+def totals_of(rows: Sequence[Planned]) -> Totals:
+    """The totals of these rows."""
+    decayed = [planned.size for planned in rows if planned.decays]
+    return Totals(sum(decayed), sum(planned.size for planned in rows), len(decayed), len(rows))
+
+
+def count(number: int) -> str:
+    """A count as people say it: "124.4 M"."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 10 * size or (number >= size and unit != "k"):
+            return f"{number / size:.1f} {unit}"
+    return str(number)
