@@ -46,6 +46,7 @@ from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
 from .wrappers import WithDecoupledDecayState as WithDecoupledDecayState
+from .wrappers import freeze as freeze
 from .wrappers import with_decoupled_decay as with_decoupled_decay
 
 __version__ = "0.1.0"

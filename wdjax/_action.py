@@ -89,7 +89,9 @@ class Action:
         if isinstance(self.toward, str):
             # A copy: the state must not hold the buffers of params, or both could not be donated.
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
-        self._anchors(leaves, self._factors(params, leaves), anchor)
+        rows = self._factors(params, leaves)
+        self._anchors(leaves, rows, anchor)
+        _leaves.warn_of_aliases(self.where, [leaf for leaf, row in zip(leaves, rows, strict=True) if row])
         return DecayState(jnp.zeros([], jnp.int32), anchor)
 
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:

@@ -8,11 +8,13 @@ The other two are *holes*: places that a rule may speak of but that hold nothing
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
@@ -79,6 +81,23 @@ def describe(path: str, leaf: Any) -> Leaf:
     if is_hole(leaf):
         return Leaf(path, (), None)
     return Leaf(path, tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", type(leaf)))
+
+
+def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
+    """Warns where one array stands in two places of a tree: updates, and decays, would tell the two apart."""
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            paths.setdefault(id(leaf), []).append(path)
+    for tied in paths.values():
+        if len(tied) > 1:
+            warnings.warn(
+                f"{where}: {' and '.join(map(repr, tied))} are one array. In a tree of arrays they are parameters of "
+                "their own: each gets its own update and its own decay, and the first step parts them. To keep them "
+                "tied, have the array once in params and use it twice in the model: with NNX share the Variable and "
+                "take nnx.state(model), with Equinox eqx.nn.Shared. To start alike, copy it.",
+                stacklevel=2,
+            )
 
 
 def map_with_params(

@@ -4,7 +4,9 @@ The oracles are NumPy in float64 and know nothing of JAX. The assertions go thro
 rest of the package, needs `pip install chex`.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -16,6 +18,8 @@ import optax
 from . import _checks, _leaves
 from ._action import Action, DecayState, compute_dtype
 from .paths._rules import PerLayer
+from .plans import Plan
+from .plans._planned import show_rate
 
 PyTree = Any
 Floats = Any  # Anything that NumPy makes a float64 array of.
@@ -174,6 +178,54 @@ def assert_only_decays(
             fault = _fault_unless_decayed(before, update, after, fraction, 0.0 if term.anchor is None else term.anchor)
         if fault:
             raise AssertionError(f"assert_only_decays: {path!r} {fault}")
+
+
+def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    """Asserts that a plan is as it was when it was last looked at: a change of the model may not change who decays.
+
+    Args:
+        plan: `wdjax.plan(params, weight_decay, mask)`; `params` from `jax.eval_shape` will do.
+        golden: the path of a text file with a rate, a tab and a path in each line, as `plan.text()` writes it; or a
+            dictionary from every canonical path to its rate, or to True or False for whether it decays.
+
+    Raises:
+        AssertionError: with what differs, and how to accept it.
+        FileNotFoundError: if there is no such file yet, with how to write it.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax, wdjax.testing
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> wdjax.testing.assert_plan(wdjax.plan(params, 0.1, wdjax.weights_only()), {"kernel": 0.1, "bias": 0.0})
+    """
+    accept = "change the dictionary"
+    if not isinstance(golden, Mapping):
+        accept = f"write Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
+    if isinstance(golden, Mapping):
+        wanted = dict(golden)
+    else:
+        file = pathlib.Path(golden)
+        if not file.exists():
+            raise FileNotFoundError(f"assert_plan: there is no {golden}. Look at print(plan), and {accept}.")
+        rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").splitlines())
+        wanted = {path: rate for rate, _, path in rows}
+    faults = []
+    for planned in plan.parameters:
+        rate = show_rate(planned.rate)
+        if planned.path not in wanted:
+            faults.append(f"{planned.path!r} is new, with the rate {rate}")
+            continue
+        want = wanted.pop(planned.path)
+        if isinstance(want, (bool, np.bool_)):
+            if planned.decays != want:
+                faults.append(f"{planned.path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}")
+        elif rate != (want if isinstance(want, str) else show_rate(np.float64(want).tolist())):
+            faults.append(f"{planned.path!r} has the rate {rate} and not {want}, by {planned.rule}")
+    faults += [f"{path!r} is gone" for path in wanted]
+    if faults:
+        more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
+        listed = "\n  ".join((*faults[:20], *more))
+        raise AssertionError(f"assert_plan: the plan is not the golden one:\n  {listed}\nIf it is meant, {accept}.")
 
 
 def _fault_if_touched(before: Any, after: Any) -> str | None:

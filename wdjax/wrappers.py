@@ -1,4 +1,8 @@
-"""Weight decay for an optimizer that is finished: one whose update already has the learning rate in it.
+"""Around an optimizer that is finished: decay for all of it, or nothing at all for a part of the parameters.
+
+`freeze` hides parameters from an optimizer, whatever it is made of, and keeps them bit for bit.
+
+`with_decoupled_decay` decays weights around an optimizer whose update already has the learning rate in it.
 
 Inside a chain the place of a decay is the user's to get right. Around a finished optimizer there is only one right
 place, after it, with the learning rate's factor and the sign put in; `with_decoupled_decay` puts them in.
@@ -21,8 +25,10 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from . import _checks
+from . import _checks, _leaves
 from ._action import Action, DecayState, away, compute_dtype, minus
+from .paths import Rules
+from .paths._masks import booleans
 
 PyTree = Any
 
@@ -84,14 +90,7 @@ def with_decoupled_decay(
         1.9
     """
     where = "with_decoupled_decay"
-    if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. "
-            f"Write {where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)."
-        )
-    inner = optax.with_extra_args_support(optimizer)
+    inner = _finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
 
     def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
@@ -125,6 +124,86 @@ def with_decoupled_decay(
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@_checks.known_arguments
+def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """Keeps the parameters of a mask bit for bit, whatever the optimizer does to the others.
+
+    A mask of zero updates within a chain is undone by what comes after it, a decay for one; a decay's own mask says
+    nothing of the gradient. Here the optimizer never sees what is frozen: it has no state for it, its gradients are
+    in no global norm, and whatever was chained or wrapped inside, the update that comes out changes no bit.
+
+    Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
+    Place:  around the whole optimizer: the last thing before `optax.apply_updates`. What is chained behind it may
+            move frozen parameters again.
+    Units:  none.
+    Source: ours; big_vision's `schedule=[(regex, None)]` does the same. Optax's `freeze` stands in a chain, and its
+            `selective_transform` gives updates of +0.0, which turn a weight of -0.0 into +0.0.
+
+    Args:
+        optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
+        mask: True for what is frozen: `Rules` of booleans such as `only("encoder")`, a tree or prefix tree of
+            booleans, or a function of params that gives one.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the others; its `update` needs
+        `params`. Rules and masks inside see what is frozen as empty places: rules by path may go on speaking of it.
+
+    Raises:
+        TypeError: if `optimizer` is no optimizer, or the mask is none.
+        ValueError: at `init` and `update`: for a mask that does not fit params, or params left out.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = wdjax.freeze(wdjax.adamw(0.5, 0.1), wdjax.only("encoder"))
+        >>> params = {"encoder": jnp.array([2.0]), "head": jnp.array([2.0])}
+        >>> updates, _ = optimizer.update({k: jnp.zeros(1) for k in params}, optimizer.init(params), params)
+        >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
+        {'encoder': 2.0, 'head': 1.9}
+    """
+    where = "freeze"
+    inner = _finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
+    if mask is None:
+        raise TypeError(f"{where}: the mask is None. Say what is frozen: freeze(optimizer, only('encoder')).")
+    if isinstance(mask, Rules):
+        mask._check_booleans(where)
+
+    def init_fn(params: PyTree) -> Any:
+        leaves = _leaves.flatten_with_paths(params)
+        return inner.init(_without(params, params, leaves, booleans(where, mask, params, leaves)))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        _checks.params_given(where, params)
+        leaves = _leaves.flatten_with_paths(params)
+        frozen = booleans(where, mask, params, leaves)
+        hidden = (_without(tree, params, leaves, frozen) for tree in (updates, params))
+        moved, state = inner.update(next(hidden), state, next(hidden), **extra_args)
+        places = iter(jax.tree.leaves(moved, is_leaf=_leaves.is_hole))
+
+        def put_back(update: Any) -> Any:
+            place = next(places)
+            is_frozen = isinstance(place, optax.MaskedNode) and not _leaves.is_hole(update)
+            return -jnp.zeros_like(update) if is_frozen else place
+
+        return jax.tree.map(put_back, updates, is_leaf=_leaves.is_hole), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _without(tree: PyTree, params: PyTree, leaves: list[tuple[str, Any]], frozen: list[bool]) -> PyTree:
+    """The tree with empty places where a parameter is frozen."""
+    paths = [path for path, _ in leaves]
+    return _leaves.map_with_params(lambda x, i: optax.MaskedNode() if frozen[i] else x, "freeze", tree, params, paths)
+
+
+def _finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. Write {write}.")
+    return optax.with_extra_args_support(optimizer)
 
 
 # What skips a step as a whole, and where it keeps the state of what it wraps.

@@ -25,6 +25,7 @@ from ._planned import Rate, show_rate
 from ._planned import Totals as Totals
 
 PyTree = Any
+_NO_NUMBER = "not decayable"
 
 
 @_checks.known_arguments
@@ -96,7 +97,7 @@ def _asked(
 def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
     decisions = [chosen]
     if not is_decayable:
-        decisions = [Decision(False, "", "no real number")]
+        decisions = [Decision(False, _NO_NUMBER, "no real number")]
     elif kept.value:
         decisions = [kept._replace(rule=f"frozen: {kept.rule}")]
     elif chosen.value and rate.rule:
@@ -121,7 +122,8 @@ def _shown(factors: Sequence[Any]) -> Rate:
     names = []
     for factor in factors:
         if callable(factor):
-            names.append(getattr(factor, "__name__", "schedule"))
+            name = getattr(factor, "__name__", "")
+            names.append(name if name.isidentifier() else "schedule")
         elif isinstance(factor, Tracer):
             names.append("traced")
         elif isinstance(factor, PerLayer):
@@ -135,7 +137,7 @@ def _shown(factors: Sequence[Any]) -> Rate:
 
 
 def _warn(rows: Sequence[Planned]) -> None:
-    decayable = [row for row in rows if row.reason != "no real number"]
+    decayable = [row for row in rows if row.rule != _NO_NUMBER]
     if decayable and not any(row.decays for row in decayable):
         warnings.warn(
             f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay. "

@@ -9,7 +9,7 @@ from . import _table
 from ._planned import Planned, Totals, show_rate, totals_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """Who decays, how strongly and why: one row for each parameter, in the order of the tree.
 
@@ -53,8 +53,8 @@ class Plan:
         )
 
     def text(self) -> str:
-        """One line for each parameter, its rate and its path: for a golden file and `wdjax.testing.assert_plan`."""
-        return "".join(f"{show_rate(planned.rate):<8} {planned.path}\n" for planned in self.parameters)
+        """A line for each parameter, its rate, a tab and its path: for a golden file and `testing.assert_plan`."""
+        return "".join(f"{show_rate(planned.rate)}\t{planned.path}\n" for planned in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker."""
@@ -98,6 +98,8 @@ class Plan:
         totals = self.totals_by_rule.items()
         by_rule = [f"  {rule}: {total}" for rule, total in totals] if len(totals) > 1 else []
         return "\n".join((*_table.as_text(self.parameters), "", str(self.totals), *by_rule))
+
+    __repr__ = __str__
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield _table.as_rich(str(self.totals), self.parameters, options.max_width)

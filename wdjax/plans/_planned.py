@@ -53,7 +53,7 @@ def show_rate(rate: Rate, *, digits: int = 6) -> str:
     """A rate as tables and golden files have it."""
     if isinstance(rate, str):
         return rate
-    if isinstance(rate, tuple):
+    if isinstance(rate, (tuple, list)):
         return f"{rate[0]:.{digits}g} … {rate[-1]:.{digits}g}" if rate else "0"
     return f"{rate:.{digits}g}"
 

@@ -1,0 +1,225 @@
+"""Frozen parameters keep every bit, wherever the optimizer was assembled; what is tied is decayed once, or told of."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import wdjax
+from wdjax import freeze, only
+
+pytestmark = pytest.mark.peers  # Optax's optimizers.
+
+ODD = np.array([0.0, -0.0, 1.5, -2.25, np.inf, -np.inf, np.nan, 3e38], np.float32)
+
+
+def params() -> dict[str, Any]:
+    return {
+        "encoder": {"kernel": jnp.array(ODD), "half": jnp.array(ODD, jnp.bfloat16), "z": jnp.array(ODD[:3] + 1j)},
+        "head": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
+        "empty": None,
+    }
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "adamw": lambda: wdjax.adamw(0.1, 0.5),
+    "optax.adamw": lambda: optax.adamw(0.1, weight_decay=0.5),
+    "decay after the learning rate": lambda: optax.chain(optax.sgd(0.1), wdjax.independent_decay(0.5)),
+    "proximal": lambda: optax.chain(optax.sgd(0.1), wdjax.proximal_step(wdjax.L1(), 0.5, learning_rate=0.1)),
+    "wrapped": lambda: wdjax.with_decoupled_decay(optax.adam(0.1), 0.5, learning_rate=0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), wdjax.adamw(0.1, 0.5)),
+    "noise": lambda: optax.chain(wdjax.sgdw(0.1, 0.5), optax.add_noise(0.1, 0.55, jax.random.key(0))),
+    "MultiSteps": lambda: optax.MultiSteps(wdjax.adamw(0.1, 0.5), 2),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(wdjax.adamw)(0.1, 0.5),
+    "partition": lambda: optax.partition(
+        {"a": wdjax.adamw(0.1, 0.5), "b": wdjax.sgdw(0.1, 0.5)}, wdjax.by_path({"bias": "b"}, default="a").values
+    ),
+    "masked rules that speak of it": lambda: wdjax.adamw(0.1, 0.5, wdjax.all_but("encoder", "bias")),
+    "a plain identity": optax.identity,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_every_bit_stays(name: str, run: Any) -> None:
+    tree = params()
+    optimizer = freeze(OPTIMIZERS[name](), only("encoder"))
+    state = optimizer.init(tree)
+
+    @run
+    def step(tree: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state, updates
+
+    before = bits(tree["encoder"])
+    head = bits(tree["head"])
+    for k in range(4):
+        grads = jax.tree.map(lambda p, k=k: jnp.full_like(p, 1.0 + k), tree)
+        tree, state, updates = step(tree, state, grads)
+        assert bits(tree["encoder"]) == before
+        assert jax.tree.map(lambda u: u.dtype, updates["encoder"]) == jax.tree.map(lambda p: p.dtype, tree["encoder"])
+    assert bits(tree["head"]) != head
+
+
+def test_the_others_are_trained_as_without_the_frozen() -> None:
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), wdjax.adamw(0.1, 0.5, wdjax.all_but("bias")))
+    both, alone = params(), {"head": params()["head"], "empty": None}
+    frozen = freeze(optimizer, only("encoder"))
+    states = frozen.init(both), optimizer.init(alone)
+    for _ in range(3):
+        # Infinite gradients of what is frozen are in no norm.
+        grads = {
+            "encoder": jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), both["encoder"]),
+            "head": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])},
+            "empty": None,
+        }
+        updates, first = frozen.update(grads, states[0], both)
+        expected, second = optimizer.update({"head": grads["head"], "empty": None}, states[1], alone)
+        both, alone = optax.apply_updates(both, updates), optax.apply_updates(alone, expected)
+        states = first, second
+        np.testing.assert_array_equal(both["head"]["kernel"], alone["head"]["kernel"])
+        np.testing.assert_array_equal(both["head"]["bias"], alone["head"]["bias"])
+    assert len(jax.tree.leaves(states[0])) == len(jax.tree.leaves(states[1]))  # No state for what is frozen.
+
+
+def test_a_negative_zero_and_the_smallest_numbers() -> None:
+    # Where an addition flushes denormal numbers to zero no update can keep them: the smallest normal ones stay.
+    tiny = jnp.array([-0.0, np.finfo(np.float32).tiny, -np.finfo(np.float32).tiny])
+    optimizer = freeze(optax.sgd(0.1), {"w": True, "v": False})
+    tree = {"w": tiny, "v": tiny}
+    updates, _ = optimizer.update({"w": tiny, "v": tiny}, optimizer.init(tree), tree)
+    assert bits(optax.apply_updates(tree, updates)["w"]) == bits(tiny)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        only("encoder"),
+        {"encoder": True, "head": False, "empty": False},
+        lambda tree: {"encoder": True, "head": jax.tree.map(lambda p: False, tree["head"]), "empty": False},
+    ],
+    ids=["rules", "prefix", "function"],
+)
+def test_every_kind_of_mask(mask: Any) -> None:
+    tree = params()
+    optimizer = freeze(optax.sgd(0.1), mask)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, tree), optimizer.init(tree), tree)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1)
+
+
+def test_what_freeze_refuses() -> None:
+    tree = params()
+    for call, error, message in (
+        (
+            lambda: freeze(0.1, only("head")),
+            TypeError,
+            r"freeze: optimizer must be a finished Optax optimizer, got 0\.1",
+        ),
+        (lambda: freeze(optax.sgd(0.1), None), TypeError, r"freeze: the mask is None. Say what is frozen"),
+        (lambda: freeze(optax.sgd(0.1), wdjax.by_path({"a": 0.1})), TypeError, "freeze: a mask says True or False"),
+        (lambda: freeze(optax.sgd(0.1), only("hed")).init(tree), ValueError, "freeze: the pattern 'hed' matches no"),
+        (lambda: freeze(optax.sgd(0.1), True).init(tree), TypeError, "freeze: the mask is True, one boolean"),
+        (
+            lambda: freeze(optax.sgd(0.1), only("head")).update(tree, optax.sgd(0.1).init(tree)),
+            ValueError,
+            "freeze needs the parameters, and update got params=None",
+        ),
+        (
+            lambda: freeze(optax.sgd(0.1), mask=only("head"), frozen=1),
+            TypeError,
+            r"freeze\(\) has no argument 'frozen'",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_in_training_loops() -> None:
+    optimizer = freeze(wdjax.adamw(0.1, 0.5), only("encoder"))
+    tree = {k: v for k, v in params().items() if k != "empty"}
+    state = TrainState.create(apply_fn=lambda: None, params=tree, tx=optimizer)
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, tree))
+    assert bits(state.params["encoder"]) == bits(tree["encoder"])
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.encoder, self.head = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.encoder(x))
+
+    model = Net(nnx.Rngs(0))
+    trainer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for _ in range(2):
+        grads = nnx.grad(lambda m: (m(jnp.ones((2, 3))) ** 2).sum())(model)
+        trainer.update(model, grads)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert bits(after["encoder"]) == bits(before["encoder"])
+    assert bits(after["head"]["kernel"]) != bits(before["head"]["kernel"])
+
+    module = eqx.nn.MLP(2, 1, 4, 2, key=jax.random.key(0))
+    arrays = eqx.filter(module, eqx.is_inexact_array)
+    first = freeze(wdjax.adamw(0.1, 0.5), only("layers/0"))
+    updates, _ = first.update(jax.tree.map(jnp.ones_like, arrays), first.init(arrays), arrays)
+    new = eqx.apply_updates(module, updates)
+    assert bits(new.layers[0]) == bits(eqx.filter(module, eqx.is_array).layers[0])
+    assert bits(new.layers[1].weight) != bits(module.layers[1].weight)
+
+
+# Tied parameters.
+
+
+def test_a_shared_nnx_variable_decays_once() -> None:
+    class Tied(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.embed, self.head = nnx.Embed(5, 3, rngs=rngs), nnx.Linear(3, 5, use_bias=False, rngs=rngs)
+            self.embed.embedding = self.head.kernel
+
+    model = Tied(nnx.Rngs(0))
+    before = np.asarray(model.head.kernel[...])
+    trainer = nnx.Optimizer(model, wdjax.adamw(0.1, 0.5, wdjax.weights_only(model)), wrt=nnx.Param)
+    trainer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    np.testing.assert_allclose(model.head.kernel[...], before * (1 - 0.1 * 0.5), rtol=1e-6)
+    assert model.embed.embedding is model.head.kernel
+
+
+def test_shared_equinox_layers_decay_once() -> None:
+    embed, head = eqx.nn.Embedding(5, 3, key=jax.random.key(0)), eqx.nn.Linear(3, 5, key=jax.random.key(1))
+    shared = eqx.nn.Shared((embed, head), where=lambda pair: pair[1].weight, get=lambda pair: pair[0].weight)
+    arrays = eqx.filter(shared, eqx.is_inexact_array)
+    optimizer = wdjax.adamw(0.1, 0.5, wdjax.weights_only(shared))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, arrays), optimizer.init(arrays), arrays)
+    _, new_head = eqx.apply_updates(shared, updates)()
+    np.testing.assert_allclose(new_head.weight, embed.weight * (1 - 0.1 * 0.5), rtol=1e-6)
+
+
+def test_one_array_in_two_places_is_told_of() -> None:
+    array = jnp.ones((2, 2))
+    tree = {"embed": {"kernel": array}, "head": {"kernel": array, "bias": jnp.ones(2)}, "other": {"bias": array}}
+    with pytest.warns(UserWarning, match="decoupled_decay: 'embed/kernel' and 'head/kernel' are one array") as told:
+        wdjax.adamw(0.1, 0.5, only("kernel")).init(tree)
+    assert len(told) == 1
+    assert "have the array once in params and use it twice in the model" in str(told[0].message)
+    with pytest.warns(UserWarning, match="with_decoupled_decay: 'a' and 'b' are one array"):
+        wdjax.with_decoupled_decay(optax.sgd(0.1), 0.5, learning_rate=0.1).init({"a": array, "b": array})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wdjax.adamw(0.1, 0.5, only("head/kernel")).init(tree)  # The other place does not decay.
+        wdjax.adamw(0.1, 0.5).init({"a": array, "b": array.copy()})
+        shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+        jax.eval_shape(wdjax.adamw(0.1, 0.5).init, {"a": shape, "b": shape})
+        wdjax.decoupled_decay(0.1).init({"a": shape, "b": shape})

@@ -1,0 +1,346 @@
+"""The plan: what it says of rules, masks and rates, and how it is printed, compared, kept and asserted."""
+
+import functools
+import io
+import json
+import re
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wdjax
+from wdjax import by_depth, by_path, only, plan, weights_only
+from wdjax.testing import assert_plan
+
+PARAMS = {
+    "embed": {"embedding": jnp.ones((5, 4))},
+    "blocks": [
+        {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "norm": {"scale": jnp.ones(4, jnp.bfloat16)}}
+        for _ in range(3)
+    ],
+    "head": {"kernel": jnp.ones((4, 2)), "bias": None},
+    "step": jnp.array(0),
+}
+
+
+def rows(it: wdjax.Plan) -> dict[str, tuple[Any, ...]]:
+    return {row.path: (row.decays, row.rate, row.rule, row.reason) for row in it.parameters}
+
+
+def test_each_row_of_a_plan() -> None:
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed"), weights_only())
+    assert it["blocks/1/kernel"] == wdjax.Planned(
+        path="blocks/1/kernel",
+        shape=(4, 4),
+        dtype="float32",
+        decays=True,
+        rate=0.1 * 0.25,
+        rule="weights_only · by_depth",
+        reason="kernel: named 'kernel'; block 1 of 3",
+    )
+    assert it["blocks/1/kernel"].size == 16
+    assert it["blocks/0/norm/scale"].dtype == "bfloat16"
+    assert rows(it) == {
+        "blocks/0/bias": (False, 0.0, "weights_only", "bias: named 'bias'"),
+        "blocks/0/kernel": (True, 0.1 * 0.125, "weights_only · by_depth", "kernel: named 'kernel'; block 0 of 3"),
+        "blocks/0/norm/scale": (False, 0.0, "weights_only", "norm: named 'scale'"),
+        "blocks/1/bias": (False, 0.0, "weights_only", "bias: named 'bias'"),
+        "blocks/1/kernel": (True, 0.1 * 0.25, "weights_only · by_depth", "kernel: named 'kernel'; block 1 of 3"),
+        "blocks/1/norm/scale": (False, 0.0, "weights_only", "norm: named 'scale'"),
+        "blocks/2/bias": (False, 0.0, "weights_only", "bias: named 'bias'"),
+        "blocks/2/kernel": (True, 0.1 * 0.5, "weights_only · by_depth", "kernel: named 'kernel'; block 2 of 3"),
+        "blocks/2/norm/scale": (False, 0.0, "weights_only", "norm: named 'scale'"),
+        "embed/embedding": (
+            True,
+            0.1 * 0.0625,
+            "weights_only · by_depth",
+            "embedding: named 'embedding'; before block 0 of 3",
+        ),
+        "head/kernel": (True, 0.1, "weights_only · by_depth", "kernel: named 'kernel'; after the 3 blocks"),
+        "step": (False, 0.0, "not decayable", "no real number"),
+    }
+    with pytest.raises(KeyError, match="no parameter has the path 'blocks'"):
+        it["blocks"]
+
+
+def test_the_rule_that_decided() -> None:
+    table = by_path({"bias": 0.0, ("embed", "head"): by_path({"embedding": 0.5}, default=2.0)}, default=1.0)
+    found = {path: row[1:3] for path, row in rows(plan(PARAMS, table)).items()}
+    assert found["blocks/0/bias"] == (0.0, "'bias'")
+    assert found["embed/embedding"] == (0.5, "('embed', 'head') → 'embedding'")
+    assert found["head/kernel"] == (2.0, "('embed', 'head') → default")
+    assert found["blocks/0/kernel"] == (1.0, "default")
+    assert rows(plan(PARAMS, 0.1, only("kernel")))["head/kernel"] == (True, 0.1, "'kernel'", "")
+    assert rows(plan(PARAMS, 0.1, only("kernel")))["embed/embedding"] == (False, 0.0, "default", "")
+    tree = jax.tree.map(lambda p: p.ndim > 1, PARAMS)
+    assert rows(plan(PARAMS, 0.1, tree))["head/kernel"] == (True, 0.1, "mask", "")
+    product = 0.1 * by_path({"kernel": 2.0}, default=1.0) * by_depth("blocks/*", 0.5)
+    assert rows(plan(PARAMS, product, only("kernel")))["blocks/2/kernel"][1:3] == (
+        0.1,
+        "'kernel' · by_depth × 'kernel'",
+    )
+
+
+def test_what_is_frozen_does_not_decay() -> None:
+    it = plan(PARAMS, 0.1, weights_only(), frozen=only("blocks/0"))
+    assert rows(it)["blocks/0/kernel"] == (False, 0.0, "frozen: 'blocks/0'", "")
+    assert rows(it)["blocks/1/kernel"][:2] == (True, 0.1)
+    assert rows(
+        plan(PARAMS, 0.1, weights_only(), frozen={"embed": True, "blocks": False, "head": False, "step": False})
+    )["embed/embedding"] == (False, 0.0, "frozen: mask", "")
+
+
+def test_rates_that_are_known_only_in_training() -> None:
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    it = plan(PARAMS, schedule * by_path({"embed": 0.5, "bias": 0.0}, default=1.0), only("kernel", "embed"))
+    assert it["embed/embedding"].rate == "0.5 × schedule"
+    assert it["head/kernel"].rate == "schedule"
+    assert it["head/kernel"].decays
+    seen: list[wdjax.Plan] = []
+
+    def trace(rate: jax.Array) -> jax.Array:
+        seen.append(plan(PARAMS, rate * by_path({"embed": 0.5}, default=1.0), only("kernel", "embed")))
+        return rate
+
+    jax.jit(trace)(0.1)
+    assert (seen[0]["embed/embedding"].rate, seen[0]["head/kernel"].rate) == ("0.5 × traced", "traced")
+    np.testing.assert_allclose(plan(PARAMS, jnp.float32(0.5), only("kernel"))["head/kernel"].rate, 0.5)  # pyright: ignore
+
+
+def test_stacked_layers_have_a_rate_each() -> None:
+    params = {"layers": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
+    it = plan(params, 0.1 * by_depth("layers", 0.5, axis=0), weights_only())
+    np.testing.assert_allclose(it["layers/kernel"].rate, [0.0125, 0.025, 0.05], rtol=1e-15)  # pyright: ignore
+    assert it["layers/kernel"].decays
+    assert "0.0125 … 0.05" in str(it)
+    assert wdjax.Plan.from_dict(json.loads(json.dumps(it.to_dict()))) == it
+
+
+@pytest.mark.parametrize(
+    ("rate", "mask"),
+    [
+        (0.1, None),
+        (0.1, only("kernel")),
+        (0.2 * by_path({"bias": 0.0, "blocks/1": 0.5}, default=1.0), weights_only()),
+        (0.1 * by_depth("blocks/*", 0.5), by_path({"embed": False}, default=weights_only())),
+    ],
+)
+def test_the_plan_is_what_happens(rate: Any, mask: Any) -> None:
+    params = {k: v for k, v in PARAMS.items() if k != "step"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        it = plan(params, rate, mask)
+    decay = wdjax.decoupled_decay(rate, mask)
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    happened = dict(zip(wdjax.canonical_paths(params), jax.tree.leaves(updates), strict=True))
+    for row in it.parameters:
+        np.testing.assert_allclose(happened[row.path].astype(jnp.float32), row.rate, rtol=4e-3)  # pyright: ignore
+        assert row.decays == bool((happened[row.path] != 0).all())
+
+
+def test_totals() -> None:
+    it = plan(PARAMS, 0.1, weights_only())
+    assert it.totals == (20 + 3 * 16 + 8, 20 + 3 * 24 + 8 + 1, 5, 12)
+    assert str(it.totals) == "decayed 76 of 101 parameters in 5 of 12 arrays"
+    by_rule = plan(PARAMS, 0.1, only("kernel")).totals_by_rule
+    assert by_rule == {"'kernel'": (56, 56, 4, 4), "default": (0, 44, 0, 7), "not decayable": (0, 1, 0, 1)}
+    sizes = {"a": (124, 10**6), "b": (3, 10**5)}
+    params = {k: {"kernel": jax.ShapeDtypeStruct(v, jnp.float32)} for k, v in sizes.items()}
+    assert str(plan(params, 1.0, only("a")).totals) == "decayed 124.0 M of 124.3 M parameters in 1 of 2 arrays"
+
+
+def test_the_table_in_plain_text() -> None:
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed"), weights_only())
+    assert str(it) == repr(it)
+    lines = [re.sub(r"  +", "  ", line).strip() for line in str(it).splitlines()]
+    assert lines[0] == "path  arrays  shape  dtype  parameters  rate  rule  why"
+    assert lines[2:] == [
+        "blocks/{0..2}/bias  3  (4,)  float32  12  0  weights_only  bias: named 'bias'",
+        "blocks/{0..2}/kernel  3  (4, 4)  float32  48  0.0125 … 0.05  weights_only · by_depth  "
+        "kernel: named 'kernel'; block # of #",
+        "blocks/{0..2}/norm/scale  3  (4,)  bfloat16  12  0  weights_only  norm: named 'scale'",
+        "embed/embedding  1  (5, 4)  float32  20  0.00625  weights_only · by_depth  "
+        "embedding: named 'embedding'; before block 0 of 3",
+        "head/kernel  1  (4, 2)  float32  8  0.1  weights_only · by_depth  kernel: named 'kernel'; after the 3 blocks",
+        "step  1  ()  int32  1  0  not decayable  no real number",
+        "",
+        "decayed 76 of 101 parameters in 5 of 12 arrays",
+        "weights_only: decayed 0 of 24 parameters in 0 of 6 arrays",
+        "weights_only · by_depth: decayed 76 of 76 parameters in 5 of 5 arrays",
+        "not decayable: decayed 0 of 1 parameters in 0 of 1 arrays",
+    ]
+
+
+def test_forty_eight_blocks_are_as_many_lines_as_one() -> None:
+    def params(count: int) -> Any:
+        return {f"h_{i}": {"attn_1": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}} for i in range(count)}
+
+    one, many = (str(plan(params(n), 0.1, weights_only())).splitlines() for n in (1, 48))
+    assert len(one) == len(many)
+    assert any(line.startswith("h_{0..47}/attn_1/kernel ") for line in many)
+    other = {**params(12), "h_3": {"attn_1": {"kernel": np.ones((2, 3)), "bias": np.ones(2)}}}
+    assert "h_3/attn_1/kernel" in str(plan(other, 0.1, weights_only()))
+    assert "h_{0,1,2,4,5,6,7,8,9,10,11}/attn_1/kernel" in str(plan(other, 0.1, weights_only()))
+
+
+def test_a_terminal_gets_rich_and_a_file_plain_text(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from rich.console import Console
+
+    it = plan({"norm [0]": {"scale": np.ones(2)}, "kernel": np.ones((2, 2))}, 0.1, weights_only())
+    it.show()
+    assert capsys.readouterr().out == f"{it}\n"
+    for width in (200, 80, 40):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        console.print(it)
+        shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        assert max(map(len, shown.splitlines())) <= width
+        assert "norm [0]/scale" in shown or width == 40
+        assert ("float64" in shown) == (width == 200)
+        assert "decayed 4 of 6 parameters in 1 of 2" in shown
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    it.show()
+    assert capsys.readouterr().out == f"{it}\n"
+
+
+def test_a_notebook_gets_html() -> None:
+    page = plan({"<b>": {"kernel": np.ones((2, 2))}, "bias": np.ones(2)}, 0.1, weights_only())._repr_html_()
+    assert page.startswith("<p>decayed 4 of 6 parameters in 1 of 2 arrays</p><table><tr><th>path</th>")
+    assert "<td>&lt;b&gt;/kernel</td>" in page
+    assert page.count("<tr") == 3
+
+
+def test_the_difference_of_two_plans() -> None:
+    before = plan(PARAMS, 0.1, weights_only())
+    changed = {**PARAMS, "head": {"kernel": jnp.ones((4, 3)), "gate": {"kernel": jnp.ones((2, 2))}}}
+    del changed["embed"]
+    after = plan(changed, 0.1, by_path({"blocks/*/norm": True}, default=weights_only()))
+    diff = before.diff(after)
+    assert diff
+    assert [row.path for row in diff.added] == ["head/gate/kernel"]
+    assert [row.path for row in diff.removed] == ["embed/embedding"]
+    assert [new.path for _, new in diff.changed] == [f"blocks/{i}/norm/scale" for i in range(3)]
+    assert str(diff).splitlines() == [
+        "head/gate/kernel: 0.1, new",
+        "embed/embedding: 0.1, gone",
+        "blocks/{0..2}/norm/scale: 0 → 0.1, by 'blocks/*/norm'",
+    ]
+    assert not before.diff(before)
+    assert str(before.diff(before)) == "no difference"
+
+
+def test_a_plan_as_a_dictionary() -> None:
+    it = plan(PARAMS, optax.constant_schedule(0.1) * by_path({"embed": 0.5}, default=1.0), weights_only())
+    data = it.to_dict()
+    assert wdjax.Plan.from_dict(json.loads(json.dumps(data))) == it
+    row = data["parameters"][1]
+    written = "\n".join(f"{key} = {json.dumps(value)}" for key, value in row.items())  # JSON's values are TOML's.
+    assert tomllib.loads(written) == row
+    assert None not in {value for row in data["parameters"] for value in row.values() if not isinstance(value, list)}
+    with pytest.raises(ValueError, match=r"Plan\.from_dict: 'parameters' in what should be a dictionary"):
+        wdjax.Plan.from_dict({"rows": []})
+    with pytest.raises(ValueError, match=r"Plan\.from_dict: .*unexpected keyword argument 'size'"):
+        wdjax.Plan.from_dict({"parameters": [{**row, "size": 3}]})
+
+
+def test_nothing_or_everything_is_warned_of() -> None:
+    with pytest.warns(
+        UserWarning, match="plan: nothing decays: no rule, mask or rate lets any of 11 arrays decay"
+    ) as got:
+        plan(PARAMS, 0.0)
+    assert len(got) == 1
+    assert got[0].filename == __file__
+    with pytest.warns(
+        UserWarning, match=r"plan: everything decays, biases too: 'blocks/0/bias'.*weights_only\(\)"
+    ) as got:
+        plan(PARAMS, 0.1)
+    assert len(got) == 1
+    plan({"kernel": np.ones((2, 2))}, 0.1)  # Everything, and rightly so.
+    plan({"step": np.array(1)}, 0.1)  # Nothing that could.
+    plan({}, 0.1)
+
+
+def test_mistakes_are_told_as_anywhere() -> None:
+    for call, message in (
+        (lambda: plan(PARAMS, 0.1, only("kernal")), "plan: the pattern 'kernal' matches no parameter"),
+        (lambda: plan(PARAMS, -0.1), "plan: weight_decay must be finite and not negative, got -0.1"),
+        (lambda: plan(PARAMS, 0.1, weights_only(), frozen=only("blok")), "plan: the pattern 'blok' matches no"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"plan\(\) has no argument 'frozzen'.*Did you mean frozen"):
+        plan(PARAMS, 0.1, frozzen=None)
+    with pytest.raises(TypeError, match="plan: a mask says True or False"):
+        plan(PARAMS, 0.1, by_depth("blocks/*", 0.5))
+    with pytest.raises(TypeError, match="plan: a table of rates holds numbers"):
+        plan(PARAMS, weights_only())
+
+
+class Model(nn.Module):
+    width: int = 8192
+    layers: int = 80
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.layers):
+            x = nn.LayerNorm()(x)
+            x = x + nn.Dense(self.width)(nn.relu(nn.Dense(4 * self.width)(x)))
+        return x
+
+
+@functools.cache
+def seventy_billion() -> Any:
+    shapes = jax.eval_shape(Model(layers=4).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8192), jnp.float32))
+    return {f"group_{i}": shapes["params"] for i in range(33)}
+
+
+@pytest.mark.peers
+def test_a_model_that_no_memory_holds() -> None:
+    it = plan(seventy_billion(), 0.1, weights_only())
+    assert str(it.totals).startswith("decayed 70.9 B of 70.9 B parameters in 264 of 792 arrays")
+    by_type = weights_only(Model(width=16, layers=1), jax.ShapeDtypeStruct((1, 16), jnp.float32))
+    shapes = jax.eval_shape(Model(width=16, layers=1).init, jax.random.key(0), jnp.ones((1, 16)))["params"]
+    assert plan(shapes, 0.1, by_type)["Dense_0/kernel"].reason == "kernel: 'kernel' of a Dense"
+
+
+def test_golden_plans(tmp_path: Path) -> None:
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5), weights_only())
+    file = tmp_path / "plan.txt"
+    with pytest.raises(FileNotFoundError, match=r"there is no .*plan\.txt\. Look at print\(plan\), and write Path"):
+        assert_plan(it, file)
+    file.write_text(it.text(), encoding="utf-8")
+    assert file.read_text().splitlines()[:2] == ["0\tblocks/0/bias", "0.0125\tblocks/0/kernel"]
+    assert_plan(it, file)
+    assert_plan(it, str(file))
+    rates = {row.path: row.rate for row in it.parameters}
+    assert_plan(it, rates)
+    assert_plan(it, {row.path: row.decays for row in it.parameters})
+    assert_plan(plan(PARAMS, optax.constant_schedule(0.1), weights_only()), {**rates, **{
+        row.path: "schedule" for row in it.parameters if row.decays
+    }})  # fmt: skip
+
+    other = plan({**PARAMS, "scale": jnp.ones((2, 2))}, 0.1, by_path({"scale": True}, default=weights_only()))
+    with pytest.raises(AssertionError, match="the plan is not the golden one") as told:
+        assert_plan(other, file)
+    assert str(told.value).splitlines()[1:] == [
+        "  'blocks/0/kernel' has the rate 0.1 and not 0.0125, by weights_only",
+        "  'blocks/0/norm/scale' has the rate 0.1 and not 0, by 'scale'",
+        "  'blocks/1/kernel' has the rate 0.1 and not 0.025, by weights_only",
+        "  'blocks/1/norm/scale' has the rate 0.1 and not 0, by 'scale'",
+        "  'blocks/2/kernel' has the rate 0.1 and not 0.05, by weights_only",
+        "  'blocks/2/norm/scale' has the rate 0.1 and not 0, by 'scale'",
+        "  'scale' is new, with the rate 0.1",
+        f"If it is meant, write Path({str(file)!r}).write_text(plan.text(), encoding='utf-8').",
+    ]
+    with pytest.raises(AssertionError, match=r"'head/kernel' decays, by weights_only · by_depth\n  'tail' is gone"):
+        assert_plan(it, {**{row.path: row.decays for row in it.parameters}, "head/kernel": False, "tail": True})
+    many = {f"w{i}": True for i in range(30)}
+    with pytest.raises(AssertionError, match="and 22 more"):
+        assert_plan(it, many)
