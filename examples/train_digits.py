@@ -9,9 +9,9 @@ weights and with the same batches:
 - L2 in Adam: the penalty's gradient joins the loss's and is divided by the same root (`wdjax.adam_l2`);
 - decoupled decay: the weights shrink beside Adam's step (`wdjax.adamw`).
 
-The last two act on kernels only; what biases and norm scales do is in the second table. Do not look for a winner: the
-digits are easy, and other initial weights move the test accuracy by as much (train_digits_nnx.py has some). What the
-three make of the weights is another matter.
+The last two act on the weights of layers only, as the plan that is printed first shows; what biases and norm scales do
+is in the last table. Do not look for a winner: the digits are easy, and other initial weights move the test accuracy by
+as much (train_digits_nnx.py has some). What the three make of the weights is another matter.
 """
 
 from collections.abc import Sequence
@@ -49,11 +49,11 @@ class MLP(nn.Module):
 def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     """The three optimizers. The schedule also scales the decoupled decay, as it scales Adam's step."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
-    kernels = wdjax.only("kernel")
+    weights = wdjax.weights_only()
     return {
         "no decay": optax.adam(schedule),
-        "L2 in Adam": wdjax.adam_l2(schedule, L2_STRENGTH, kernels),
-        "decoupled decay": wdjax.adamw(schedule, WEIGHT_DECAY, kernels),
+        "L2 in Adam": wdjax.adam_l2(schedule, L2_STRENGTH, weights),
+        "decoupled decay": wdjax.adamw(schedule, WEIGHT_DECAY, weights),
     }
 
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
     model = MLP()
     start = model.init(jax.random.key(0), data.train_images[:1])["params"]
+    print(wdjax.plan(start, WEIGHT_DECAY, wdjax.weights_only()), end="\n\n")
     histories: dict[str, list[dict[str, float]]] = {}
 
     for name, optimizer in optimizers(len(batches)).items():

@@ -4,7 +4,7 @@
 
 `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes any Optax transformation. It shows it the parameters as a tree of
 `nnx.Param`, whose paths JAX itself spells "hidden_1/kernel/value"; wdjax leaves the last part out, so that
-`only("kernel")` says the same here as in Linen. Data, batches, strengths and schedule are those of train_digits.py;
+`only("kernel")` and `weights_only()` say the same here as in Linen. Data, batches, strengths and schedule are those of train_digits.py;
 the initial weights are drawn anew, so the numbers differ a little from the ones there.
 """
 
@@ -44,11 +44,11 @@ class MLP(nnx.Module):
 def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     """The three optimizers, word for word those of train_digits.py."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
-    kernels = wdjax.only("kernel")
+    weights = wdjax.weights_only()
     return {
         "no decay": optax.adam(schedule),
-        "L2 in Adam": wdjax.adam_l2(schedule, L2_STRENGTH, kernels),
-        "decoupled decay": wdjax.adamw(schedule, WEIGHT_DECAY, kernels),
+        "L2 in Adam": wdjax.adam_l2(schedule, L2_STRENGTH, weights),
+        "decoupled decay": wdjax.adamw(schedule, WEIGHT_DECAY, weights),
     }
 
 

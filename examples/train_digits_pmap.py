@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     model = MLP()
     params = model.init(jax.random.key(0), data.train_images[:1])["params"]
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, len(batches) // 20, len(batches))
-    optimizer = wdjax.adamw(schedule, 1.0, wdjax.only("kernel"), eps=EPS)
+    optimizer = wdjax.adamw(schedule, 1.0, wdjax.weights_only(), eps=EPS)
     single = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer).replace(step=jnp.zeros([], jnp.int32))
     replicated = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), single)
 

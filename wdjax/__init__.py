@@ -5,8 +5,9 @@
             in_loss  in_gradient         in_update             in_update       on_weights
           l2_penalty add_l2_to_grads  decoupled_decay      independent_decay  proximal_step
 
-Which parameters: `by_path`, `only`, `all_but` (wdjax.paths). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around
-a finished optimizer: `with_decoupled_decay`. Whole optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); what that means for a model: `plan`
+(wdjax.plans). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around a finished optimizer: `with_decoupled_decay`,
+`freeze`. LoRA: `decoupled_lora_decay`. Whole optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from ._action import DecayState as DecayState
