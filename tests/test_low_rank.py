@@ -490,9 +490,50 @@ def test_no_w0() -> None:
     assert "is not in base" in refusal(params, base={"dense": {"kernel": None}})
 
 
+@pytest.mark.parametrize("sizes", [(5, 4), (4, 4)])
+def test_a_weight_of_equinox_has_its_outputs_first(sizes: tuple[int, int]) -> None:
+    size_in, size_out = sizes
+    w0, a, b = arrays((size_out, size_in), (size_in, 2), (2, size_out))
+    names = {"weight": w0, "lora_a": a, "lora_b": b}
+    new = pulled({"dense": {name: jnp.asarray(x, jnp.float32) for name, x in names.items()}})["dense"]
+    want_a, want_b = pulls(w0.T, a, b)
+    np.testing.assert_allclose(new["lora_a"], want_a, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["lora_b"], want_b, rtol=1e-5, atol=1e-5)
+    # A pair that is given is in the order of the product, as PyTorch's factors of the same weight.
+    left, right = arrays((size_out, 2), (2, size_in), seed=1)
+    params = {"x": {"weight": w0, "lora_A": {"weight": right}, "lora_B": {"weight": left}}}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    new = pulled(params, pairs={"x/weight": ("x/lora_B/weight", "x/lora_A/weight")})["x"]
+    want_left, want_right = pulls(w0, left, right)
+    np.testing.assert_allclose(new["lora_B"]["weight"], want_left, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["lora_A"]["weight"], want_right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_factor_of_no_known_pair_is_told_of() -> None:
+    params = layer()
+    params["embed"] = {"lora_embedding_A": jnp.ones((9, 2)), "lora_embedding_B": jnp.ones((2, 4))}
+    for message in (init_refusal(params), refusal(params)):
+        assert "'embed/lora_embedding_A' looks like a LoRA factor, and what it makes is not known" in message
+        assert "mask=all_but('embed/lora_embedding_A')" in message
+    new = pulled(params, mask=wdjax.all_but("embed"))
+    assert not np.any(new["embed"]["lora_embedding_A"])
+    assert np.any(new["dense"]["lora_b"])
+
+
+def test_frozen_weights_may_be_one_array() -> None:
+    params = layer()
+    params["other"] = {**layer(jnp.float32)["dense"], "kernel": params["dense"]["kernel"]}
+    decoupled_lora_decay(0.1, scale=0.5).init(params)  # A warning would be an error.
+    params["other"]["lora_a"] = params["dense"]["lora_a"]
+    with pytest.warns(UserWarning, match="'dense/lora_a' and 'other/lora_a' are one array") as told:
+        decoupled_lora_decay(0.1, scale=0.5).init(params)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
 def test_several_w0() -> None:
     params = layer()
-    params["dense"]["weight"] = params["dense"]["kernel"]
+    params["dense"]["weight"] = params["dense"]["kernel"] + 0
     message = init_refusal(params)
     assert "could be any of ['dense/kernel', 'dense/weight']" in message
     assert "pairs={'dense/kernel': ('dense/lora_a', 'dense/lora_b')}" in message

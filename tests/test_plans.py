@@ -191,6 +191,48 @@ def test_forty_eight_blocks_are_as_many_lines_as_one() -> None:
     assert "h_{0,1,2,4,5,6,7,8,9,10,11}/attn_1/kernel" in str(plan(other, 0.1, weights_only()))
 
 
+def first_cells(params: Any) -> list[str]:
+    return [line.split("  ")[0] for line in str(plan(params, 0.1, weights_only())).splitlines()[2:-2]]
+
+
+def test_a_line_names_only_what_there_is() -> None:
+    array = np.ones((2, 2))
+    assert first_cells({"s0": {"b0": {"kernel": array}}, "s1": {"b1": {"kernel": array}}}) == [
+        "s0/b0/kernel",
+        "s1/b1/kernel",
+    ]
+    stages = {f"stage_{s}": {f"block_{b}": {"kernel": array} for b in range(n)} for s, n in enumerate((3, 5, 5))}
+    assert first_cells(stages) == [
+        "stage_0/block_{0..2}/kernel",
+        "stage_1/block_{0..4}/kernel",
+        "stage_2/block_{0..4}/kernel",
+    ]
+    assert first_cells({f"stage_{s}": stages["stage_1"] for s in range(3)}) == ["stage_{0..2}/block_{0..4}/kernel"]
+    assert first_cells({"b_1": {"kernel": array}, "b_01": {"kernel": array}}) == ["b_{01,1}/kernel"]
+    assert first_cells({f"b_{i:02}": {"kernel": array} for i in range(3)}) == ["b_{00,01,02}/kernel"]
+    assert first_cells({"a#": {"kernel": array}, "a1": {"kernel": array}}) == ["a#/kernel", "a1/kernel"]
+
+
+def test_counts_are_rounded_as_people_do() -> None:
+    def total(size: int) -> str:
+        return str(plan({"kernel": jax.ShapeDtypeStruct((size,), jnp.float32)}, 1.0).totals)
+
+    for size, shown in (
+        (9_999, "9999"),
+        (10_000, "10.0 k"),
+        (999_949, "999.9 k"),
+        (999_950, "1.0 M"),
+        (124_439_808, "124.4 M"),
+        (2 * 10**12, "2.0 T"),
+    ):
+        assert total(size) == f"decayed {shown} of {shown} parameters in 1 of 1 arrays"
+
+
+def test_what_is_no_array_is_no_parameter() -> None:
+    it = plan({"kernel": np.ones((2, 2)), "activation": jnp.tanh, "name": "x", "scale": 1.0}, 0.1, weights_only())
+    assert [row.path for row in it.parameters] == ["kernel", "scale"]
+
+
 def test_a_terminal_gets_rich_and_a_file_plain_text(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from rich.console import Console
 
@@ -232,8 +274,21 @@ def test_the_difference_of_two_plans() -> None:
         "embed/embedding: 0.1, gone",
         "blocks/{0..2}/norm/scale: 0 → 0.1, by 'blocks/*/norm'",
     ]
+    params = {f"w{i}": np.ones((2, 2)) for i in range(4)}
+    uneven = [by_path({"w0": 0.1, "w1": w1, "w2": 0.1, "w3": 0.5}) for w1 in (0.2, 0.7)]
+    assert str(plan(params, uneven[0]).diff(plan(params, uneven[1]))) == "w1: 0.2 → 0.7, by 'w1'"
+    blocks = {f"s{i}": {f"w{j}": np.ones((2, 2)) for j in range(2)} for i in range(2)}
+    deep, flat = plan(blocks, 0.1 * by_depth("s*/w*", 0.5)), plan(blocks, 0.1, only("s0", "s1"))
+    assert str(deep.diff(flat)) == "s{0,1}/w{0,1}: 0.00625 … 0.05 → 0.1, by ('s0', 's1')"
+    mixed = plan(blocks, by_path({("s0/w0", "s1/w1"): 0.1, ("s0/w1", "s1/w0"): 0.2}))
+    assert str(mixed.diff(flat)).splitlines() == [
+        "s0/w1: 0.2 → 0.1, by ('s0', 's1')",
+        "s1/w0: 0.2 → 0.1, by ('s0', 's1')",
+    ]
+    # What print and files don't tell apart is no difference.
+    assert not plan(params, 0.1).diff(plan(params, jnp.float32(0.1)))
     assert not before.diff(before)
-    assert str(before.diff(before)) == "no difference"
+    assert str(before.diff(before)) == "no difference in who decays"
 
 
 def test_a_plan_as_a_dictionary() -> None:
@@ -307,7 +362,7 @@ def test_a_model_that_no_memory_holds() -> None:
     assert str(it.totals).startswith("decayed 70.9 B of 70.9 B parameters in 264 of 792 arrays")
     by_type = weights_only(Model(width=16, layers=1), jax.ShapeDtypeStruct((1, 16), jnp.float32))
     shapes = jax.eval_shape(Model(width=16, layers=1).init, jax.random.key(0), jnp.ones((1, 16)))["params"]
-    assert plan(shapes, 0.1, by_type)["Dense_0/kernel"].reason == "kernel: 'kernel' of a Dense"
+    assert plan(shapes, 0.1, by_type)["Dense_0/kernel"].reason == "kernel: 'kernel' of 'Dense'"
 
 
 def test_golden_plans(tmp_path: Path) -> None:

@@ -82,8 +82,11 @@ class Action:
                 f"Write {self.where}(..., toward='init') for the values at init."
             )
 
-    def init(self, params: PyTree) -> DecayState:
-        """The state, after a check that rules, mask and anchor fit the parameters."""
+    def init(self, params: PyTree, acts_on: Callable[[str], bool] = lambda path: True) -> DecayState:
+        """The state, after a check that rules, mask and anchor fit the parameters.
+
+        A warning is given of one array at two places that `acts_on`, a function of the path, both are acted on.
+        """
         leaves = _leaves.flatten_with_paths(params)
         anchor = None
         if isinstance(self.toward, str):
@@ -91,7 +94,8 @@ class Action:
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
         rows = self._factors(params, leaves)
         self._anchors(leaves, rows, anchor)
-        _leaves.warn_of_aliases(self.where, [leaf for leaf, row in zip(leaves, rows, strict=True) if row])
+        acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row) and acts_on(leaf[0])]
+        _leaves.warn_of_aliases(self.where, acted_on)
         return DecayState(jnp.zeros([], jnp.int32), anchor)
 
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
@@ -105,11 +109,7 @@ class Action:
             (path, param), term = leaves[i], terms[i]
             if term is None:
                 return update
-            if jnp.shape(update) != jnp.shape(param):
-                raise ValueError(
-                    f"{self.where}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
-                    f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
-                )
+            _checks.same_shape(self.where, path, update, param)
             dtype = compute_dtype(update, param)
             factors = (*term.factors, *gates)
             key = (dtype, *map(id, factors))
@@ -188,7 +188,7 @@ class Action:
         given = dict(_leaves.flatten_with_paths(initial if isinstance(self.toward, str) else self.toward))
         holes = tuple(path + "/" for path, leaf in leaves if _leaves.is_hole(leaf))
         paths = {path for path, _ in leaves}
-        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if row and not any(_is_zero(f) for _, f in row)]
+        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row)]
         missing = [path for path, _ in pulled if _leaves.is_hole(given.get(path))]
         extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or _leaves.is_hole(a))]
         if missing or extra:
@@ -260,6 +260,10 @@ def product(factors: Sequence[Any], dtype: Any) -> tuple[Any, int | None]:
 def _is_known(rate: Scalar) -> bool:
     # A rate that is known while tracing is not zero when a rule gets it: those leaves are off for good.
     return isinstance(rate, np.generic)
+
+
+def _acts(row: Sequence[tuple[str, Any]] | None) -> bool:
+    return row is not None and not any(_is_zero(factor) for _, factor in row)
 
 
 def _is_zero(value: Any) -> bool:

@@ -4,6 +4,8 @@ import difflib
 import functools
 import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -80,6 +82,23 @@ def params_given(where: str, params: Any) -> None:
             f"{where} needs the parameters, and update got params=None. "
             "Write: updates, state = optimizer.update(grads, state, params)."
         )
+
+
+def same_shape(where: str, path: str, update: Any, param: Any) -> None:
+    """Refuses an update of another shape than its parameter."""
+    if jnp.shape(update) != jnp.shape(param):
+        raise ValueError(
+            f"{where}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
+            f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
+        )
+
+
+def warn(message: str) -> None:
+    """Warns at the line that called into wdjax, or into Optax around it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("wdjax", "optax"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def known_arguments(function: Callable[P, R]) -> Callable[P, R]:

@@ -8,7 +8,6 @@ The other two are *holes*: places that a rule may speak of but that hold nothing
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+
+from . import _checks
 
 PyTree = Any
 
@@ -31,6 +32,44 @@ class Leaf(NamedTuple):
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+
+class Hidden(optax.MaskedNode):
+    """The place of a parameter that an optimizer is not to see; unlike Optax's own it says what stood there.
+
+    So a rule inside decides as it would on the whole tree: a norm is told by its bias, a stack by its height.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+
+    @classmethod
+    def of(cls, leaf: Any) -> "Hidden":
+        place = cls()
+        described = describe("", leaf)
+        place.shape, place.dtype = described.shape, described.dtype
+        return place
+
+
+class _Remembered(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: Any
+
+    # Two trees with the same places hidden are trees of one structure, whatever stood there.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Remembered)
+
+    def __hash__(self) -> int:
+        return hash(_Remembered)
+
+
+def _hidden(remembered: _Remembered, _: Any) -> Hidden:
+    place = Hidden()
+    place.shape, place.dtype = remembered.shape, remembered.dtype
+    return place
+
+
+jax.tree_util.register_pytree_node(Hidden, lambda place: ((), _Remembered(place.shape, place.dtype)), _hidden)
 
 
 def canonical_paths(params: PyTree) -> list[str]:
@@ -53,7 +92,9 @@ def is_hole(node: Any) -> bool:
 def is_decayable(leaf: Any) -> bool:
     """Whether the leaf is a real or complex number or array: not an integer, a boolean, a PRNG key or a hole."""
     dtype = getattr(leaf, "dtype", None)
-    return isinstance(leaf, (float, complex)) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+    if is_hole(leaf) or dtype is None:
+        return isinstance(leaf, (float, complex))
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
@@ -78,7 +119,7 @@ def structure(tree: PyTree) -> Any:
 
 def describe(path: str, leaf: Any) -> Leaf:
     """The description of a leaf that predicates get."""
-    if is_hole(leaf):
+    if is_hole(leaf) and not isinstance(leaf, Hidden):
         return Leaf(path, (), None)
     return Leaf(path, tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", type(leaf)))
 
@@ -89,19 +130,24 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
     for path, leaf in leaves:
         if isinstance(leaf, (jax.Array, np.ndarray)):
             paths.setdefault(id(leaf), []).append(path)
-    for tied in paths.values():
-        if len(tied) > 1:
-            warnings.warn(
-                f"{where}: {' and '.join(map(repr, tied))} are one array. In a tree of arrays they are parameters of "
-                "their own: each gets its own update and its own decay, and the first step parts them. To keep them "
-                "tied, have the array once in params and use it twice in the model: with NNX share the Variable and "
-                "take nnx.state(model), with Equinox eqx.nn.Shared. To start alike, copy it.",
-                stacklevel=2,
-            )
+    tied = [" and ".join(map(repr, same[:3])) for same in paths.values() if len(same) > 1]
+    if tied:
+        more = f" (and {len(tied) - 1} more such arrays)" if len(tied) > 1 else ""
+        _checks.warn(
+            f"{where}: {tied[0]} are one array{more}. In a tree of arrays they are parameters of their own: each gets "
+            "its own update and its own decay, and the first step parts them. To keep them tied, have the array once "
+            "in params and use it twice in the model: with NNX share the Variable and take nnx.state(model), with "
+            "Equinox eqx.nn.Shared. To start alike, copy it."
+        )
 
 
 def map_with_params(
-    leaf_fn: Callable[[Any, int], Any], where: str, updates: PyTree, params: PyTree, paths: Sequence[str]
+    leaf_fn: Callable[[Any, int], Any],
+    where: str,
+    updates: PyTree,
+    params: PyTree,
+    paths: Sequence[str],
+    applies: Callable[[Any], bool] = is_decayable,
 ) -> PyTree:
     """Maps `leaf_fn(update, index of its parameter)` over the updates; what is no number passes through untouched.
 
@@ -111,6 +157,7 @@ def map_with_params(
         updates: the tree to map over: its structure and holes are kept.
         params: the parameters; boxes that `updates` lacks are seen through.
         paths: their canonical paths, for the error.
+        applies: which updates to map, if not all that are numbers.
 
     Raises:
         ValueError: if `updates` has another structure than `params`.
@@ -125,7 +172,7 @@ def map_with_params(
             raise ValueError(_structure_message(where, updates, paths)) from error
 
     def apply(leaf: Any, place: Any) -> Any:
-        if not is_decayable(leaf):
+        if not applies(leaf):
             return leaf
         indices = jax.tree.leaves(place)
         if len(indices) != 1:

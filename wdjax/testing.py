@@ -198,16 +198,17 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> wdjax.testing.assert_plan(wdjax.plan(params, 0.1, wdjax.weights_only()), {"kernel": 0.1, "bias": 0.0})
     """
-    accept = "change the dictionary"
-    if not isinstance(golden, Mapping):
-        accept = f"write Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"assert_plan: the plan is a {type(plan).__name__}. Write assert_plan(wdjax.plan(params), file)."
+        )
     if isinstance(golden, Mapping):
-        wanted = dict(golden)
+        wanted, accept = dict(golden), "change the dictionary"
     else:
-        file = pathlib.Path(golden)
+        file, accept = pathlib.Path(golden), f"write Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
         if not file.exists():
             raise FileNotFoundError(f"assert_plan: there is no {golden}. Look at print(plan), and {accept}.")
-        rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").splitlines())
+        rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").split("\n") if line)
         wanted = {path: rate for rate, _, path in rows}
     faults = []
     for planned in plan.parameters:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 from optax import contrib
 
 from . import _checks, _leaves
@@ -148,7 +149,8 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the others; its `update` needs
-        `params`. Rules and masks inside see what is frozen as empty places: rules by path may go on speaking of it.
+        `params`. Rules inside may go on speaking of what is frozen, and decide on the others as if it were there. To
+        unfreeze, make a new state: the old one has no place for what was frozen.
 
     Raises:
         TypeError: if `optimizer` is no optimizer, or the mask is none.
@@ -171,31 +173,71 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
         mask._check_booleans(where)
 
     def init_fn(params: PyTree) -> Any:
-        leaves = _leaves.flatten_with_paths(params)
-        return inner.init(_without(params, params, leaves, booleans(where, mask, params, leaves)))
+        return inner.init(_Frozen(mask, params).hidden(params))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         _checks.params_given(where, params)
-        leaves = _leaves.flatten_with_paths(params)
-        frozen = booleans(where, mask, params, leaves)
-        hidden = (_without(tree, params, leaves, frozen) for tree in (updates, params))
-        moved, state = inner.update(next(hidden), state, next(hidden), **extra_args)
-        places = iter(jax.tree.leaves(moved, is_leaf=_leaves.is_hole))
-
-        def put_back(update: Any) -> Any:
-            place = next(places)
-            is_frozen = isinstance(place, optax.MaskedNode) and not _leaves.is_hole(update)
-            return -jnp.zeros_like(update) if is_frozen else place
-
-        return jax.tree.map(put_back, updates, is_leaf=_leaves.is_hole), state
+        frozen = _Frozen(mask, params)
+        extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
+        moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params), **extra_args)
+        return frozen.kept(updates, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _without(tree: PyTree, params: PyTree, leaves: list[tuple[str, Any]], frozen: list[bool]) -> PyTree:
-    """The tree with empty places where a parameter is frozen."""
-    paths = [path for path, _ in leaves]
-    return _leaves.map_with_params(lambda x, i: optax.MaskedNode() if frozen[i] else x, "freeze", tree, params, paths)
+class _Frozen:
+    """Which parameters are frozen: how to hide them from an optimizer, and what update keeps them."""
+
+    def __init__(self, mask: Any, params: PyTree):
+        self.params = params
+        self.leaves = _leaves.flatten_with_paths(params)
+        if isinstance(mask, Rules):
+            self.flags = [bool(decision and decision.value) for decision in mask._decisions("freeze", self.leaves)]
+        else:
+            self.flags = booleans("freeze", mask, params, self.leaves)
+
+    def hidden(self, tree: PyTree) -> PyTree:
+        """A tree like params with empty places for what is frozen."""
+        return self._mapped(lambda x, i: _leaves.Hidden.of(self.leaves[i][1]) if self.flags[i] else x, tree)
+
+    def hidden_in_argument(self, name: str, value: Any) -> Any:
+        """What line searches and the like get besides: gradients, and functions of all parameters."""
+        if name == "grad":
+            return self.hidden(value)
+        if name not in ("value_fn", "obj_fn", "grad_fn"):
+            return value
+
+        def of_the_others(tree: PyTree, *args: Any, **kwargs: Any) -> Any:
+            result = value(self._mapped(lambda x, i: self.leaves[i][1] if self.flags[i] else x, tree), *args, **kwargs)
+            return self.hidden(result) if name == "grad_fn" else result
+
+        return of_the_others
+
+    def kept(self, updates: PyTree, moved: PyTree) -> PyTree:
+        """The updates of the others from `moved`, and for what is frozen those that change no bit."""
+        given = jax.tree.leaves(updates, is_leaf=_leaves.is_hole)
+        numbers = iter(range(len(given)))
+
+        def update(place: Any, i: int) -> Any:
+            number = next(numbers)
+            return _no_update(given[number], self.leaves[i][1]) if self.flags[i] else place
+
+        return self._mapped(update, moved)
+
+    def _mapped(self, leaf_fn: Any, tree: PyTree) -> PyTree:
+        paths = [path for path, _ in self.leaves]
+        return _leaves.map_with_params(leaf_fn, "freeze", tree, self.params, paths, applies=lambda leaf: True)
+
+
+def _no_update(update: Any, param: Any) -> Any:
+    """What to add to a parameter to keep every bit of it, in the dtype and with the sharding of its update."""
+    if _leaves.is_decayable(update):
+        return shard_alike(jnp.asarray(update), -jnp.zeros_like(update))[1]
+    if _leaves.is_hole(update):
+        return -jnp.zeros_like(param) if _leaves.is_decayable(param) else update
+    # The gradient of an integer has no bits, and a key can't be added to.
+    is_integer = jnp.issubdtype(getattr(update, "dtype", type(update)), jnp.integer)
+    return jnp.zeros_like(update) if is_integer else update
 
 
 def _finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:

@@ -29,7 +29,9 @@ import optax
 
 from .. import _checks, _leaves
 from .._action import Action, DecayState, Term, cast, compute_dtype, plus, product
-from ._pairs import WHERE, Pair, checked, factors_of, has
+from ..paths._roles import ADAPTER, role
+from ..paths._standard import parameter_at
+from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
 
 PyTree = Any
 
@@ -63,9 +65,10 @@ def decoupled_lora_decay(
         X/kernel_lora_a, ...           X/kernel                                               Qwix, openpi
 
     where `kernel` may also be `weight`, `w` or `embedding`. A is (*stack, *in, r), B is (*stack, r, *out), and W0 has
-    the axes (*stack, *in, *out), or these in another order if their sizes tell them apart, or `in` and `out` split
-    into several axes. Factors of an (out, in) weight as PyTorch's, where W = W0 + scale * lora_B @ lora_A, are named
-    in the order of the product: pairs={"X/weight": ("X/lora_B/weight", "X/lora_A/weight")}.
+    the axes (*stack, *in, *out), a `weight` (*stack, *out, *in) as in Equinox; or these in another order if their
+    sizes tell them apart, or `in` and `out` split into several axes. Factors of an (out, in) weight as PyTorch's,
+    where W = W0 + scale * lora_B @ lora_A, are named in the order of the product:
+    pairs={"X/weight": ("X/lora_B/weight", "X/lora_A/weight")}.
 
     Products run at the highest matrix precision, in at least float32, whatever the device's default is: each step
     reads W0 twice, widened to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
@@ -107,11 +110,12 @@ def decoupled_lora_decay(
     given = checked(pairs)
 
     def init_fn(params: PyTree) -> DecayState:
-        state, leaves = rates.init(params), _leaves.flatten_with_paths(params)
+        leaves = _leaves.flatten_with_paths(params)
         tree = dict(leaves)
-        factors = factors_of([path for path, _ in leaves], given)
+        factors = factors_of(list(tree), given)
+        state = rates.init(params, acts_on=factors.__contains__)
+        scales.init(params, acts_on=lambda path: False)
         _refuse_idle(rates.terms(params, leaves, state), leaves, factors)
-        scales.init(params)
         for pair in factors.values():  # W0 may come later, in `base`.
             if has(tree, pair.left) and has(tree, pair.right) and (weight := pair.weight_in(tree)):
                 pair.layout(tree[weight], weight, tree[pair.left], tree[pair.right])
@@ -137,11 +141,7 @@ def decoupled_lora_decay(
             size = next((sizes[index[p]] for p in (pair.left, pair.right) if p in index and sizes[index[p]]), None)
             if size is None:  # A scale of zero.
                 return update
-            if jnp.shape(update) != jnp.shape(param):
-                raise ValueError(
-                    f"{WHERE}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
-                    f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
-                )
+            _checks.same_shape(WHERE, path, update, param)
             w0, left, right = pair.matrices(tree, frozen, is_given=base is not None)
             dtype = compute_dtype(update, w0, left, right)
             rate = _along(*product((*term.factors, *size.factors), dtype), param)
@@ -182,8 +182,16 @@ def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) ->
 
 
 def _refuse_idle(terms: Sequence[Term | None], leaves: Sequence[tuple[str, Any]], factors: Mapping[str, Pair]) -> None:
-    """Refuses a mask or a table of rates that means something, but no factor."""
+    """Refuses a mask or a table of rates that means no factor, or one whose partner and weight are not known."""
     chosen = [path for (path, _), term in zip(leaves, terms, strict=True) if term is not None]
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves if _leaves.is_decayable(leaf)}
+    for path in chosen:
+        found = None if path in factors else role(parameter_at(path, shapes))
+        if found is not None and found.name == ADAPTER:
+            raise ValueError(
+                f"{WHERE}: {path!r} looks like a LoRA factor, and what it makes is not known. Write {WRITE_PAIRS}; "
+                f"or leave it out: mask=all_but({path!r})."
+            )
     if chosen and not any(path in factors for path in chosen):
         raise ValueError(
             f"{WHERE}: mask and weight_decay choose {chosen[:3]}, and no LoRA factor; the factors are "

@@ -30,11 +30,13 @@ class Pair(NamedTuple):
     Attributes:
         left, right: the paths of the factors.
         weights: where W0 may be, in groups: the first group that has any, and it must have one.
+        is_given: whether a person wrote the pair, in the order of the product.
     """
 
     left: str
     right: str
     weights: tuple[tuple[str, ...], ...]
+    is_given: bool = False
 
     def weight_in(self, tree: dict[str, Any]) -> str | None:
         """The path of W0 in a tree, None if it is not there."""
@@ -74,7 +76,8 @@ class Pair(NamedTuple):
     def layout(self, w0: Any, weight: str, left: Any, right: Any) -> tuple[int, tuple[int, ...]]:
         """How many axes are stacked, and the order of the axes of W0 in which it is (*stack, *in, *out)."""
         shapes = jnp.shape(w0), jnp.shape(left), jnp.shape(right)
-        found = _layout(*shapes)
+        is_weight = weight.rpartition("/")[2] == "weight"
+        found = _layout(*shapes, out_first=is_weight and not self.is_given)
         if found is None:
             raise ValueError(
                 f"{WHERE}: W0 = {weight!r} of shape {shapes[0]} is no sum with the product of A = {self.left!r} of "
@@ -108,7 +111,7 @@ class Pair(NamedTuple):
 
 def factors_of(paths: Sequence[str], given: Mapping[str, tuple[str, str]]) -> dict[str, Pair]:
     """The pair of each factor among the paths: those that are given, and those that their names tell."""
-    pairs = [Pair(left, right, ((weight,),)) for weight, (left, right) in given.items()]
+    pairs = [Pair(left, right, ((weight,),), is_given=True) for weight, (left, right) in given.items()]
     named = {path: pair for pair in pairs for path in (pair.left, pair.right)}
     for pair in pairs:
         if pair.left not in paths and pair.right not in paths:
@@ -141,7 +144,9 @@ def _pair_of(path: str) -> Pair | None:
     return Pair(left, right, tuple(tuple(r + name for name in _NEAR) for r in roots))
 
 
-def _layout(w0: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+def _layout(
+    w0: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], *, out_first: bool
+) -> tuple[int, tuple[int, ...]] | None:
     """How many axes are stacked, and the order of the axes of W0 as (*stack, *in, *out); None if there is none."""
     if len(left) < 2 or len(right) < 2:
         return None
@@ -152,7 +157,10 @@ def _layout(w0: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) 
         if not fits or math.prod(rest) != math.prod(ins) * math.prod(outs):
             continue
         plain = tuple(range(len(w0)))
-        if _splits(rest, ins, outs):
+        split = _split(rest, outs, ins) if out_first else None
+        if split is not None:
+            return stack, (*plain[:stack], *plain[stack + split :], *plain[stack : stack + split])
+        if _split(rest, ins, outs) is not None:
             return stack, plain
         orders = []
         for chosen in itertools.combinations(range(len(rest)), len(ins)):
@@ -164,13 +172,13 @@ def _layout(w0: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) 
     return None
 
 
-def _splits(rest: tuple[int, ...], ins: tuple[int, ...], outs: tuple[int, ...]) -> bool:
-    """Whether the axes of W0 are those of `in` and then those of `out`, each as they are or flattened to one."""
+def _split(rest: tuple[int, ...], first: tuple[int, ...], second: tuple[int, ...]) -> int | None:
+    """How many axes of W0 are the first sizes, if the others are the second, each as they are or flattened to one."""
 
     def alike(axes: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
         return axes == sizes or (math.prod(axes),) == sizes
 
-    return any(alike(rest[:k], ins) and alike(rest[k:], outs) for k in range(len(rest) + 1))
+    return next((k for k in range(len(rest) + 1) if alike(rest[:k], first) and alike(rest[k:], second)), None)
 
 
 def checked(pairs: Any) -> dict[str, tuple[str, str]]:

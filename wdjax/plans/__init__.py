@@ -5,7 +5,6 @@ the answer back as a `Plan`: to print, to compare with another, to hold in a fil
 (`wdjax.testing.assert_plan`).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +77,7 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
     rows = [
         _planned(_leaves.describe(path, leaf), _leaves.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
-        if not _leaves.is_hole(leaf)
+        if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
     ]
     _warn(rows)
     return Plan(tuple(rows))
@@ -109,7 +108,7 @@ def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, k
         leaf.path,
         leaf.shape,
         np.dtype(leaf.dtype).name if isinstance(leaf.dtype, (np.dtype, type)) else str(leaf.dtype),
-        value not in (0, 0.0) if not isinstance(value, tuple) else any(value),
+        any(value) if isinstance(value, tuple) else value != 0,
         value,
         " · ".join(decision.rule for decision in decisions),
         "; ".join(decision.reason for decision in decisions if decision.reason),
@@ -133,23 +132,22 @@ def _shown(factors: Sequence[Any]) -> Rate:
     rate = tuple(map(float, numbers)) if isinstance(numbers, np.ndarray) else float(numbers)
     if not names or rate == 0:
         return rate
-    return " × ".join(names if rate == 1 else [show_rate(rate), *names])
+    number = f"({show_rate(rate)})" if isinstance(rate, tuple) else show_rate(rate)
+    return " × ".join(names if rate == 1 else [number, *names])
 
 
 def _warn(rows: Sequence[Planned]) -> None:
     decayable = [row for row in rows if row.rule != _NO_NUMBER]
     if decayable and not any(row.decays for row in decayable):
-        warnings.warn(
-            f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay. "
-            "Print the plan to see which rule took each.",
-            stacklevel=4,
+        _checks.warn(
+            f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay, or they are "
+            "frozen. Print the plan to see which rule took each."
         )
     shapes = {row.path: row.shape for row in rows}
     roles = {row.path: role(parameter_at(row.path, shapes)) for row in decayable}
     biases = [path for path, found in roles.items() if found is not None and found.name == BIAS]
     if biases and all(row.decays for row in decayable):
-        warnings.warn(
+        _checks.warn(
             f"plan: everything decays, biases too: {', '.join(map(repr, biases[:3]))}. For the weights alone give "
-            "mask=weights_only().",
-            stacklevel=4,
+            "mask=weights_only()."
         )

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,13 @@ class Plan:
 
     def __getitem__(self, path: str) -> Planned:
         """The row of the parameter at a canonical path."""
-        for planned in self.parameters:
-            if planned.path == path:
-                return planned
-        raise KeyError(f"Plan: no parameter has the path {path!r}.")
+        if path not in self._rows:
+            raise KeyError(f"Plan: no parameter has the path {path!r}.")
+        return self._rows[path]
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, Planned]:
+        return {planned.path: planned for planned in self.parameters}
 
     @property
     def totals(self) -> "Totals":
@@ -41,19 +45,22 @@ class Plan:
 
     def diff(self, other: "Plan") -> "PlanDiff":
         """What `other` plans otherwise: parameters that it has besides, that it lacks, and whose rate it changes."""
-        before, after = ({planned.path: planned for planned in plan.parameters} for plan in (self, other))
+        before, after = self._rows, other._rows
         return PlanDiff(
             added=tuple(planned for path, planned in after.items() if path not in before),
             removed=tuple(planned for path, planned in before.items() if path not in after),
             changed=tuple(
                 (planned, after[path])
                 for path, planned in before.items()
-                if path in after and (planned.decays, planned.rate) != (after[path].decays, after[path].rate)
+                if path in after and show_rate(planned.rate) != show_rate(after[path].rate)
             ),
         )
 
     def text(self) -> str:
-        """A line for each parameter, its rate, a tab and its path: for a golden file and `testing.assert_plan`."""
+        """A line for each parameter, its rate, a tab and its path: for a golden file and `testing.assert_plan`.
+
+        A schedule is there by its name alone, and numbers with six digits.
+        """
         return "".join(f"{show_rate(planned.rate)}\t{planned.path}\n" for planned in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,4 +133,4 @@ class PlanDiff:
 
     def __str__(self) -> str:
         added, removed = ((None, p) for p in self.added), ((p, None) for p in self.removed)
-        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference"
+        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference in who decays"

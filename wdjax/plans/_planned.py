@@ -50,12 +50,10 @@ class Totals(NamedTuple):
 
 
 def show_rate(rate: Rate, *, digits: int = 6) -> str:
-    """A rate as tables and golden files have it."""
+    """A rate as golden files have it: that of stacked layers is one number for each."""
     if isinstance(rate, str):
         return rate
-    if isinstance(rate, (tuple, list)):
-        return f"{rate[0]:.{digits}g} … {rate[-1]:.{digits}g}" if rate else "0"
-    return f"{rate:.{digits}g}"
+    return ", ".join(f"{one:.{digits}g}" for one in (rate if isinstance(rate, (tuple, list)) else (rate,)))
 
 
 def totals_of(rows: Sequence[Planned]) -> Totals:
@@ -67,6 +65,6 @@ def totals_of(rows: Sequence[Planned]) -> Totals:
 def count(number: int) -> str:
     """A count as people say it: "124.4 M"."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= 10 * size or (number >= size and unit != "k"):
+        if number >= 0.99995 * size * (10 if unit == "k" else 1):  # Never "1000.0 k".
             return f"{number / size:.1f} {unit}"
     return str(number)

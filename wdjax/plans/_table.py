@@ -2,6 +2,7 @@
 
 import collections
 import html
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ def lines_of(parameters: Sequence[Planned]) -> list[Line]:
     """One line for the parameters of one shape and one rule that differ in the numbers of their paths only."""
     groups: dict[Any, list[Planned]] = collections.defaultdict(list)
     for p in parameters:
-        without = _NUMBER.sub("#", p.path), _NUMBER.sub("#", p.reason)
+        without = tuple(_NUMBER.split(p.path)), tuple(_NUMBER.split(p.reason))
         groups[without, p.shape, p.dtype, p.decays, p.rule].append(p)
-    return [_line(group) for group in groups.values()]
+    return [_line(part) for group in groups.values() for part in _merged(group)]
 
 
 def as_text(parameters: Sequence[Planned]) -> list[str]:
@@ -72,17 +73,19 @@ def as_html(title: str, parameters: Sequence[Planned]) -> str:
 
 def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]:
     """A line for each change from one row to another, None where there is none; like changes are one line."""
-    groups: dict[tuple[str, str], list[tuple[Planned | None, Planned | None]]] = collections.defaultdict(list)
+    groups: dict[Any, dict[str, tuple[Planned | None, Planned | None]]] = collections.defaultdict(dict)
     for old, new in pairs:
-        kind = "new" if old is None else "gone" if new is None else f"by {new.rule}"
         row = new if old is None else old
         assert row is not None
-        groups[_NUMBER.sub("#", row.path), kind].append((old, new))
+        key = (tuple(_NUMBER.split(row.path)), old and old.rule, new and new.rule)
+        groups[key][row.path] = old, new
     lines = []
-    for (_, kind), group in groups.items():
-        before, after = ([row for row in rows if row is not None] for rows in zip(*group, strict=True))
-        rates = " → ".join(_rates(rows) for rows in (before, after) if rows)
-        lines.append(f"{_merged_path(before or after)}: {rates}, {kind}")
+    for group in groups.values():
+        for part in _merged([old or new for old, new in group.values()]):  # pyright: ignore[reportArgumentType]
+            before, after = zip(*(group[row.path] for row in part), strict=True)
+            rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
+            kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
+            lines.append(f"{_merged_path(part)}: {rates}, {kind}")
     return lines
 
 
@@ -103,30 +106,49 @@ def _line(group: Sequence[Planned]) -> Line:
     )
 
 
+def _merged(group: Sequence[Planned]) -> list[list[Planned]]:
+    """The group in parts, each with every combination of the numbers in its paths: a line says what there is."""
+    columns = _columns(group)
+    if math.prod(map(len, columns)) == len(group):
+        return [list(group)]
+    first = next(k for k, column in enumerate(columns) if len(column) > 1)
+    parts: dict[str, list[Planned]] = collections.defaultdict(list)
+    for planned in group:
+        parts[_NUMBER.findall(planned.path)[first]].append(planned)
+    return [part for each in parts.values() for part in _merged(each)]
+
+
+def _columns(group: Sequence[Planned]) -> list[list[str]]:
+    """The numbers at each place of the paths, as they are written, in their order."""
+    columns = zip(*(_NUMBER.findall(planned.path) for planned in group), strict=True)
+    return [sorted(set(column), key=lambda digits: (int(digits), digits)) for column in columns]
+
+
 def _merged_path(group: Sequence[Planned]) -> str:
     """One path for paths that differ in their numbers only: "blocks/{0..11}/kernel"."""
-    columns = [sorted(set(map(int, column))) for column in zip(*map(_numbers, group), strict=True)]
-    shown = map(_range, columns)
-    return _NUMBER.sub(lambda match: match.group() if len(group) == 1 else next(shown), group[0].path)
+    shown = map(_range, _columns(group))
+    return _NUMBER.sub(lambda match: next(shown), group[0].path)
 
 
-def _numbers(planned: Planned) -> list[str]:
-    return _NUMBER.findall(planned.path)
+def _range(digits: Sequence[str]) -> str:
+    if len(digits) == 1:
+        return digits[0]
+    numbers = range(int(digits[0]), int(digits[-1]) + 1)
+    if len(digits) > 2 and list(digits) == list(map(str, numbers)):
+        return f"{{{digits[0]}..{digits[-1]}}}"
+    return f"{{{','.join(digits)}}}"
 
 
 def _rates(group: Sequence[Planned]) -> str:
-    """The rate of all, or that of the first and of the last by their numbers."""
-    ordered = sorted(group, key=lambda planned: list(map(int, _numbers(planned))))
-    shown = list(dict.fromkeys(show_rate(planned.rate, digits=4) for planned in ordered))
-    return shown[0] if len(shown) == 1 else f"{shown[0]} … {shown[-1]}"
-
-
-def _range(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers[-1] - numbers[0] == len(numbers) - 1 and len(numbers) > 2:
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return f"{{{','.join(map(str, numbers))}}}"
+    """The rate of all; from the first to the last where they rise or fall with the numbers; else each that there is."""
+    ordered = sorted(group, key=lambda planned: list(map(int, _NUMBER.findall(planned.path))))
+    each = list(dict.fromkeys(planned.rate for planned in ordered))
+    rates: list[Any] = list(each[0]) if len(each) == 1 and isinstance(each[0], tuple) else list(each)
+    shown = list(dict.fromkeys(show_rate(rate, digits=4) for rate in rates))
+    are_numbers = all(isinstance(rate, float) for rate in rates)
+    if len(shown) > 2 and are_numbers and rates in (sorted(rates), sorted(rates, reverse=True)):
+        return f"{shown[0]} … {shown[-1]}"
+    return ", ".join(shown)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
