@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,111 @@ def test_every_kind_of_mask(mask: Any) -> None:
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, tree), optimizer.init(tree), tree)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
     np.testing.assert_allclose(updates["head"]["kernel"], -0.1)
+
+
+def test_integers_keys_and_missing_gradients_stay_too() -> None:
+    tree = {
+        "enc": {"buffer": jnp.arange(5) * 100, "flag": jnp.array([True]), "key": jax.random.key(0), "w": jnp.ones(2)},
+        "head": jnp.ones(2),
+    }
+    optimizer = freeze(optax.adamw(0.1, weight_decay=0.5), {"enc": True, "head": False})
+    float0 = np.zeros(5, jax.dtypes.float0)
+    for buffer in (jnp.zeros(5, int), float0, None):
+        grads = {"enc": {"buffer": buffer, "flag": None, "key": None, "w": None}, "head": jnp.ones(2)}
+        updates, _ = optimizer.update(grads, optimizer.init(tree), tree)
+        assert updates["enc"]["flag"] is updates["enc"]["key"] is None
+        assert bits(tree["enc"]["w"] + updates["enc"]["w"]) == bits(tree["enc"]["w"])
+        if buffer is not None and buffer is not float0:
+            assert not np.any(updates["enc"]["buffer"])
+        np.testing.assert_allclose(updates["head"], -0.15, rtol=1e-5)
+    # Their own optimizer may go on moving integers that are not frozen.
+    moved, _ = freeze(optax.sgd(1.0), only("w")).update({"w": 1.0, "n": 3}, optax.sgd(1.0).init({}), {"w": 1.0, "n": 3})
+    assert float(moved["n"]) == -3
+
+
+NEIGHBOURS = {
+    "layers": [
+        {"weight": jnp.ones((4, 4)), "bias": jnp.ones((4, 4))},  # A LayerNorm of two axes, told by its bias.
+        {"weight": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    ],
+    "stack": {"w": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4))},
+    "embed": {"embedding": jnp.ones((5, 4))},
+}
+
+
+@pytest.mark.parametrize("frozen", [only("bias", "b"), only("layers/0"), only("stack"), wdjax.all_but("embed")])
+@pytest.mark.parametrize(
+    ("rate", "mask"),
+    [
+        (0.5, wdjax.weights_only()),
+        (0.5 * wdjax.by_depth("stack", 0.5, first="embed", axis=0), wdjax.weights_only()),
+        (0.5 * wdjax.by_depth("layers/*", 0.5, first="embed"), wdjax.weights_only()),
+        (0.5 * wdjax.by_path({"stack": wdjax.by_width(2, stacked_axes=1)}, default=wdjax.by_width(2)), None),
+        (wdjax.by_path({"stack": 0.1, lambda leaf: leaf.ndim == 1: 0.2}, default=0.3), None),
+    ],
+)
+def test_rules_inside_decide_as_if_it_were_there(frozen: wdjax.Rules, rate: Any, mask: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        planned = wdjax.plan(NEIGHBOURS, rate, mask, frozen=frozen)
+    optimizer = freeze(wdjax.decoupled_decay(rate, mask), frozen)
+    state = optimizer.init(NEIGHBOURS)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, NEIGHBOURS), state, NEIGHBOURS)
+    for path, update in zip(wdjax.canonical_paths(NEIGHBOURS), jax.tree.leaves(updates), strict=True):
+        expected = np.array(planned[path].rate)
+        shape = (-1,) + (1,) * (update.ndim - 1) if expected.ndim else ()
+        np.testing.assert_allclose(np.abs(update), np.broadcast_to(expected.reshape(shape), update.shape), rtol=1e-6)
+
+
+def test_line_searches_see_all_parameters_and_move_the_others() -> None:
+    target = {"encoder": jnp.array([1.0, 2.0]), "head": jnp.array([3.0, -1.0])}
+
+    def value_fn(tree: Any) -> jax.Array:
+        return sum(jnp.sum((a * b - 2.0) ** 2) for a, b in zip(tree.values(), target.values(), strict=True))  # pyright: ignore
+
+    for optimizer in (optax.lbfgs(), optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10))):
+        tree = {"encoder": jnp.array([5.0, -0.0]), "head": jnp.array([5.0, 5.0])}
+        before, fixed, alone = bits(tree["encoder"]), tree["encoder"], {"head": tree["head"]}
+
+        def of_head(tree: Any, fixed: Any = fixed) -> jax.Array:
+            return value_fn({"encoder": fixed, **tree})
+
+        frozen = freeze(optimizer, only("encoder"))
+        states = frozen.init(tree), optimizer.init(alone)
+        for _ in range(3):
+            value, grad = jax.value_and_grad(value_fn)(tree)
+            updates, first = frozen.update(grad, states[0], tree, value=value, grad=grad, value_fn=value_fn)
+            tree = optax.apply_updates(tree, updates)
+            value, grad = jax.value_and_grad(of_head)(alone)
+            updates, second = optimizer.update(grad, states[1], alone, value=value, grad=grad, value_fn=of_head)
+            alone, states = optax.apply_updates(alone, updates), (first, second)
+        assert bits(tree["encoder"]) == before
+        np.testing.assert_allclose(tree["head"], alone["head"], rtol=1e-5)
+        assert not np.allclose(tree["head"], 5.0)
+
+
+def test_sharded_in_sharded_out() -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    tree = {name: jax.device_put(jnp.ones((16, 4)), sharding) for name in ("encoder", "head")}
+    optimizer = freeze(wdjax.adamw(0.1, 0.5), only("encoder"))
+    step = jax.jit(optimizer.update).lower(tree, optimizer.init(tree), tree).compile()
+    updates, _ = step(tree, optimizer.init(tree), tree)
+    assert updates["encoder"].sharding.is_equivalent_to(sharding, 2)
+    assert not any(word in step.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+def test_one_trace_for_many_steps_and_a_state_that_is_kept() -> None:
+    tree = {k: v for k, v in params().items() if k != "empty"}
+    optimizer = freeze(wdjax.adamw(0.1, 0.5), only("encoder"))
+    step = jax.jit(chex.assert_max_traces(lambda g, s, p: optimizer.update(g, s, p), n=1))
+    state = optimizer.init(tree)
+    for _ in range(3):
+        _, state = step(tree, state, tree)
+    restored = flax.serialization.from_bytes(optimizer.init(tree), flax.serialization.to_bytes(state))
+    first, second = (optimizer.update(tree, s, tree)[0] for s in (state, restored))
+    assert bits(first) == bits(second)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
 def test_what_freeze_refuses() -> None:

@@ -24,7 +24,7 @@ import optax
 from . import _checks, _leaves
 from .paths import Rules
 from .paths._masks import booleans
-from .paths._rules import PerLayer
+from .paths._rules import PerLayer, check_stack
 
 PyTree = Any
 Rule = Callable[[jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
@@ -160,10 +160,12 @@ class Action:
             )
             columns.append([[(name, factor) for factor in row] for row in rows])
         chosen = booleans(self.where, self.mask, params, leaves)
-        return [
-            list(itertools.chain(*factors)) if flag and _leaves.is_decayable(leaf) else None
-            for flag, (_, leaf), *factors in zip(chosen, leaves, *columns, strict=True)
-        ]
+        factors: list[list[tuple[str, Any]] | None] = []
+        for flag, (path, leaf), *rates in zip(chosen, leaves, *columns, strict=True):
+            row = list(itertools.chain(*rates)) if flag and _leaves.is_decayable(leaf) else None
+            check_stack(self.where, path, (factor for _, factor in row or ()))
+            factors.append(row)
+        return factors
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:
@@ -246,11 +248,6 @@ def product(factors: Sequence[Any], dtype: Any) -> tuple[Any, int | None]:
             arrays.append(jnp.asarray(factor.values, real))
         else:
             arrays.append(jnp.asarray(factor, real))
-    if len(axes) > 1:
-        raise ValueError(
-            f"by_depth: the multipliers of one parameter lie along several axes, {sorted(axes)}. "
-            "Layers are stacked along one: write the product of the factors into one by_depth."
-        )
     result: Any = real.type(number)
     for array in arrays:
         result = result * array

@@ -7,6 +7,7 @@ tree that `init` sees (NNX Variables) and the one that `update` sees (bare array
 The other two are *holes*: places that a rule may speak of but that hold nothing to decay.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -51,7 +52,8 @@ class Hidden(optax.MaskedNode):
         return place
 
 
-class _Remembered(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Remembered:
     shape: tuple[int, ...]
     dtype: Any
 
@@ -94,7 +96,9 @@ def is_decayable(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     if is_hole(leaf) or dtype is None:
         return isinstance(leaf, (float, complex))
-    return jnp.issubdtype(dtype, jnp.inexact)
+    # A `Leaf` has the type of what is no array for its dtype.
+    is_python = type(dtype) is type and not issubclass(dtype, np.generic)
+    return dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)
 
 
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:

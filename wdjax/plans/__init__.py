@@ -15,7 +15,7 @@ from .. import _checks, _leaves
 from ..paths import Leaf, Rules
 from ..paths._masks import booleans
 from ..paths._roles import BIAS, role
-from ..paths._rules import Decision, PerLayer
+from ..paths._rules import Decision, PerLayer, check_stack
 from ..paths._standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
@@ -103,7 +103,9 @@ def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, k
         decisions = [rate] if chosen.rule == "all" else [chosen, rate]
     value: Rate = 0.0
     if is_decayable and chosen.value and not kept.value:
-        value = _shown((*rate.factors, rate.value))
+        factors = (*rate.factors, rate.value)
+        check_stack("plan", leaf.path, factors)
+        value = _shown(factors)
     return Planned(
         leaf.path,
         leaf.shape,
