@@ -4,8 +4,8 @@
 
 `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes any Optax transformation. It shows it the parameters as a tree of
 `nnx.Param`, whose paths JAX itself spells "hidden_1/kernel/value"; wdjax leaves the last part out, so that
-`only("kernel")` and `weights_only()` say the same here as in Linen. Data, batches, strengths and schedule are those of train_digits.py;
-the initial weights are drawn anew, so the numbers differ a little from the ones there.
+`only("kernel")` and `weights_only()` say the same here as in Linen. Data, batches, strengths and schedule are those of
+train_digits.py; the initial weights are drawn anew, so the numbers differ a little from the ones there.
 """
 
 from collections.abc import Sequence

@@ -268,9 +268,9 @@ def test_cautious_of_a_whole_optimizer(optimizer: Any) -> None:
 
 
 def test_updates_in_other_containers() -> None:
-    optimizer = wdjax.decoupled_decay(0.1)
+    optimizer, params = wdjax.decoupled_decay(0.1), (jnp.ones(1), jnp.ones(1))
     with pytest.raises(ValueError, match="the same paths in different containers"):
-        optimizer.update([jnp.ones(1), jnp.ones(1)], optimizer.init((jnp.ones(1),) * 2), (jnp.ones(1),) * 2)
+        optimizer.update(list(params), optimizer.init(params), params)
 
 
 @pytest.mark.parametrize("decay", [0.1, None, wdjax.decoupled_decay, optax.sgd])

@@ -15,7 +15,8 @@ import wdjax
 ROOT = Path(__file__).parent.parent
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
-    {"_checks", "_leaves"},
+    {"_checks"},
+    {"_leaves"},
     {"penalties", "paths"},
     {"_action"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "plans"},

@@ -77,6 +77,126 @@ def test_what_a_pattern_matches(pattern: Any, expected: list[str]) -> None:
     assert matched(pattern) == set(expected)
 
 
+BIASES = ["encoder/Block_0/bias", "encoder/Block_1/bias", "head/bias"]
+KERNELS = ["encoder/Block_0/kernel", "encoder/Block_1/kernel", "head/kernel"]
+SCALES = ["encoder/Block_0/LayerNorm_0/scale", "encoder/Block_1/LayerNorm_0/scale"]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "pattern", "expected"),
+    [
+        ("shell", "bias", BIASES),
+        ("regex", ".*/kernel", KERNELS),
+        ("regex", "(?i).*/KERNEL", KERNELS),
+        ("regex", "head/bias|head/kernel", ["head/bias", "head/kernel"]),
+        ("search", "kern", KERNELS),
+        ("search", "^head", ["head/bias", "head/kernel"]),
+        ("search", "(?:l|s)$", [*KERNELS, *BIASES]),
+        ("search", "0/bias|head/k", ["encoder/Block_0/bias", "head/kernel"]),
+        ("search", "(?i)layernorm", SCALES),
+        ("search", "(?i)(?s)layer.*LE$", SCALES),
+        ("search", r"(?x) LAYER | scale $  # the norms", SCALES),
+        ("search", r"(k)er.*\1|(e)l$", KERNELS),
+        ("contains", "Norm", SCALES),
+        ("contains", "LayerNorm_0.scale", SCALES),
+        ("contains", "Block_0/b", ["encoder/Block_0/bias"]),
+        ("contains", "er.Block_1", [p for p in PATHS if "Block_1" in p]),
+        ("contains", "~", ["mlp/~/linear_0/w"]),
+    ],
+)
+def test_each_syntax(syntax: str, pattern: str, expected: list[str]) -> None:
+    yes, no = only(pattern, syntax=syntax), all_but(pattern, syntax=syntax)
+    table = by_path({pattern: True}, default=False, syntax=syntax)
+    assert flagged(yes) == flagged(table) == set(expected)
+    assert flagged(no) == set(PATHS[:-1]) - set(expected)
+
+
+def flagged(rules: Any, params: Any = PARAMS) -> set[str]:
+    return {
+        path for path, flag in zip(canonical_paths(params), jax.tree.leaves(rules.mask(params)), strict=True) if flag
+    }
+
+
+def test_no_character_is_special_to_contains_but_the_dot() -> None:
+    params = {name: jnp.ones(1) for name in ("a+b", "aab", "(x)", "w[0]", "p.q/r", "p/q.r", "pxq", "a*b")}
+    for piece, expected in {
+        "a+b": {"a+b"},
+        "(x": {"(x)"},
+        "[0]": {"w[0]"},
+        "*": {"a*b"},
+        "p.q": {"p.q/r", "p/q.r"},
+        "p/q/r": {"p.q/r", "p/q.r"},
+    }.items():
+        assert flagged(only(piece, syntax="contains"), params) == expected, piece
+
+
+@pytest.mark.parametrize("text", ["bias", "^enc", "a.$", r"\d", "Block_(?!0)", "[bh].*l", "k|w$", "(?i)NORM", ".", "/"])
+def test_search_is_that_of_re(text: str) -> None:
+    assert flagged(only(text, syntax="search")) == {path for path in PATHS[:-1] if re.search(text, path)}
+
+
+def test_a_syntax_is_for_texts_alone() -> None:
+    for syntax in ("regex", "search", "contains"):
+        rules = only(re.compile(".*/bias"), lambda leaf: leaf.ndim == 2, only("LayerNorm_*"), syntax=syntax)
+        assert flagged(rules) == {p for p in PATHS if p.endswith(("bias", "kernel", "/w", "scale"))}
+    assert by_path([("bias", 0.0), ("head", 1.0)], default=2.0, syntax="contains").values(PARAMS)["head"] == {
+        "bias": 0.0,
+        "kernel": 1.0,
+    }
+
+
+def test_how_a_pattern_of_each_syntax_is_written() -> None:
+    for pattern, syntax, shown in (
+        (".*/w", "regex", r"re\.compile\('\.\*/w'\)"),
+        ("w$", "search", r"'w\$' \(search\)"),
+        ("y.w", "contains", r"'y\.w' \(contains\)"),
+    ):
+        rules = by_path({("a", pattern): 0.0}, default=1.0, syntax=syntax)
+        assert re.search(shown, repr(rules))
+        fails(rf"the pattern {shown} matches no parameter", functools.partial(rules.values, {"a": jnp.ones(1)}))
+    assert repr(only(re.compile("a", re.IGNORECASE))) == "by_path({re.compile('(?i)a'): True}, default=False)"
+
+
+def test_a_text_in_no_syntax() -> None:
+    for call in (only, all_but, lambda text, syntax: by_path({text: 0.1}, syntax=syntax)):
+        fails(
+            "syntax must be one of 'shell', 'regex', 'search', 'contains', got 'glob'",
+            functools.partial(call, "bias", syntax="glob"),
+        )
+        for syntax in ("regex", "search"):
+            fails(
+                r": the regular expression '\(bias' is malformed: missing \), unterminated subpattern at position 0\.",
+                functools.partial(call, "(bias", syntax=syntax),
+            )
+        for syntax in ("regex", "search", "contains"):
+            fails("the pattern is an empty text", functools.partial(call, "", syntax=syntax))
+    fails(r"only\(\) has no argument 'syntx'.*Did you mean syntax=", lambda: only("a", syntx="regex"), TypeError)  # pyright: ignore[reportCallIssue]
+    fails(r"a pattern is a text, .*got re\.compile\(b'a'\)", lambda: only(re.compile(b"a")), TypeError)  # pyright: ignore[reportArgumentType]
+    fails("a pattern is a text, .*got 3", lambda: only(3, syntax="search"), TypeError)  # pyright: ignore[reportArgumentType]
+
+
+def test_rule_sets_are_patterns() -> None:
+    inner = all_but("bias", "scale")
+    assert flagged(only(inner)) == flagged(inner)
+    assert flagged(all_but(inner)) == set(PATHS[:-1]) - flagged(inner)
+    assert flagged(only(inner, "scale")) == set(PATHS[:-1]) - set(BIASES)
+    assert by_path({"head": 1.0, only("bias"): 2.0, only("**/kernel"): 3.0}, default=4.0).values(PARAMS) == {
+        "encoder": {f"Block_{i}": {"kernel": 3.0, "bias": 2.0, "LayerNorm_0": {"scale": 4.0}} for i in range(2)},
+        "head": {"kernel": 1.0, "bias": 1.0},
+        "mlp/~/linear_0": {"w": 4.0},
+        "step": 4.0,
+    }
+    fails(
+        r"the rule by_path\(\{'bias': True\}, default=False\) never decides: .* is taken by '\*' before it",
+        lambda: by_path({"*": 1.0, only("bias"): 2.0}).values(PARAMS),
+    )
+    hidden = {"a": {"kernel": jnp.ones(2)}, "b": None}
+    assert by_path({"kernel": 1.0, only(lambda leaf: leaf.ndim == 5): 2.0}, default=3.0).values(hidden) == {
+        "a": {"kernel": 1.0},
+        "b": None,
+    }
+
+
 def test_integers_are_matched_but_never_decayed() -> None:
     assert only("step", "head/kernel").mask(PARAMS)["step"] is False
     assert by_path({"step": "s"}, default="r").values(PARAMS)["step"] == "s"
@@ -145,6 +265,63 @@ def test_the_first_match_wins() -> None:
     assert values["head"] == {"bias": "a", "kernel": "c"}
     assert values["encoder"]["Block_0"] == {"bias": "b", "kernel": "d", "LayerNorm_0": {"scale": "d"}}
     assert values["step"] == "c"
+
+
+def test_tables_in_tables_against_a_definition() -> None:
+    """Random tables, nested and multiplied: the values are those of the definition, or both refuse."""
+    rng = random.Random(0)
+    paths = [*map("/".join, itertools.product("xy", ("p_0", "p_1"), "kb")), "k", "z/b"]
+    params = {path: jnp.ones(1) for path in paths}
+
+    def table(depth: int) -> Any:
+        rows = [(rng.choice(["x", "y", "p_0", "p_1", "p_*", "k", "b"]), value(depth)) for _ in range(rng.randint(0, 3))]
+        default = None if rows and rng.random() < 0.15 else value(depth)
+        return rows, default, [value(depth) for _ in range(2) if rng.random() < 0.2]
+
+    def value(depth: int) -> Any:
+        return table(depth - 1) if depth and rng.random() < 0.3 else rng.choice([0.5, 3.0, 7.0])
+
+    def built(spec: Any) -> Any:
+        if isinstance(spec, float):
+            return spec
+        rows, default, factors = spec
+        kwargs = {} if default is None else {"default": built(default)}
+        rules = by_path([(pattern, built(one)) for pattern, one in rows], **kwargs)
+        return functools.reduce(lambda one, other: one * built(other), factors, rules)
+
+    def defined(spec: Any, asked: list[str]) -> dict[str, float]:
+        if isinstance(spec, float) or not asked:
+            return dict.fromkeys(asked, spec)
+        rows, default, factors = spec
+        left, values = asked, {}
+        for pattern, one in rows:
+            taken = [path for path in left if any(fnmatch.fnmatchcase(name, pattern) for name in path.split("/"))]
+            if not taken:
+                raise ValueError
+            left = [path for path in left if path not in taken]
+            values |= defined(one, taken)
+        if left and default is None:
+            raise ValueError
+        values |= defined(default, left)
+        for factor in factors:
+            more = defined(factor, asked)
+            values = {path: values[path] * more[path] for path in values}
+        return values
+
+    outcomes = []
+    for _ in range(1000):
+        spec = table(2)
+        try:
+            want = defined(spec, paths)
+        except ValueError:
+            want = None
+        try:
+            got = built(spec).values(params)
+        except ValueError:
+            got = None
+        assert got == pytest.approx(want), spec
+        outcomes.append(want is None)
+    assert 200 < sum(outcomes) < 800
 
 
 def test_only_and_all_but_are_complements() -> None:
@@ -231,8 +408,27 @@ def test_a_typo_shows_the_nearest_name_and_paths() -> None:
     )
     fails(r"Did you mean 'LayerNorm_0'\?", lambda: matched("layernorm_0"))
     fails(r"Did you mean 'head/kernel'\? It matches 1 parameter\.", lambda: matched("heads/kernel"))
+    fails(r"Did you mean 'Block_\*'\? It matches 6 parameters\.", lambda: matched("block"))
+    fails(r"Did you mean 'Block_1'\? It matches 3 parameters\.", lambda: matched("Blok_1"))
+    fails(r"Did you mean 'encoder/Block_\*/bias'\? It matches 2", lambda: matched("encoder/Block/bias"))
+    fails(
+        r"Did you mean 'LayerNorm_0'\? It matches 2 parameters\. 'LayerNorm' is a part of 'LayerNorm_0', but a pattern "
+        r"is compared with whole names: '\*LayerNorm\*' matches 2\. The nearest",
+        lambda: matched("LayerNorm"),
+    )
+    fails(r"'norm' is a part of 'LayerNorm_0', .*: '\*Norm\*' matches 2\.", lambda: matched("norm"))
+    fails(r"matches no parameter\. The nearest of 10 paths", lambda: matched("x"))
     fails(r"re\.compile\('\.\*/kernal'\) matches no parameter.*head/kernel", lambda: matched(re.compile(".*/kernal")))
     fails(r"<lambda> matches no parameter", lambda: matched(lambda leaf: leaf.ndim == 7))
+
+
+def test_a_hint_leaves_out_names_that_are_no_patterns() -> None:
+    params = {"a": {"": jnp.ones(1)}, "w[0]": jnp.ones(1), "b**": jnp.ones(1), "kernel": jnp.ones(1)}
+    for pattern in ("a/x", "w[1]", "b*c", "w0"):
+        fails(
+            rf"the pattern {re.escape(repr(pattern))} matches no parameter\. The nearest of 4 paths",
+            functools.partial(matched, pattern, params=params),
+        )
 
 
 def test_each_pattern_of_a_rule_must_match() -> None:

@@ -75,6 +75,14 @@ def _as_float(value: Any) -> float:
         return math.inf
 
 
+def positive(where: str, name: str, value: Any, write: str) -> float:
+    """Checks a number > 0, as `rate` does."""
+    number = rate(where, name, value, write=write)
+    if callable(number) or not isinstance(number, float) or number == 0:
+        raise ValueError(f"{where}: {name} must be a number > 0, got {value!r}. Write {write}.")
+    return number
+
+
 def params_given(where: str, params: Any) -> None:
     """Refuses an `update` without the parameters."""
     if params is None:

@@ -11,11 +11,26 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _checks, _leaves
-from ._roles import BIAS, EMBEDDING, KERNEL, Parameter, Role, role
+from ._roles import EMBEDDING, KERNEL, Role
 
 PyTree = Any
 _LIBRARIES = ("flax.linen.", "flax.nnx.", "equinox.nn.", "haiku.")
+# Classes of the libraries that have no parameters, for people to inherit from.
+_BASES = ("Module", "Sequential", "List", "Dict", "RNNCellBase")
+_VARIABLES_OF_STATE = ("BatchStat", "Cache", "Intermediate", "RngState", "Perturbation")
 _ALIKE = "an nnx.Module, an equinox.Module, or a Linen module with its inputs"
+
+
+class Owner(NamedTuple):
+    """The module that holds a parameter.
+
+    Attributes:
+        name: of its class, or of the library's layer that this is a subclass of.
+        is_library: whether it is a layer of a library.
+    """
+
+    name: str
+    is_library: bool
 
 
 class _Registered(NamedTuple):
@@ -65,10 +80,10 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
     _REGISTRY[layer] = _Registered(tuple(weights), tuple(embeddings))
 
 
-def roles_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> dict[str, Role | None]:
-    """The role of every parameter of a model by canonical path; None where its module doesn't tell."""
+def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> dict[str, Owner | Role]:
+    """What holds every parameter of a model by canonical path, or what it is where that is said."""
     if _is_a(model, "flax.linen", "Module"):
-        return dict(_roles_of_linen(model, inputs, call_kwargs))
+        return dict(_owners_in_linen(model, inputs, call_kwargs))
     if not _has_modules(model):
         raise TypeError(
             f"weights_only: a model is {_ALIKE}, got {type(model).__name__}. Of parameters alone names and shapes "
@@ -79,12 +94,12 @@ def roles_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> 
             f"weights_only: inputs are for a Linen module, whose parameters appear when it is called; "
             f"{type(model).__name__} holds its own. Write weights_only(model)."
         )
-    return dict(_roles_of_tree(model))
+    return dict(_owners_in_tree(model))
 
 
-def _roles_of_linen(
+def _owners_in_linen(
     model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Role | None]]:
+) -> Iterator[tuple[str, Owner | Role]]:
     types: dict[tuple[str, ...], type] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -110,53 +125,40 @@ def _roles_of_linen(
                 "call_kwargs={'train': False} for its keyword arguments."
             ) from error
     for collection, tree in variables.items():
-        held: dict[tuple[str, ...], dict[str, Any]] = {}
-        for path, leaf in _leaves.flatten_with_paths(tree):
+        for path, _ in _leaves.flatten_with_paths(tree):
+            if collection != "params":
+                yield f"{collection}/{path}", Role("statistic", f"in the collection {collection!r}")
+                continue
             segments = tuple(path.split("/"))
-            owner = next(segments[:k] for k in range(len(segments) - 1, -1, -1) if segments[:k] in types or not k)
-            held.setdefault(owner, {})["/".join(segments[len(owner) :])] = leaf
-        for owner, parameters in held.items():
-            for name, leaf in parameters.items():
-                path = "/".join((*owner, name))
-                if collection == "params":
-                    yield path, _role_in(types.get(owner, type(model)), name, leaf, parameters)
-                else:
-                    yield f"{collection}/{path}", Role("statistic", f"in the collection {collection!r}")
+            start = next(k for k in range(len(segments) - 1, -1, -1) if segments[:k] in types or not k)
+            yield path, _owner(types.get(segments[:start], type(model)), segments[start])
 
 
-def _roles_of_tree(model: Any) -> Iterator[tuple[str, Role | None]]:
-    """The roles in a model that is itself a tree of its parameters."""
-    held: dict[str, tuple[type, dict[str, tuple[str, Any]]]] = {}
-    for path, leaf, (start, owner) in _held(model, (), ((), type(model)), frozenset()):
-        parameters = held.setdefault("/".join(start), (owner, {}))[1]
-        parameters["/".join(path[len(start) :])] = ("/".join(path), leaf)
-    for owner, parameters in held.values():
-        leaves = {name: leaf for name, (_, leaf) in parameters.items()}
-        for name, (path, leaf) in parameters.items():
-            if _is_a(leaf, "flax.nnx", "Variable") and not _is_a(leaf, "flax.nnx", "Param"):
-                yield path, Role("statistic", f"a {type(leaf).__name__}")
-            else:
-                yield path, _role_in(owner, name, leaf, leaves)
-
-
-Owner = tuple[tuple[str, ...], type]
+def _owners_in_tree(model: Any) -> Iterator[tuple[str, Owner | Role]]:
+    """The owners in a model that is itself a tree of its parameters."""
+    for path, leaf, start, kind in _held(model, (), 0, type(model), frozenset()):
+        if any(_is_a(leaf, "flax.nnx", name) for name in _VARIABLES_OF_STATE):
+            yield "/".join(path), Role("statistic", f"a {type(leaf).__name__}")
+        else:
+            yield "/".join(path), _owner(kind, "/".join(path[start:]).partition("/")[0])
 
 
 def _held(
-    node: Any, path: tuple[str, ...], owner: Owner, above: frozenset[int]
-) -> Iterator[tuple[tuple[str, ...], Any, Owner]]:
-    """Every array or NNX Variable below a node, with its path, and the path and type of the module that holds it."""
-    if _is_a(node, "flax.nnx", "Variable") or (hasattr(node, "shape") and hasattr(node, "dtype")):
-        yield path, node, owner
+    node: Any, path: tuple[str, ...], start: int, kind: type, above: frozenset[int]
+) -> Iterator[tuple[tuple[str, ...], Any, int, type]]:
+    """Every array, number or NNX Variable below a node, its path, how much of it leads to its module, and that type."""
+    is_array = isinstance(node, (float, complex)) or (hasattr(node, "shape") and hasattr(node, "dtype"))
+    if is_array or _is_a(node, "flax.nnx", "Variable"):
+        yield path, node, start, kind
         return
     if id(node) in above:
         return
     # nnx.List and nnx.Dict hold for their owner.
     if _is_module(node) and not type(node).__module__.startswith("flax.nnx.helpers"):
-        owner = (path, type(node))
-    children = [(keys, child) for keys, child in _children(node) if child is not node]
-    for key, child in children:
-        yield from _held(child, (*path, key), owner, above | {id(node)})
+        start, kind = len(path), type(node)
+    for key, child in _children(node):
+        if child is not node:
+            yield from _held(child, (*path, key), start, kind, above | {id(node)})
 
 
 def _has_modules(node: Any) -> bool:
@@ -173,31 +175,19 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return [("/".join(map(_leaves.key_text, keys)), child) for keys, child in flat]
 
 
-def _role_in(owner: type, name: str, leaf: Any, beside: dict[str, Any]) -> Role | None:
-    """The role of a parameter in a module of this type."""
-    for kind in owner.__mro__:
-        if kind in _REGISTRY:
-            registered = _REGISTRY[kind]
-            own = name.partition("/")[0]
-            found = KERNEL if own in registered.weights else EMBEDDING if own in registered.embeddings else "other"
-            return Role(found, f"{own!r} of a {kind.__name__}, as registered")
-    library = next((kind for kind in owner.__mro__ if kind.__module__.startswith(_LIBRARIES)), None)
-    is_layer = library is not None and not library.__module__.endswith((".module", ".helpers", "._module"))
-    said = [segment for segment in name.split("/") if not segment.isdigit()]
-    shapes = {other: tuple(getattr(array, "shape", ())) for other, array in beside.items()}
-    bias = next((shapes[other] for other in ("bias", "b") if other in shapes), None)
-    parameter = Parameter(
-        said[-1] if said else name,
-        (library if is_layer and library is not None else owner).__name__,
-        shapes[name],
-        bias,
-        is_library=is_layer,
-        in_lora="lora" in owner.__name__.lower(),
-    )
-    found = role(parameter)
-    if found is None or found.name == BIAS:
-        return found
-    return Role(found.name, f"{parameter.name!r} of a {owner.__name__}")
+def _owner(kind: type, name: str) -> Owner | Role:
+    """A module of this type as the owner of the attribute or parameter `name`; the role if it is registered."""
+    for base in kind.__mro__:
+        if base in _REGISTRY:
+            registered = _REGISTRY[base]
+            found = KERNEL if name in registered.weights else EMBEDDING if name in registered.embeddings else "other"
+            return Role(found, f"{name!r} of a {base.__name__}, as registered")
+    library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
+    # The fields of an Equinox layer say what is its own, and not of a person's subclass.
+    fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _class("equinox", "Module")) else {name}
+    if library is None or library.__name__ in _BASES or name not in fields:
+        return Owner(kind.__name__, is_library=False)
+    return Owner(library.__name__, is_library=True)
 
 
 def _is_module(value: Any) -> bool:
@@ -205,5 +195,10 @@ def _is_module(value: Any) -> bool:
 
 
 def _is_a(value: Any, module: str, name: str) -> bool:
+    return isinstance(value, _class(module, name))
+
+
+def _class(module: str, name: str) -> Any:
+    """The class of this name, or what nothing is an instance of where its module isn't imported."""
     kind = getattr(sys.modules.get(module), name, None)
-    return inspect.isclass(kind) and isinstance(value, kind)
+    return kind if inspect.isclass(kind) else ()

@@ -14,15 +14,15 @@ from ._rules import Rules, Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Regex:
-    """A text that is read as another language than shell patterns, and what a path must match as a whole."""
+class Piece:
+    """A text that is looked for anywhere in a path, as "search" or "contains" reads it."""
 
     text: str
     syntax: str
-    whole: re.Pattern[str]
+    compiled: re.Pattern[str]
 
 
-Pattern = str | re.Pattern[str] | Regex | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
+Pattern = str | re.Pattern[str] | Piece | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
 
 BELOW = r"(?:/|\Z)"  # A match of an inner node takes all that is below it.
 SYNTAXES = ("shell", "regex", "search", "contains")
@@ -43,11 +43,13 @@ def _checked_one(where: str, pattern: Any, syntax: str) -> Pattern:
         if syntax == "shell":
             compiled(pattern)
             return pattern
-        return Regex(pattern, syntax, _whole(where, pattern, syntax))
+        found = _compiled_as(where, pattern, syntax)
+        return found if syntax == "regex" else Piece(pattern, syntax, found)
     if isinstance(pattern, Rules):
         pattern._check_booleans(where)
         return pattern
-    if not isinstance(pattern, (re.Pattern, Regex)) and (not callable(pattern) or isinstance(pattern, type)):
+    of_text = isinstance(pattern, Piece) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
+    if not of_text and (not callable(pattern) or isinstance(pattern, type)):
         raise TypeError(
             f"{where}: a pattern is a text, a compiled regular expression, a function of a Leaf or a mask such as "
             f"weights_only(), got {pattern!r}. "
@@ -63,18 +65,18 @@ def matching(tree: Tree, pattern: Pattern, asked: Sequence[int], left: Sequence[
         ValueError: if it matches none. A hole has a path but no shape, so a pattern that looks at more than the path
             and matches nothing is let pass where there are holes: what it is for may be hidden.
     """
+    if isinstance(pattern, Rules):  # It may have no answer, but an error, for what earlier rules took.
+        asked = left
     if not asked:
         return set()
-    by_text = isinstance(pattern, (str, re.Pattern, Regex))
     if isinstance(pattern, Rules):
-        found = {i for i, answer in pattern._answers(tree, left).items() if answer.value} if left else set()
-        if not left:
-            return found
+        found = {i for i, answer in pattern._answers(tree, asked).items() if answer.value}
     else:
         matches = _matcher(tree.where, pattern)
         found = {i for i in asked if matches(tree.leaves[i])}
-    if not found and (by_text or all(tree.leaves[i].dtype is not None for i in asked)):
-        raise ValueError(f"{tree.where}: {_no_match(pattern, [tree.leaves[i] for i in asked])}")
+    by_path = isinstance(pattern, (str, re.Pattern, Piece))
+    if not found and (by_path or all(tree.leaves[i].dtype is not None for i in asked)):
+        raise ValueError(f"{tree.where}: {_no_match(tree, pattern, asked)}")
     return found
 
 
@@ -87,10 +89,10 @@ def show(patterns: tuple[Pattern, ...]) -> str:
 def _show(pattern: Pattern) -> str:
     if isinstance(pattern, (str, Rules)):
         return repr(pattern)
-    if isinstance(pattern, Regex):
-        return repr(pattern.text)
+    if isinstance(pattern, Piece):
+        return f"{pattern.text!r} ({pattern.syntax})"
     if isinstance(pattern, re.Pattern):
-        return f"re.compile({pattern.pattern!r})"
+        return f"re.compile({_with_flags(pattern)!r})"
     return getattr(pattern, "__qualname__", repr(pattern))
 
 
@@ -109,11 +111,10 @@ def _plain(pattern: Pattern) -> Any:
         return pattern
     if isinstance(pattern, Rules):
         return pattern.to_dict()
-    if isinstance(pattern, Regex):
+    if isinstance(pattern, Piece):
         return {pattern.syntax: pattern.text}
     if isinstance(pattern, re.Pattern):
-        flags = "".join(letter for letter in "aimsx" if pattern.flags & getattr(re, letter.upper()))
-        return {"regex": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
+        return {"regex": _with_flags(pattern)}
     raise TypeError(
         f"Rules.to_dict: the function {_show(pattern)} can't be written into a file. Name the parameters by path."
     )
@@ -124,27 +125,27 @@ def from_plain(written: Any) -> Any:
     if isinstance(written, (list, tuple)):
         return tuple(map(from_plain, written))
     if isinstance(written, Mapping):
-        (syntax, text), *more = written.items()
-        if syntax in SYNTAXES and not more:
-            return checked("Rules.from_dict", text, syntax)[0]
+        syntax = next(iter(written), None)
+        if len(written) == 1 and syntax in SYNTAXES:
+            return checked("Rules.from_dict", written[syntax], syntax)[0]
         return Rules.from_dict(written)
     return written
 
 
-def _whole(where: str, text: str, syntax: str) -> re.Pattern[str]:
+def _with_flags(pattern: re.Pattern[str]) -> str:
+    """The text that compiles to a regular expression, its flags inside."""
+    if re.compile(pattern.pattern).flags == pattern.flags:
+        return pattern.pattern
+    return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){pattern.pattern}"
+
+
+def _compiled_as(where: str, text: str, syntax: str) -> re.Pattern[str]:
+    if not text:
+        raise ValueError(f"{where}: the pattern is an empty text. Write the path, or the piece of one, to look for.")
     if syntax == "contains":
-        if not text:
-            raise ValueError(
-                f"{where}: an empty text is contained in every path. Write the piece of a path to look for."
-            )
-        return re.compile(f".*{re.escape(text.replace('.', '/'))}.*", re.DOTALL)
+        return re.compile(re.sub(r"\\\.|/", "[./]", re.escape(text)))
     try:
-        found = re.compile(text)
-        if syntax == "regex":
-            return found
-        flags = re.match(r"(\(\?[aiLmsux]+\))?", text)
-        prefix = flags.group() if flags else ""
-        return re.compile(f"{prefix}(?s:.*)(?:{text.removeprefix(prefix)})(?s:.*)")
+        return re.compile(text)
     except re.error as error:
         raise ValueError(f"{where}: the regular expression {text!r} is malformed: {error}.") from error
 
@@ -194,9 +195,9 @@ def _matcher(where: str, pattern: Pattern) -> Callable[[Leaf], bool]:
     if isinstance(pattern, str):
         found = compiled(pattern).search
         return lambda leaf: found(leaf.path) is not None
-    if isinstance(pattern, (re.Pattern, Regex)):
-        whole = (pattern.whole if isinstance(pattern, Regex) else pattern).fullmatch
-        return lambda leaf: whole(leaf.path) is not None
+    if isinstance(pattern, (re.Pattern, Piece)):
+        match = pattern.fullmatch if isinstance(pattern, re.Pattern) else pattern.compiled.search
+        return lambda leaf: match(leaf.path) is not None
 
     def predicate(leaf: Leaf) -> bool:
         answer = leaf.dtype is not None and pattern(leaf)  # pyright: ignore[reportCallIssue]
@@ -210,9 +211,16 @@ def _matcher(where: str, pattern: Pattern) -> Callable[[Leaf], bool]:
     return predicate
 
 
-def _no_match(pattern: Pattern, leaves: Sequence[Leaf]) -> str:
+def _no_match(tree: Tree, pattern: Pattern, asked: Sequence[int]) -> str:
+    leaves = [tree.leaves[i] for i in asked]
     paths = [leaf.path for leaf in leaves]
-    message = f"the pattern {show((pattern,))} matches no parameter."
+    message = f"the pattern {show((pattern,))} matches "
+    if isinstance(pattern, Rules):
+        message += f"none of the {len(paths)} parameters that the rules before it leave."
+    elif len(paths) < len(tree.leaves):
+        message += f"none of the {len(paths)} parameters, of {len(tree.leaves)}, that its rule set decides on."
+    else:
+        message += "no parameter."
     if paths == [""]:
         return (
             f"{message} The params are one array and have no paths. Give rules the tree: outside optax.flatten, and "
@@ -242,7 +250,7 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
     by_lower = {name.lower(): name for name in reversed(names)}
     hint = ""
     near = difflib.get_close_matches(pattern.lower(), by_lower, n=1, cutoff=0.6)
-    if near:
+    if near and _count(by_lower[near[0]], paths):
         name = by_lower[near[0]]
         numbered = re.sub(r"\d+", "*", name)
         counts = {text: _count(text, paths) for text in (name, numbered)}
@@ -250,8 +258,9 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
         if counts[numbered] > counts[name] and not re.search(r"\d", pattern):
             name = numbered
         hint += f" Did you mean {name!r}? It matches {counts[name]} parameter{'s' * (counts[name] != 1)}."
-    whole = next((name for name in names if pattern.lower() in name.lower()), None)
-    if whole and "/" not in pattern and len(pattern) > 1:
+    longer = (name for name in names if len(name) > len(pattern) > 1 and pattern.lower() in name.lower())
+    whole = None if "/" in pattern else next(longer, None)
+    if whole:
         start = whole.lower().index(pattern.lower())
         wider = f"*{whole[start : start + len(pattern)]}*"
         hint += (
@@ -262,5 +271,8 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
 
 
 def _count(pattern: str, paths: Sequence[str]) -> int:
-    found = compiled(pattern).search
+    try:
+        found = compiled(pattern).search
+    except ValueError:  # A name may be no pattern.
+        return 0
     return sum(found(path) is not None for path in paths)

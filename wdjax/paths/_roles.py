@@ -20,10 +20,12 @@ class Role(NamedTuple):
     Attributes:
         name: "kernel", "embedding" and "adapter" decay; any other is a word for what doesn't.
         reason: in a few words.
+        or_table: whether this kernel may as well be the table of an embedding layer.
     """
 
     name: str
     reason: str
+    or_table: bool = False
 
 
 class Parameter(NamedTuple):
@@ -31,11 +33,11 @@ class Parameter(NamedTuple):
 
     Attributes:
         name: its own name, the last segment of its path that says anything.
-        owner: the name of the module that holds it, or of its class; "" if there is none.
+        owner: the name of the module that holds it, of the list that this is in, or of its class; "" if there is none.
         shape: its shape, without the axes that are known to stack layers.
         bias: the shape of the bias beside it, likewise; None if there is none.
         is_library: whether the owner is a layer of a library, which is what its name says whatever the shape.
-        in_lora: whether it belongs to a LoRA module.
+        in_list: whether the owner is a list, whose name doesn't say which of its layers this is.
     """
 
     name: str
@@ -43,128 +45,206 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     bias: tuple[int, ...] | None = None
     is_library: bool = False
-    in_lora: bool = False
+    in_list: bool = False
 
 
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_BIAS = _set("bias biases offset offsets beta shift b")
+_BIAS = _set("bias biases offset offsets intercept beta shift b")
 _MATRIX = _set("kernel kernels w weight weights matrix")
-LAYER = _set("linear dense conv einsum proj projection projector fc qkv kv wq wk wv wo wi wu wd wg wqkv wkv unembed")
-_TABLE = _set("embedding embeddings embed embeds emb embs embedder wte vocab")
-_PART = _set("i f g o z r n h x q k v ih hh in out input output hidden up down gate proj l u d e xi hi reverse")
+_INTO = _set("wq wk wv wo wi wu wd wg wx wh wih whh wxh wqkv wkv")
+_LAYER = _INTO | _set(
+    "linear dense conv einsum proj projection projector fc qkv kv unembed unembedding head router modulation"
+)
+_TABLE = _set("embedding embeddings embed embeds emb embs embedder wte wpe vocab")
+_PART = _set("reverse enc dec input output hidden down gate gating proj query key value attn feat feature features")
+_FACTOR = _set("a b up down")
 _NORM = _set("ln lns bn gn grn rms subln preln postln lnf norms normalization normalize")
 _POSITION = _set("pos position positions positional posemb posembed posenc wpe pe rope rotary")
 _RELATIVE = _set("relative rel relpos")
-_WAVE = _set("freqs freq frequencies sin cos sinusoid timescale")
+_BUFFER = _set("freqs freq frequencies sin cos sinusoid timescale mask masks")
 _TOKEN = _set("token tokens cls probe probes latent latents prompt prompts prefix queries registers")
 _TOKENS_OF = _set("cls mask masked null register reg query prompt latent")
 _SCALE = _set(
     "scale scales gamma gammas gain gains alpha lambda lambdas layerscale scaler multiplier temperature temp tau slope "
-    "rezero resweight magnitude g std logstd logvar dt"
+    "slopes rezero resweight magnitude g std logstd logvar dt sink sinks"
 )
-_STATISTIC = _set("mean var variance average count counter ema amax history sigma running moving zeros")
+_STATISTIC = _set("mean var variance average count counts counter ema amax history sigma running moving zeros")
 _STATE = _set("state states carry hidden memory h c")
+# What a `weight` may be the table of, or the matrix of a linear layer.
+_PERHAPS_TABLE = _set("shared token tokens word words lookup codebook label labels item user pos position positions")
 
 
 @functools.lru_cache(maxsize=65536)
 def words(name: str) -> tuple[str, ...]:
-    """The words of a name in lower case, numbers left out: "RMSNorm_0" is ("rms", "norm")."""
+    """The words of a name in lower case, numbers left out: "RMSNorm_0" is ("rms", "norm"), "conv2d" is ("conv",)."""
+    name = re.sub(r"\d+[dD](?![a-z])", "", name)
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
 
 
 def is_norm(name: str) -> bool:
     """Whether a module of this name is a normalization."""
-    own = words(name)
-    return any(word in _NORM or word.endswith("norm") for word in own) and own[-1] not in LAYER
+    # The last word counts: "head_norm" is a norm, "LayerNormDense" a layer.
+    for word in reversed(words(name)):
+        if word in _NORM or word.endswith("norm"):
+            return True
+        if word in _LAYER:
+            return False
+    return False
+
+
+def is_layer(name: str) -> bool:
+    """Whether a module of this name multiplies by a matrix."""
+    return bool(_LAYER.intersection(words(name)))
 
 
 @functools.lru_cache(maxsize=65536)
 def role(parameter: Parameter) -> Role | None:
     """The role of a parameter, or None if nothing tells."""
     own = words(parameter.name)
-    if not own:
-        return _scalar(parameter)
-    return _named(parameter, own, frozenset(own)) or _shaped(parameter, own) or _scalar(parameter)
+    if own:
+        found = _named(parameter, own)
+        if found is not None:
+            return found
+        if own[-1] in _MATRIX or _is_a_part(own):
+            is_known = parameter.is_library and len(parameter.shape) >= 2
+            return _of_library(parameter) if is_known else _matrix(parameter, own)
+        found = _shaped(parameter, own)
+        if found is not None:
+            return found
+    return Role("scalar", "a single number") if math.prod(parameter.shape) == 1 else None
 
 
-def _named(parameter: Parameter, own: tuple[str, ...], every: frozenset[str]) -> Role | None:
+def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     """The role that the name gives, whatever the shape."""
-    name, first, last = parameter.name, own[0], own[-1]
-    owner = frozenset(words(parameter.owner))
-    named = f"named {name!r}"
-    if (parameter.in_lora or "lora" in every) and last in _MATRIX | _set("a b up down lora"):
+    name, first, last, every, rank = parameter.name, own[0], own[-1], frozenset(own), len(parameter.shape)
+    owner = words(parameter.owner)
+    named, of_owner = f"named {name!r}", f"{name!r} of {parameter.owner!r}"
+    is_matrix = last in _MATRIX | _LAYER
+    is_made_by_matrix = first == "w" or first in _INTO or "to" in every  # "w_scale" may be what makes the scale.
+    if rank >= 2 and _is_lora(name) and last in _MATRIX | _FACTOR | _set("lora ra"):
         return Role(ADAPTER, f"a LoRA factor, {named}")
+    if rank >= 2 and _is_lora(parameter.owner) and (name.lower() in _FACTOR or (is_matrix and owner[-1] in _FACTOR)):
+        return Role(ADAPTER, f"a LoRA factor, {of_owner}")
     if name in ("A", "B", "C", "D"):  # Of a state-space model: D is its skip connection.
         return Role("state space", named) if name == "D" else None
-    if last in _BIAS or (first in ("bias", "b") and every <= _PART | _BIAS):
+    if first == "a" and last in ("re", "im", "param"):
+        return Role("dynamics", named)
+    if (last in _BIAS and (last in ("bias", "biases") or rank < 2 or not is_made_by_matrix)) or (
+        first in ("bias", "b") and all(map(_is_part, own[1:])) and (rank < 2 or not is_matrix)
+    ):
         return Role(BIAS, named)
     if every & _RELATIVE and every & (_POSITION | _TABLE | _set("bias table attention")):
         return Role(POSITION, f"relative positions, {named}")
-    if owner & _RELATIVE and last in _TABLE | _set("weight table"):
-        return Role(POSITION, f"relative positions, in {parameter.owner!r}")
-    if every & _POSITION and last not in ("kernel", "weight"):
+    if _RELATIVE.intersection(owner) and (last in _TABLE | _set("weight table") or ("bias" in owner and not is_matrix)):
+        return Role(POSITION, f"relative positions, {of_owner}")
+    if every & _POSITION and (last == "matrix" or not is_matrix):
         return Role(POSITION, named)
-    if last in _WAVE:
+    if last in _BUFFER or every & _set("freeze frozen"):
         return Role("buffer", named)
-    if last in _STATISTIC or first in ("running", "moving", "cached") or every == {"init"}:
+    if "ema" in owner or ("spectral" in owner and own == ("u",)):
+        return Role("statistic", of_owner)
+    if first in ("running", "moving", "cached") or own == ("init",) or (last in _STATISTIC and first not in _TABLE):
         return Role("statistic", named)
     if (every & _set("init initial") and every & _STATE) or re.fullmatch("[hc]0", name):
         return Role("initial state", named)
-    if last in _TOKEN or (first in _TOKENS_OF and last in _TABLE):
+    if (last in _TOKEN and not is_made_by_matrix) or (first in _TOKENS_OF and last in _TABLE):
         return Role(TOKEN, named)
-    if "log" in every or (first == "time" and last not in _MATRIX | LAYER | _TABLE):
+    if "log" in every or (first == "time" and every & _set("decay mix first maa faaaa") and not is_matrix):
         return Role("dynamics", named)
     if own == ("w", "e"):
         return Role(EMBEDDING, named)
-    if (
-        "scales" in owner
-        or (last in _SCALE and first != "w")
-        or (first in _SCALE and last not in _MATRIX | LAYER | _TABLE)
-    ):
+    is_scale = (last in _SCALE and not is_made_by_matrix) or (first in _SCALE and last not in _TABLE)
+    # The magnitudes of NNX's WeightNorm are named by the path of what they scale.
+    if (is_scale and not is_matrix) or (owner == ("scales",) and name.startswith("(")):
         return Role(NORM if is_norm(parameter.owner) else "scale", named)
     return None
 
 
-def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
-    """The role of what a name calls a matrix, a table or a norm: the owner and the shape have a say in it."""
-    first, last, rank = own[0], own[-1], len(parameter.shape)
-    named = f"named {parameter.name!r}"
-    is_part = len(own) > 1 and first in ("w", "weight", "kernel") and frozenset(own[1:]) <= _PART
-    if last in _MATRIX or is_part:
-        # A raw parameter may be its own owner: "attention_norm_weight".
-        owner = "_".join(own[:-1]) if len(own) > 1 and is_norm("_".join(own[:-1])) else parameter.owner
-        return _matrix(parameter, owner, is_weight=last in ("weight", "weights") and not is_part)
-    if last in _TABLE or (last == "table" and frozenset(own) & (_TABLE | _set("lookup"))):
-        if parameter.is_library or (rank >= 2 and math.prod(parameter.shape[:-1]) > 1):
-            return Role(EMBEDDING, named)
-        return Role(TOKEN, f"one vector, {named}")
-    if last in LAYER and rank >= 2:
-        return Role(KERNEL, f"{named}, as a layer")
-    if is_norm(parameter.name):
-        return Role(NORM, named)
-    return None
+def _of_library(parameter: Parameter) -> Role:
+    """The role of what a layer of a library calls a matrix."""
+    is_table = bool(_TABLE.intersection(words(parameter.owner)))
+    name = NORM if is_norm(parameter.owner) else EMBEDDING if is_table else KERNEL
+    return Role(name, f"{parameter.name!r} of {parameter.owner!r}")
 
 
-def _matrix(parameter: Parameter, owner: str, *, is_weight: bool) -> Role:
+def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+    """The role of what a name calls a matrix: it may be a norm's scale, a table, or one vector."""
     shape, bias, rank = parameter.shape, parameter.bias, len(parameter.shape)
-    of_owner = f"{parameter.name!r} of {owner!r}"
-    has_bias_of_a_matrix = bias is not None and rank >= 2 and len(bias) < rank
-    if is_norm(owner) and (parameter.is_library or not has_bias_of_a_matrix):
-        return Role(NORM, of_owner)
-    is_table = bool(frozenset(words(owner)) & _TABLE) and not frozenset(words(owner)) & _set("patch proj linear")
-    if is_weight and is_table and (parameter.is_library or (bias is None and rank in (2, 3))):
-        return Role(EMBEDDING, of_owner)
-    if parameter.is_library:
-        return Role(KERNEL, of_owner)
-    if bias is not None and bias == shape and rank > 0:
-        return Role(NORM, f"{parameter.name!r} of the shape of its bias")
-    if is_weight and (rank < 2 or (rank > 2 and math.prod(shape[:-1]) == 1)) and not (rank == 1 and bias == ()):
-        return Role(NORM, f"{parameter.name!r}, one vector")
-    return Role(KERNEL, f"named {parameter.name!r}")
+    is_weight, qualifier = own[-1] in ("weight", "weights"), own[:-1]
+    # A raw parameter may be its own owner: "attention_norm_weight".
+    owner = "_".join(qualifier) if is_norm("_".join(qualifier)) else parameter.owner
+    said = words(owner)
+    named, of_owner = f"named {parameter.name!r}", f"{parameter.name!r} of {owner!r}"
+    has_bias_of_matrix = bias is not None and len(bias) < rank and rank >= 2
+    if is_norm(owner) and not has_bias_of_matrix:
+        # Or what makes a scale and a shift for the norm.
+        may_be_kernel = rank >= 2 and (own[-1] == "kernel" or "ada" in said)
+        return None if may_be_kernel else Role(NORM, of_owner)
+    if bias == shape:
+        # A scale and its shift; y = w x + b of single numbers looks the same.
+        return Role(NORM, f"{parameter.name!r} of the shape of its bias") if math.prod(shape) > 1 else None
+    if rank < 2:
+        if bias is not None and math.prod(bias) == 1:
+            return Role(KERNEL, named)
+        return Role(NORM, f"{parameter.name!r}, one vector") if is_weight else None
+    if bias is None and is_weight:
+        return _weight_without_bias(parameter, qualifier, said, of_owner)
+    return None if _POSITION.intersection(qualifier) else Role(KERNEL, named)
 
 
-def _scalar(parameter: Parameter) -> Role | None:
-    return Role("scalar", "a single number") if math.prod(parameter.shape) == 1 else None
+def _weight_without_bias(
+    parameter: Parameter, qualifier: tuple[str, ...], owner: tuple[str, ...], of_owner: str
+) -> Role | None:
+    """The role of a `weight` of two axes or more: that of a linear layer looks like that of an embedding."""
+    rank, is_vector = len(parameter.shape), math.prod(parameter.shape[:-1]) == 1
+    kernel, vector = Role(KERNEL, of_owner), Role(TOKEN, f"one vector, {of_owner}")
+    if qualifier:  # "class_weights" is no matrix, "gate_weight" is one.
+        return kernel if any(_is_part(word) or word in _LAYER for word in qualifier) else None
+    if is_layer("_".join(owner)) or "patch" in owner:
+        return kernel
+    if rank <= 3 and _TABLE.intersection(owner):
+        if _set("time timestep out output").intersection(owner):
+            return kernel._replace(or_table=True)
+        return vector if is_vector else Role(EMBEDDING, of_owner)
+    if owner[-1:] in (("token",), ("tokens",)) and (is_vector or owner[0] in _TOKENS_OF):
+        return vector._replace(reason=of_owner)
+    if is_vector and rank > 2:
+        return None if parameter.in_list else vector
+    says_nothing = (parameter.in_list and "mlp" not in owner) or not _PERHAPS_TABLE.isdisjoint(owner[-1:])
+    return kernel._replace(or_table=rank <= 3 and says_nothing)
+
+
+def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+    """The role of what a name calls a layer, a table, a token or a norm, where the shape agrees."""
+    named = f"named {parameter.name!r}"
+    every = frozenset(own)
+    is_vector = math.prod(parameter.shape[:-1]) == 1
+    is_table = own[-1] in _TABLE or (
+        own[-1] in ("table", "var") and bool(every.union(words(parameter.owner)) & (_TABLE | _set("lookup")))
+    )
+    if own[-1] in _LAYER or (is_table and "patch" in every):
+        is_kernel = len(parameter.shape) >= 2 and own[0] not in ("b", "bias")
+        return Role(KERNEL, f"{named}, as a layer") if is_kernel else None
+    if is_table and (parameter.is_library or not is_vector or (own[0] == "embedding" and len(parameter.shape) == 2)):
+        return Role(EMBEDDING, named)
+    if is_table or (is_vector and own[0] in _TOKENS_OF):
+        return Role(TOKEN, f"one vector, {named}")
+    return Role(NORM, named) if is_norm(parameter.name) else None
+
+
+def _is_a_part(own: tuple[str, ...]) -> bool:
+    """Whether a name says which of a layer's matrices it is: "weight_ih", "W_Q", "wi_gate"."""
+    first, *rest = own
+    is_first = first in ("w", "weight", "kernel") or first in _INTO
+    return is_first and bool(rest) and all(_is_part(word) and word != "b" for word in rest)
+
+
+def _is_part(word: str) -> bool:
+    return word in _PART or (len(word) <= 2 and word not in _NORM and word not in _POSITION)
+
+
+def _is_lora(name: str) -> bool:
+    return re.search(r"(?<![a-zA-Z])lora(?![a-z])|Lora(?![a-z])|LoRA|LORA", name) is not None

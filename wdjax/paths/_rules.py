@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -44,6 +44,16 @@ class PerLayer(NamedTuple):
         shape = [1] * ndim
         shape[self.axis] = len(self.values)
         return np.array(self.values).reshape(shape)
+
+
+def check_stack(where: str, path: str, factors: Iterable[Any]) -> None:
+    """Refuses factors that take one parameter for stacks along several axes."""
+    axes = sorted({factor.axis for factor in factors if isinstance(factor, PerLayer)})
+    if len(axes) > 1:
+        raise ValueError(
+            f"{where}: by_depth: the multipliers of {path!r} lie along several axes, {axes}. Layers are stacked along "
+            "one: write the product of the factors into one by_depth."
+        )
 
 
 class Tree(NamedTuple):
@@ -126,11 +136,13 @@ class Rules(abc.ABC):
                 f"got {list(data) if isinstance(data, Mapping) else data!r}. "
                 "Write {'by_path': {'rules': [{'match': 'bias', 'value': 0.0}], 'default': 0.1}}."
             )
-        try:
-            rules = _KINDS[kinds[0]]._from_arguments(dict(data[kinds[0]]))
-        except (KeyError, AttributeError) as error:
-            raise ValueError(f"Rules.from_dict: {kinds[0]} lacks {error} in {dict(data)!r}.") from error
-        for factor in data.get("times", ()):
+        arguments, factors = data[kinds[0]], data.get("times", [])
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"Rules.from_dict: {kinds[0]!r} must be a dictionary of its arguments, got {arguments!r}.")
+        if not isinstance(factors, list):
+            raise TypeError(f"Rules.from_dict: 'times' must be a list of factors, got {factors!r}.")
+        rules = _KINDS[kinds[0]]._from_arguments(dict(arguments))
+        for factor in factors:
             rules = rules * from_plain(factor)
         return rules
 
@@ -189,7 +201,7 @@ class Rules(abc.ABC):
 
     def _check_booleans(self, where: str) -> None:
         """Refuses rates or labels as a mask."""
-        wrong = [v for v in self._values() if not isinstance(v, (bool, np.bool_))]
+        wrong = [v for v in self._values() if not isinstance(v, bool)]
         if wrong or self.factors:
             raise TypeError(
                 f"{where}: a mask says True or False, and {self!r} holds {wrong[0] if wrong else 'rates'!r}. "
@@ -200,7 +212,7 @@ class Rules(abc.ABC):
     def _check_rates(self, where: str) -> None:
         """Refuses booleans or labels as rates."""
         for value in self._values():
-            if isinstance(value, (bool, np.bool_, str)):
+            if isinstance(value, (bool, str)):
                 raise TypeError(
                     f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {self!r} holds {value!r}. "
                     f"Write {TABLE}; a table of booleans is a mask."
@@ -240,9 +252,7 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, Rules):
         return value.to_dict()
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return value
     if callable(value) or isinstance(value, Tracer):
         raise TypeError(
@@ -255,6 +265,23 @@ def plain(value: Any) -> Any:
 def from_plain(value: Any) -> Any:
     """The value that `plain` wrote."""
     return Rules.from_dict(value) if isinstance(value, Mapping) else value
+
+
+def entries(of: str, written: Any, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
+    """A dictionary that `to_dict` wrote, as it is.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it lacks an entry, or has one that is not known.
+    """
+    if not isinstance(written, Mapping):
+        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {written!r}.")
+    lacks, unknown = sorted(required - set(written)), sorted(set(written) - required - optional, key=str)
+    if lacks or unknown:
+        fault = f"lacks {lacks}" if lacks else f"has the unknown {unknown}"
+        may = f", and perhaps {sorted(optional)}" if optional else ""
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it has {sorted(required)}{may}, got {dict(written)!r}.")
+    return dict(written)
 
 
 def _times(first: Decision, second: Decision) -> Decision:

@@ -9,22 +9,24 @@ from typing import Any
 from .. import _checks
 from .._leaves import Leaf
 from . import _modules, _patterns
-from ._roles import ADAPTER, EMBEDDING, KERNEL, LAYER, NORM, Parameter, Role, role, words
+from ._modules import Owner
+from ._roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
 from ._rules import Decision, Rules, Tree
 
 # What holds an array inside a parameter (a Variable, a named array) and says nothing of it.
-_STORAGE = frozenset(("value", "raw_value", "array"))
-_NOT_PARAMETERS = frozenset(("batch_stats", "cache", "intermediates", "_overwrite_with_gradient"))
+_STORAGE = frozenset(("value", "raw_value", "array", "param"))
+# What Linen keeps beside "params".
+_COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WeightsOnly(Rules, kind="weights_only"):
-    """The standard rule; `roles` holds what the modules of a model said of each path, None to ask the names."""
+    """The standard rule; `owners` holds what the model says of each path, None if there is only the names to go by."""
 
     embeddings: bool
     unknown: bool | str
     stacked_axes: tuple[tuple[str, int], ...]
-    roles: dict[str, Role | None] | None = None
+    owners: dict[str, Owner | Role] | None = None
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         if [leaf.path for leaf in tree.leaves] == [""]:
@@ -32,14 +34,14 @@ class WeightsOnly(Rules, kind="weights_only"):
                 f"{tree.where}: weights_only can't tell a parameter without a name. The params are one array: give it "
                 "the tree, outside optax.flatten."
             )
-        roles = self._by_type(tree, asked) if self.roles is not None else self._by_name(tree, asked)
+        roles = self._roles(tree, [i for i in asked if i in tree.required])
         decided, unknown = {}, []
         for i in asked:
             leaf, found = tree.leaves[i], roles.get(i)
             if i not in tree.required:
                 if leaf.dtype is not None:
                     decided[i] = Decision(False, "weights_only", "no real number")
-            elif found is not None:
+            elif found is not None and (self.embeddings or not found.or_table):
                 decays = found.name in (KERNEL, ADAPTER) or (found.name == EMBEDDING and self.embeddings)
                 decided[i] = Decision(decays, "weights_only", f"{found.name}: {found.reason}")
             elif isinstance(self.unknown, bool):
@@ -47,44 +49,44 @@ class WeightsOnly(Rules, kind="weights_only"):
             else:
                 unknown.append(leaf)
         if unknown:
-            raise ValueError(f"{tree.where}: {_unknown(unknown)}")
+            raise ValueError(f"{tree.where}: {_unknown(unknown, tree.leaves)}")
         return decided
 
-    def _by_name(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
+    def _roles(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
         stacked = self._stacked(tree)
         held = [(i, leaf) for i, leaf in enumerate(tree.leaves) if leaf.dtype is not None]
         shapes = {leaf.path: leaf.shape[stacked.get(i, 0) :] for i, leaf in held}
-        stacks = None
+        stacks: dict[str, tuple[set[Axes], set[Axes]]] | None = None
         roles: dict[int, Role | None] = {}
         for i in asked:
-            leaf = tree.leaves[i]
-            if i not in tree.required:
+            path = tree.leaves[i].path
+            owner = self._owner(tree, path)
+            if isinstance(owner, Role):
+                roles[i] = owner
                 continue
-            collection = _NOT_PARAMETERS.intersection(leaf.path.split("/")[:-1])
-            if collection:
-                roles[i] = Role("statistic", f"in {min(collection)!r}")
-                continue
-            parameter = parameter_at(leaf.path, shapes)
+            parameter = parameter_at(path, shapes)
+            if owner is not None:
+                parameter = parameter._replace(owner=owner.name, is_library=owner.is_library, in_list=False)
             roles[i] = role(parameter)
             if i not in stacked and _may_be_a_stacked_vector(parameter, roles[i]):
                 stacks = _stacks(shapes) if stacks is None else stacks
-                roles[i] = _unstacked(leaf.path, roles[i], parameter.shape, stacks)
+                roles[i] = _unstacked(path, roles[i], parameter, stacks)
         return roles
 
-    def _by_type(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
-        known = self.roles or {}
-        found: dict[int, Role | None] = {}
-        for i in asked:
-            path = tree.leaves[i].path
-            if i not in tree.required:
-                continue
-            if path not in known and path.removeprefix("params/") not in known:
-                near = _patterns.nearest(path, list(known))
-                raise ValueError(
-                    f"{tree.where}: weights_only was given a model that has no parameter {path!r}. The nearest of its "
-                    f"{len(known)}: {near}. Give weights_only the model that these params are of."
-                )
-            found[i] = known.get(path, known.get(path.removeprefix("params/")))
+    def _owner(self, tree: Tree, path: str) -> Owner | Role | None:
+        """What is known of a path before its name is read."""
+        first, *inner = path.split("/")
+        if self.owners is None:
+            # NNX's SpectralNorm and WeightNorm keep statistics of this name within.
+            named = first if inner and first in _COLLECTIONS else "batch_stats" if "batch_stats" in inner[:-1] else ""
+            return Role("statistic", f"in {named!r}") if named else None
+        found = self.owners.get(path, self.owners.get(path.removeprefix("params/")))
+        if found is None:
+            near = _patterns.nearest(path, list(self.owners))
+            raise ValueError(
+                f"{tree.where}: weights_only was given a model that has no parameter {path!r}. The nearest of its "
+                f"{len(self.owners)}: {near}. Give weights_only the model that these params are of."
+            )
         return found
 
     def _stacked(self, tree: Tree) -> dict[int, int]:
@@ -106,7 +108,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         return [True, False]
 
     def _written(self) -> str:
-        said = ["<model>"] if self.roles is not None else []
+        said = ["<model>"] if self.owners is not None else []
         said += [] if self.embeddings else ["embeddings=False"]
         said += [] if self.unknown == "error" else [f"unknown={self.unknown}"]
         said += [f"stacked_axes={dict(self.stacked_axes)}"] if self.stacked_axes else []
@@ -115,16 +117,19 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"embeddings": self.embeddings, "unknown": self.unknown}
         arguments["stacked_axes"] = dict(self.stacked_axes)
-        if self.roles is not None:
-            arguments["roles"] = {path: list(found) if found else [] for path, found in self.roles.items()}
+        if self.owners is not None:
+            arguments["owners"] = {path: owner._asdict() for path, owner in self.owners.items()}
         return arguments
 
     @classmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
-        roles = arguments.pop("roles", None)
+        owners = arguments.pop("owners", None)
         rules = weights_only(**arguments)
-        found = None if roles is None else {path: Role(*row) if row else None for path, row in roles.items()}
-        return dataclasses.replace(rules, roles=found)  # pyright: ignore[reportCallIssue]
+        if owners is None:
+            return rules
+        kinds = {path: Role if "reason" in owner else Owner for path, owner in owners.items()}
+        found = {path: kinds[path](**owner) for path, owner in owners.items()}
+        return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
 
 
 @_checks.known_arguments
@@ -143,14 +148,16 @@ def weights_only(
     relative positions, class tokens and other learned inputs, layer scales, temperatures, batch statistics, buffers,
     the dynamics of state-space models, integers.
 
-    Without a model it goes by names and shapes, those of Flax Linen, Flax NNX, Equinox and Haiku. With a model it asks
-    the types of the modules: an `nnx.Module`, an `equinox.Module`, or a Linen module with the inputs of its `init`
-    (arrays or `jax.ShapeDtypeStruct`s; nothing is run). A table of an embedding layer is an embedding also where
-    positions are looked up in it; what is added to activations as it is, is a positional embedding.
+    Without a model it goes by names and shapes, those of Flax Linen, Flax NNX, Equinox and Haiku, and PyTorch's. With a
+    model it asks the types of the modules: an `nnx.Module`, an `equinox.Module`, or a Linen module with the inputs of
+    its `init` (arrays or `jax.ShapeDtypeStruct`s; nothing is run). Names tell of what no layer of a library holds. A
+    table of an embedding layer is an embedding also where positions are looked up in it; what is added to activations
+    as it is, is a positional embedding.
 
     Args:
         model, inputs: the model whose modules to ask; for Linen also what it is called with.
-        embeddings: whether the tables of embedding layers decay.
+        embeddings: whether the tables of embedding layers decay. If they don't, an Equinox `weight` in a list may be
+            unknown without the model: a linear layer that has no bias looks like an embedding.
         unknown: what to do with parameters that neither name nor type tells: "error", or the boolean for them.
         stacked_axes: the number of leading axes that stack layers (`filter_vmap`), where names don't tell a stacked
             scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku need none.
@@ -183,52 +190,51 @@ def weights_only(
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
         _patterns.checked("weights_only", pattern)
-    roles = None if model is None else _modules.roles_of(model, inputs, dict(call_kwargs or {}))
-    return WeightsOnly(embeddings, unknown, tuple(said.items()), roles)
+    owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
+    return WeightsOnly(embeddings, unknown, tuple(said.items()), owners)
 
 
 def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
-    """What names and shapes say of the parameter at a path."""
-    segments = path.split("/")
-    while len(segments) > 1 and segments[-1] in _STORAGE:
-        segments.pop()
-    said = [k for k, segment in enumerate(segments) if not segment.isdigit() and not segment.startswith("~")]
-    own = said[-1] if said else len(segments) - 1
-    owner = segments[said[-2]] if len(said) > 1 else ""
-    in_lora = any("lora" in segment.lower() for segment in segments[max(own - 2, 0) : own])
-    bias = None
-    for name in _names_of_the_bias(segments[own]):
-        beside = "/".join((*segments[:own], name, *path.split("/")[own + 1 :]))
-        if beside in shapes:
-            bias = shapes[beside]
-            break
-    return Parameter(segments[own], owner, shapes[path], bias, in_lora=in_lora)
+    """What names and shapes say of the parameter at a path; PyTorch's names have "." for "/"."""
+    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)]
+    while len(found) > 1 and found[-1][1] in _STORAGE:
+        found.pop()
+    said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]
+    own = said[-1] if said else len(found) - 1
+    owner = found[said[-2]][1] if len(said) > 1 else ""
+    start, name = found[own]
+    beside = (path[:start] + bias + path[start + len(name) :] for bias in _names_of_the_bias(name))
+    bias = next((shapes[other] for other in beside if other in shapes), None)
+    return Parameter(name, owner, shapes[path], bias, in_list=own > 0 and found[own - 1][1].isdigit())
 
 
 def _names_of_the_bias(name: str) -> Iterator[str]:
     """What the bias beside a parameter of this name may be called, the likeliest first."""
-    if name == "w" or re.fullmatch(r"w\d*|w_\w+", name):
+    if re.fullmatch(r"[wW](\d*|_\w+)", name):
+        yield ("b" if name[0] == "w" else "B") + name[1:]
         yield "b" + name[1:]
     if name.endswith("_w"):
         yield name[:-1] + "b"
     for matrix in ("kernel", "weights", "weight"):
         if matrix in name:
             yield name.replace(matrix, "bias")
+            yield name.replace(matrix, "biases")
     yield "bias"
     yield "b"
-
-
-def _may_be_a_stacked_vector(parameter: Parameter, found: Role | None) -> bool:
-    """Whether only the shape says that it is a matrix, as of an Equinox layer in a list that has no bias."""
-    by_shape = found is not None and found.name == KERNEL and parameter.name == "weight" and parameter.bias is None
-    return by_shape and len(parameter.shape) >= 2 and not frozenset(words(parameter.owner)) & LAYER
 
 
 Axes = tuple[int, ...]
 
 
+def _may_be_a_stacked_vector(parameter: Parameter, found: Role | None) -> bool:
+    """Whether only the shape says that it is a matrix, as of an Equinox layer in a list that has no bias."""
+    is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
+    by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2
+    return by_shape and (parameter.in_list or not is_layer(parameter.owner))
+
+
 def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]]:
-    """For each node of the tree, the leading axes that the layers below it have too many: surely, and perhaps.
+    """For each node of the tree, the leading axes that layers have too many: surely those in it, perhaps those below.
 
     A bias has one axis (a convolution's has ones behind it): what it has more of stacks layers. A `weight` without a
     bias has two, unless it is a convolution's.
@@ -241,36 +247,45 @@ def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]
         bias = shapes.get(node + "/bias")
         if bias == shape or (bias is not None and len(bias) > 1 and bias[-1] == 1) or (bias is None and len(shape) < 3):
             continue
-        while True:
-            surely, perhaps = found[node]
-            surely.add(bias[:-1]) if bias is not None else perhaps.add(shape[:-2])
-            if not node:
-                break
-            node = node.rpartition("/")[0]
+        axes = shape[:-2] if bias is None else bias[:-1]
+        parent = node.rpartition("/")[0]
+        found[parent][bias is None].add(axes)
+        while parent:
+            parent = parent.rpartition("/")[0]
+            found[parent][1].add(axes)
     return found
 
 
-def _unstacked(path: str, found: Role | None, shape: Axes, stacks: Mapping[str, tuple[set[Axes], set[Axes]]]) -> Any:
+def _unstacked(
+    path: str, found: Role | None, parameter: Parameter, stacks: Mapping[str, tuple[set[Axes], set[Axes]]]
+) -> Role | None:
     """The role of what is a matrix or a stacked vector, by the layers nearest to it; None if they don't tell."""
-    node = path
-    while node:
-        node = node.rpartition("/")[0]
-        surely, perhaps = stacks.get(node, ((), ()))
-        if surely:
-            is_vector = surely == {shape[:-1]}
-            return Role(NORM, f"'weight', one vector in each of {shape[:-1]} layers") if is_vector else found
-        if shape[:-1] in perhaps:
+    leading = parameter.shape[:-1]
+    beside = node = path.removesuffix("/weight").rpartition("/")[0]
+    while True:
+        surely, perhaps = stacks.get(node, (set(), set()))
+        if surely == {leading} and node == beside and parameter.in_list:
+            return Role(NORM, f"'weight', one vector in each of {leading} layers")
+        if leading in (surely or perhaps):
             return None
-    return found
+        if surely or not node:
+            return found
+        node = node.rpartition("/")[0]
 
 
-def _unknown(leaves: Sequence[Leaf]) -> str:
-    shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in leaves[:8])
-    more = f" and {len(leaves) - 8} more" if len(leaves) > 8 else ""
-    name = leaves[0].path.rpartition("/")[2] or leaves[0].path
+def _unknown(unknown: Sequence[Leaf], leaves: Sequence[Leaf]) -> str:
+    shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    path = unknown[0].path
+    name = path.rpartition("/")[2]
+    # The name alone would also take parameters that are well known.
+    takes = _patterns.compiled(name).search
+    if {leaf.path for leaf in leaves if takes(leaf.path)} - {leaf.path for leaf in unknown}:
+        name = path
     return (
-        f"weights_only can't tell what {'these parameters are' if len(leaves) > 1 else 'this parameter is'}: {shown}"
+        f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"
         f"{more}. Say whether they decay: by_path({{{name!r}: True}}, default=weights_only()), or "
         "weights_only(unknown=False) for all of them. For a layer of your own: register_layer(MyLayer, "
-        f"weights=({name!r},)) and weights_only(model). For layers that are stacked: stacked_axes={{'layers': 1}}."
+        f"weights=({path.rpartition('/')[2]!r},)) and weights_only(model). For layers that are stacked: "
+        "stacked_axes={'layers': 1}."
     )

@@ -10,7 +10,7 @@ import numpy as np
 from .. import _checks
 from . import _patterns
 from ._patterns import Pattern
-from ._rules import TABLE, Decision, Rules, Tree, from_plain, plain
+from ._rules import TABLE, Decision, Rules, Tree, entries, from_plain, plain
 
 
 class _Missing(enum.Enum):
@@ -41,8 +41,8 @@ class Table(Rules, kind="by_path"):
             left = [i for i in asked if i not in deciders]
             matched = set().union(*(_patterns.matching(tree, pattern, asked, left) for pattern in patterns))
             groups.append([i for i in left if i in matched])
-            if matched and not groups[-1]:
-                raise ValueError(f"{tree.where}: {self._shadowed(number, {deciders[i] for i in matched})}")
+            if asked and not groups[-1] and (matched or not left):
+                raise ValueError(f"{tree.where}: {self._shadowed(number, {deciders[i] for i in matched or asked})}")
             deciders.update(dict.fromkeys(groups[-1], number))
         rest = [i for i in asked if i not in deciders]
         bare = [tree.leaves[i].path for i in rest if i in tree.required]
@@ -70,7 +70,11 @@ class Table(Rules, kind="by_path"):
 
     @classmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
-        rules = [(_patterns.from_plain(rule["match"]), from_plain(rule["value"])) for rule in arguments["rules"]]
+        arguments = entries("by_path", arguments, {"rules"}, {"default"})
+        if not isinstance(arguments["rules"], list):
+            raise TypeError(f"Rules.from_dict: the rules of by_path must be a list, got {arguments['rules']!r}.")
+        rows = [entries("a rule of by_path", rule, {"match", "value"}) for rule in arguments["rules"]]
+        rules = [(_patterns.from_plain(row["match"]), from_plain(row["value"])) for row in rows]
         return by_path(rules, default=from_plain(arguments["default"]) if "default" in arguments else MISSING)
 
     def _shadowed(self, number: int, deciders: set[int]) -> str:
@@ -178,7 +182,9 @@ def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
 
 
 def _checked_value(value: Any) -> Any:
-    if isinstance(value, (bool, np.bool_, str, Rules)):
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (str, Rules)):
         return value
     return _checks.rate("by_path", "a value of the table", value, write=TABLE)
 

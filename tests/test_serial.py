@@ -1,0 +1,416 @@
+"""Rule sets in JSON and TOML: what comes back decides as what went in, and what can't be written is refused."""
+
+import functools
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import wdjax
+from wdjax import Rules, all_but, by_depth, by_path, by_width, only, weights_only
+
+NET = {
+    "embed": {"embedding": jnp.ones((9, 4))},
+    "Block_0": {"Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "LayerNorm_0": {"scale": jnp.ones(4)}},
+    "Block_1": {"Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "LayerNorm_0": {"scale": jnp.ones(4)}},
+    "blocks": {"kernel": jnp.ones((3, 4, 4)), "gain": jnp.ones((3, 4))},
+    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)},
+}
+
+RULES: dict[str, Rules] = {
+    "only": only("kernel"),
+    "several patterns": all_but("bias", "LayerNorm_*", re.compile(".*/gain")),
+    "rates": by_path({"bias": 0.0, "embed/**": 1e-5, "head": 3}, default=0.1),
+    "no default": by_path({"embed": "a", "Block_*": "b", "**": "c"}),
+    "default alone": by_path({}, default=0.3),
+    "texts that need escapes": by_path(
+        {re.compile(r"(?:\w+/)+k\w{3}el"): 'say "decay"\n', "head": "über"}, default="\\"
+    ),
+    "flags": only(re.compile(".*KERNEL", re.IGNORECASE | re.DOTALL), re.compile("(?i)HEAD/.*")),
+    "verbose": only(re.compile(".* / kernel  # the matrices", re.VERBOSE)),
+    "regex": by_path([(r".*/kernel", 1.0), (r".*", 0.5)], syntax="regex"),
+    "search": all_but("(?i)layernorm", "bias$", syntax="search"),
+    "contains": all_but("bias", "LayerNorm_0.scale", syntax="contains"),
+    "arrays": by_path({"head": jnp.array(0.5), "embed": np.float32(0.25)}, default=np.float64(1.0)),
+    "booleans of NumPy": by_path({"head": np.bool_(True)}, default=np.bool_(False)),
+    "times": 0.1 * by_path({"bias": 0.0}, default=2.0) * jnp.array(0.5) * 3,
+    "depth": by_depth("Block_*", 0.75, first=("embed", re.compile("blocks/.*"))),
+    "depth by a regular expression": by_depth(
+        (re.compile(r"Block_(\d+)/.*", re.IGNORECASE), "Block_*/LayerNorm_*"), 0.5
+    ),
+    "depth of a stack": by_depth("blocks", 0.5, first=only("embed"), axis=-0),
+    "width": by_path({"blocks": 1.0}, default=by_width(2)),
+    "width of a stack": by_path({"blocks": by_width(2, power=0.5, stacked_axes=1)}, default=1.0),
+    "products": 0.1
+    * by_depth("Block_*", 0.75)
+    * by_path({"bias": 0.0}, default=1.0)
+    * by_path({"blocks": 1.0}, default=by_width(2)),
+    "weights": weights_only(stacked_axes={"blocks": 1}),
+    "weights, said otherwise": weights_only(embeddings=False, unknown=False),
+    "a rule set as a pattern": by_path({"gain": 0.0, (weights_only(), "head/bias"): 0.1}, default=0.0),
+    "a rule set as a value": by_path(
+        {"Block_*": by_path({"bias": 0.0}, default=0.25) * 2.0, "head": 0.0}, default=by_depth("Block_*", 0.5)
+    ),
+    "a rule set as a default": by_path({"gain": False}, default=weights_only()),
+}
+every_rules = pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it within a line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def through_json(data: Any) -> Any:
+    return json.loads(json.dumps(data, allow_nan=False))
+
+
+def through_toml(data: Any) -> Any:
+    return tomllib.loads(f"weight_decay = {toml(data)}")["weight_decay"]
+
+
+def assert_plain(data: Any) -> None:
+    assert type(data) in (bool, int, float, str, list, dict), data
+    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        assert_plain(item)
+    assert not isinstance(data, dict) or all(type(key) is str for key in data)
+
+
+def decisions(rules: Rules, params: Any = NET) -> list[Any]:
+    return jax.tree.leaves(jax.tree.map(np.asarray, rules.values(params)))
+
+
+@every_rules
+@pytest.mark.parametrize("through", [through_json, through_toml])
+def test_what_comes_back_decides_alike(rules: Rules, through: Any) -> None:
+    data = rules.to_dict()
+    assert_plain(data)
+    assert through(data) == data
+    twin = Rules.from_dict(through(data))
+    assert type(twin) is type(rules)
+    assert twin.to_dict() == data
+    for one, other in zip(decisions(twin), decisions(rules), strict=True):
+        if one.dtype.kind == "f":
+            np.testing.assert_allclose(one, other, rtol=1e-7)
+        else:
+            np.testing.assert_array_equal(one, other)
+
+
+@every_rules
+def test_what_comes_back_is_written_alike(rules: Rules) -> None:
+    written = repr(rules)
+    if "Array(" not in written:  # An array comes back as a number.
+        assert repr(Rules.from_dict(rules.to_dict())) == written
+
+
+def test_the_cases_differ() -> None:
+    assert len({json.dumps(rules.to_dict()) for rules in RULES.values()}) == len(RULES)
+
+
+def test_what_is_written() -> None:
+    rules = 0.1 * by_path({"bias": 0, ("scale", re.compile(".*/w")): 0.5}, default=by_depth("Block_*", 0.75))
+    assert rules.to_dict() == {
+        "by_path": {
+            "rules": [
+                {"match": "bias", "value": 0.0},
+                {"match": ["scale", {"regex": ".*/w"}], "value": 0.5},
+            ],
+            "default": {"by_depth": {"blocks": "Block_*", "factor": 0.75}},
+        },
+        "times": [0.1],
+    }
+    assert only(weights_only(), "gain").to_dict() == {
+        "by_path": {
+            "rules": [
+                {
+                    "match": [{"weights_only": {"embeddings": True, "unknown": "error", "stacked_axes": {}}}, "gain"],
+                    "value": True,
+                }
+            ],
+            "default": False,
+        }
+    }
+    assert only("a", syntax="contains").to_dict()["by_path"]["rules"][0]["match"] == {"contains": "a"}
+    assert by_width(2).to_dict() == {"by_width": {"base": 2.0, "power": 1.0, "stacked_axes": 0}}
+    assert by_depth("b", 0.5, axis=-1).to_dict() == {"by_depth": {"blocks": "b", "factor": 0.5, "axis": -1}}
+    flagged = only(re.compile("k", re.IGNORECASE), re.compile("(?s)k")).to_dict()["by_path"]["rules"][0]["match"]
+    assert flagged == [{"regex": "(?i)k"}, {"regex": "(?s)k"}]
+
+
+def test_a_person_may_write_it() -> None:
+    text = """
+    [weight_decay]
+    times = [0.1, { by_depth = { blocks = "Block_*", factor = 0.5 } }]
+
+    [weight_decay.by_path]
+    default = 1
+
+    [[weight_decay.by_path.rules]]
+    match = ["bias", { shell = "LayerNorm_*" }, { search = "^blocks" }]
+    value = 0
+
+    [[weight_decay.by_path.rules]]
+    match = { regex = "head/.*" }
+    value = { by_path = { rules = [], default = 2 } }
+    """
+    rules = Rules.from_dict(tomllib.loads(text)["weight_decay"])
+    params = {name: branch for name, branch in NET.items() if name != "embed"}
+    wanted = {"Block_0": 0.025, "Block_1": 0.05, "head": 0.2}
+    values = rules.values(params)
+    assert {name: round(values[name].get("Dense_0", values[name])["kernel"], 12) for name in wanted} == wanted
+    assert values["blocks"] == {"kernel": 0.0, "gain": 0.0}
+    update, _ = (decay := wdjax.decoupled_decay(rules)).update(params, decay.init(params), params)
+    np.testing.assert_allclose(update["head"]["kernel"], 1.2, rtol=1e-6)
+
+
+class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        thing = self.param("thing", nn.initializers.ones, (4, 4))
+        return nn.LayerNorm()(nn.Dense(4)(x @ thing))
+
+
+def test_what_a_model_said_survives_without_the_model() -> None:
+    x = jnp.ones((1, 4))
+    params = Odd().init(jax.random.key(0), x)["params"]
+    wdjax.register_layer(Odd, weights=("thing",))
+    rules = weights_only(Odd(), x)
+    assert rules.mask(params)["thing"] is True
+    fails("weights_only can't tell", lambda: weights_only().mask(params))  # Its name alone says nothing.
+    for through in (through_json, through_toml):
+        data = rules.to_dict()
+        assert_plain(data)
+        assert Rules.from_dict(through(data)).mask(params) == rules.mask(params)
+    mixed = by_path({"Dense_0/bias": 0.2, rules: 0.1}, default=0.0)
+    assert Rules.from_dict(through_toml(mixed.to_dict())).values(params) == mixed.values(params)
+    model = eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))
+    of_equinox = weights_only(model)
+    twin = Rules.from_dict(through_json(of_equinox.to_dict()))
+    arrays = eqx.filter(model, eqx.is_array)
+    assert jax.tree.leaves(twin.mask(arrays)) == jax.tree.leaves(of_equinox.mask(arrays))
+
+
+# What can't be written.
+
+
+def fails(message: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        by_path({"a": optax.constant_schedule(0.1)}, default=0.0),
+        by_path({"a": 0.1}, default=lambda count: 0.1),
+        optax.linear_schedule(0.1, 0.0, 3) * by_path({"a": 0.1}, default=0.0),
+        by_path({"a": by_path({"b": lambda count: 0.1})}, default=0.0),
+        by_depth("a_*", 0.5) * (lambda count: 0.1),
+    ],
+)
+def test_schedules_are_refused(rules: Rules) -> None:
+    fails(
+        r"Rules\.to_dict: <function .*> can't be written into a file\. Write the table with multipliers, and multiply "
+        r"it in code: weight_decay=schedule \* rules\.",
+        rules.to_dict,
+        TypeError,
+    )
+
+
+def test_tracers_are_refused() -> None:
+    message = r"Rules\.to_dict: .*Tracer.* can't be written into a file"
+    for table in (lambda rate: by_path({"a": rate}, default=0.0), lambda rate: rate * by_path({"a": 1.0}, default=0.0)):
+        fails(message, lambda: jax.jit(lambda rate: table(rate).to_dict())(0.1), TypeError)  # noqa: B023
+
+
+def is_wide(leaf: Any) -> bool:
+    return leaf.shape[0] > 9
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        only(is_wide),
+        by_path({("a", is_wide): 0.1}, default=0.0),
+        by_path({only(is_wide): 0.1}, default=0.0),
+        by_depth("a_*", 0.5, first=is_wide),
+    ],
+)
+def test_predicates_are_refused(rules: Rules) -> None:
+    fails(
+        r"Rules\.to_dict: the function is_wide can't be written into a file\. Name the parameters by path\.",
+        rules.to_dict,
+        TypeError,
+    )
+
+
+def test_a_fan_in_of_ones_own_is_refused() -> None:
+    rules = by_width(2, fan_in=is_wide)
+    fails(
+        r"Rules\.to_dict: the function fan_in of by_width\(2, fan_in=is_wide\) can't be written into a file",
+        rules.to_dict,
+        TypeError,
+    )
+
+
+# What can't be read.
+
+TABLE: dict[str, Any] = {"rules": [{"match": "bias", "value": 0.0}], "default": 0.1}
+
+
+@pytest.mark.parametrize(
+    "data", [{}, 3, "bias", None, [], {"by_paths": TABLE}, {"by_path": TABLE, "by_width": {}}, TABLE]
+)
+def test_what_is_no_rule_set(data: Any) -> None:
+    fails(
+        r"Rules\.from_dict: one of the keys .*'by_path'.* was expected, and perhaps 'times', got .*\. "
+        r"Write \{'by_path': \{'rules': \[\{'match': 'bias', 'value': 0\.0\}\], 'default': 0\.1\}\}\.",
+        lambda: Rules.from_dict(data),
+    )
+
+
+MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
+    "another key": ({"by_path": TABLE, "mask": True}, ValueError, r"got \['by_path', 'mask'\]"),
+    "no arguments": ({"by_path": None}, TypeError, "'by_path' must be a dictionary of its arguments, got None"),
+    "arguments in a list": (
+        {"by_depth": ["a_*", 0.5]},
+        TypeError,
+        r"'by_depth' must be a dictionary .*got \['a_\*', 0",
+    ),
+    "one factor": ({"by_path": TABLE, "times": 0.1}, TypeError, r"'times' must be a list of factors, got 0\.1\."),
+    "times a text": ({"by_path": TABLE, "times": ["0.1"]}, TypeError, "the factor of a table must be a number"),
+    "times a negative": ({"by_path": TABLE, "times": [-1.0]}, ValueError, "finite and not negative, got -1.0"),
+    "times nothing": ({"by_path": TABLE, "times": [{}]}, ValueError, r"one of the keys .*got \[\]"),
+    "times a mask": ({"by_path": {"rules": [], "default": True}, "times": [0.1]}, TypeError, "holds True"),
+    "no rules": (
+        {"by_path": {"default": 0.1}},
+        ValueError,
+        r"by_path lacks \['rules'\]: it has \['rules'\], and perhaps",
+    ),
+    "a misspelt default": (
+        {"by_path": {**TABLE, "defualt": 0.1}},
+        ValueError,
+        r"by_path has the unknown \['defualt'\]: it has \['rules'\], and perhaps \['default'\], got \{'rules'",
+    ),
+    "rules in a text": ({"by_path": {"rules": "bias"}}, TypeError, "the rules of by_path must be a list, got 'bias'"),
+    "rules in a table": ({"by_path": {"rules": {"bias": 0.0}}}, TypeError, r"must be a list, got \{'bias': 0\.0\}"),
+    "a rule that is a text": (
+        {"by_path": {"rules": ["bias"]}},
+        TypeError,
+        "a rule of by_path must be a dictionary, got",
+    ),
+    "no value": ({"by_path": {"rules": [{"match": "a"}]}}, ValueError, r"a rule of by_path lacks \['value'\]"),
+    "no match": ({"by_path": {"rules": [{"pattern": "a", "value": 0.1}]}}, ValueError, r"lacks \['match'\]"),
+    "more in a rule": (
+        {"by_path": {"rules": [{"match": "a", "value": 0.1, 3: 4}]}},
+        ValueError,
+        r"a rule of by_path has the unknown \[3\]",
+    ),
+    "no rules at all": ({"by_path": {"rules": []}}, ValueError, "no rules and no default were given"),
+    "nothing to match": ({"by_path": {"rules": [{"match": {}, "value": 0.1}]}}, ValueError, r"got \[\]"),
+    "a number to match": (
+        {"by_path": {"rules": [{"match": 3, "value": 0.1}]}},
+        TypeError,
+        "a pattern is a text, .*got 3",
+    ),
+    "an empty list": ({"by_path": {"rules": [{"match": [], "value": 0.1}]}}, ValueError, "no pattern was given"),
+    "an unknown language": (
+        {"by_path": {"rules": [{"match": {"glob": "a"}, "value": 0.1}]}},
+        ValueError,
+        r"one of the keys .*got \['glob'\]",
+    ),
+    "two languages": (
+        {"by_path": {"rules": [{"match": {"regex": "a", "search": "b"}, "value": 0.1}]}},
+        ValueError,
+        r"got \['regex', 'search'\]",
+    ),
+    "a malformed regex": (
+        {"by_path": {"rules": [{"match": {"regex": "(a"}, "value": 0.1}]}},
+        ValueError,
+        r"Rules\.from_dict: the regular expression '\(a' is malformed: missing \)",
+    ),
+    "a regex that is none": (
+        {"by_path": {"rules": [{"match": {"search": ["a"]}, "value": 0.1}]}},
+        TypeError,
+        r"Rules\.from_dict: a pattern is a text, .*got \['a'\]",
+    ),
+    "rates as a pattern": (
+        {"by_path": {"rules": [{"match": {"by_path": TABLE}, "value": 0.1}]}},
+        TypeError,
+        "a mask says True or False, and by_path",
+    ),
+    "no number": ({"by_path": {"rules": [], "default": None}}, TypeError, "a value of the table must be a number"),
+    "a list of numbers": (
+        {"by_path": {"rules": [], "default": [0.1]}},
+        TypeError,
+        "a value of the table must be a number",
+    ),
+    "a negative": (
+        {"by_path": {"rules": [], "default": -0.1}},
+        ValueError,
+        "must be finite and not negative, got -0.1",
+    ),
+    "a nested fault": (
+        {"by_path": {"rules": [], "default": {"by_width": {}}}},
+        ValueError,
+        r"by_width lacks \['base'\]: it has \['base'\], and perhaps \['power', 'stacked_axes'\], got \{\}",
+    ),
+    "no factor": ({"by_depth": {"blocks": "a_*"}}, ValueError, r"by_depth lacks \['factor'\]"),
+    "no blocks": ({"by_depth": {"factor": 0.5}}, ValueError, r"by_depth lacks \['blocks'\]"),
+    "a misspelt axis": (
+        {"by_depth": {"blocks": "a", "factor": 0.5, "axes": 0}},
+        ValueError,
+        r"by_depth has the unknown \['axes'\]: it has \['blocks', 'factor'\], and perhaps \['axis', 'first'\]",
+    ),
+    "a factor of 0": (
+        {"by_depth": {"blocks": "a_*", "factor": 0.0}},
+        ValueError,
+        r"factor must be a number > 0, got 0\.0",
+    ),
+    "blocks without a number": (
+        {"by_depth": {"blocks": "a", "factor": 0.5}},
+        ValueError,
+        "'a' has no '\\*' for the number",
+    ),
+    "blocks to search": (
+        {"by_depth": {"blocks": {"search": "a_"}, "factor": 0.5}},
+        TypeError,
+        r"the blocks are a text with '\*' for the number, .* got 'a_' \(search\)",
+    ),
+    "a function of the leaf": (
+        {"by_width": {"base": 2, "fan_in": "f"}},
+        ValueError,
+        r"by_width has the unknown \['fan_in'\]",
+    ),
+    "an axis in words": (
+        {"by_width": {"base": 2, "stacked_axes": "1"}},
+        ValueError,
+        "stacked_axes counts leading axes, got '1'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "error", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_what_is_malformed(data: Any, error: type[Exception], message: str) -> None:
+    fails(message, functools.partial(Rules.from_dict, data), error)
+
+
+def test_what_is_read_is_not_changed() -> None:
+    data = {"by_depth": {"blocks": ["a_*"], "factor": 0.5, "first": "b"}, "times": [0.1]}
+    before = json.dumps(data)
+    Rules.from_dict(data)
+    assert json.dumps(data) == before
+    assert Rules.from_dict(data).to_dict() == {**data, "by_depth": {**data["by_depth"], "blocks": "a_*"}}

