@@ -414,3 +414,17 @@ def test_what_is_read_is_not_changed() -> None:
     Rules.from_dict(data)
     assert json.dumps(data) == before
     assert Rules.from_dict(data).to_dict() == {**data, "by_depth": {**data["by_depth"], "blocks": "a_*"}}
+
+
+def test_what_is_no_standard_rule() -> None:
+    for arguments, message in (
+        (
+            {"embedding": False},
+            r"weights_only has the unknown \['embedding'\]: it has \[\], and perhaps \['embeddings'",
+        ),
+        ({"owners": {"w": {"name": "Dense"}}}, r"the owner of 'w' lacks \['is_library'\]"),
+        ({"unknown": "maybe"}, "unknown must be 'error', True"),
+        ({"stacked_axes": {"layers": -1}}, "stacked_axes counts leading axes, got -1"),
+    ):
+        fails(message, lambda: Rules.from_dict({"weights_only": arguments}))  # noqa: B023
+    fails("a pattern of stacked_axes is a text", lambda: weights_only(stacked_axes={re.compile("a"): 1}), TypeError)

@@ -418,6 +418,16 @@ def test_misleading_names(row: str, expected: bool | None) -> None:
     assert answers(params)[found[0][0]] is expected
 
 
+def test_lora_factors_are_adapters() -> None:
+    paths = ["q/lora_A/default/weight", "q/lora_a/kernel", "q/lora/A", "q/lora/down/kernel", "LoRA_0/w_a", "q_lora_b"]
+    assert [standard_role(path) for path in paths] == ["adapter"] * 6
+    assert [standard_role(path) for path in ("lora_linear/kernel", "lora/base/weight")] == ["kernel"] * 2
+
+
+def standard_role(path: str) -> str:
+    return str(wdjax.plan({path: array(4, 2)}, 0.1, weights_only())).split("weights_only  ")[1].split(":")[0]
+
+
 def test_collections_beside_the_parameters_are_no_parameters() -> None:
     kernel = {"Dense_0": {"kernel": array(4, 4)}}
     variables = {"params": kernel, "batch_stats": kernel, "cache": kernel, "intermediates": kernel}

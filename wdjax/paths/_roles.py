@@ -38,6 +38,7 @@ class Parameter(NamedTuple):
         bias: the shape of the bias beside it, likewise; None if there is none.
         is_library: whether the owner is a layer of a library, which is what its name says whatever the shape.
         in_list: whether the owner is a list, whose name doesn't say which of its layers this is.
+        around: the name of what holds the owner.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Parameter(NamedTuple):
     bias: tuple[int, ...] | None = None
     is_library: bool = False
     in_list: bool = False
+    around: str = ""
 
 
 def _set(text: str) -> frozenset[str]:
@@ -124,10 +126,8 @@ def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     named, of_owner = f"named {name!r}", f"{name!r} of {parameter.owner!r}"
     is_matrix = last in _MATRIX | _LAYER
     is_made_by_matrix = first == "w" or first in _INTO or "to" in every  # "w_scale" may be what makes the scale.
-    if rank >= 2 and _is_lora(name) and last in _MATRIX | _FACTOR | _set("lora ra"):
-        return Role(ADAPTER, f"a LoRA factor, {named}")
-    if rank >= 2 and _is_lora(parameter.owner) and (name.lower() in _FACTOR or (is_matrix and owner[-1] in _FACTOR)):
-        return Role(ADAPTER, f"a LoRA factor, {of_owner}")
+    if rank >= 2 and _is_lora_factor(parameter, own):
+        return Role(ADAPTER, f"a LoRA factor, {of_owner}" if parameter.owner else f"a LoRA factor, {named}")
     if name in ("A", "B", "C", "D"):  # Of a state-space model: D is its skip connection.
         return Role("state space", named) if name == "D" else None
     if first == "a" and last in ("re", "im", "param"):
@@ -244,6 +244,17 @@ def _is_a_part(own: tuple[str, ...]) -> bool:
 
 def _is_part(word: str) -> bool:
     return word in _PART or (len(word) <= 2 and word not in _NORM and word not in _POSITION)
+
+
+def _is_lora_factor(parameter: Parameter, own: tuple[str, ...]) -> bool:
+    """Whether it is "lora_a", "a" of "lora", or the kernel of "lora_a"."""
+    if _is_lora(parameter.name):
+        return own[-1] in _MATRIX | _FACTOR | _set("lora ra")
+    if _is_lora(parameter.owner) and own[-1] in _FACTOR and (len(own) == 1 or own[0] in _MATRIX):
+        return True
+    scopes = (parameter.owner, parameter.around)
+    which = any(_FACTOR.intersection(words(scope)[-1:]) for scope in scopes)
+    return own[-1] in _MATRIX and which and any(map(_is_lora, scopes))
 
 
 def _is_lora(name: str) -> bool:

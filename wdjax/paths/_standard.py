@@ -11,7 +11,7 @@ from .._leaves import Leaf
 from . import _modules, _patterns
 from ._modules import Owner
 from ._roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
-from ._rules import Decision, Rules, Tree
+from ._rules import Decision, Rules, Tree, entries
 
 # What holds an array inside a parameter (a Variable, a named array) and says nothing of it.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
@@ -123,12 +123,15 @@ class WeightsOnly(Rules, kind="weights_only"):
 
     @classmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
+        arguments = entries("weights_only", arguments, set(), {"embeddings", "unknown", "stacked_axes", "owners"})
         owners = arguments.pop("owners", None)
         rules = weights_only(**arguments)
         if owners is None:
             return rules
-        kinds = {path: Role if "reason" in owner else Owner for path, owner in owners.items()}
-        found = {path: kinds[path](**owner) for path, owner in owners.items()}
+        found: dict[str, Owner | Role] = {}
+        for path, owner in owners.items():
+            kind = Role if "reason" in owner else Owner
+            found[path] = kind(**entries(f"the owner of {path!r}", owner, set(kind._fields)))
         return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
 
 
@@ -184,6 +187,8 @@ def weights_only(
         raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
     said = stacked_axes if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
     for pattern, axes in said.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"weights_only: a pattern of stacked_axes is a text, got {pattern!r}.")
         if not isinstance(axes, int) or isinstance(axes, bool) or axes < 0:
             raise ValueError(
                 f"weights_only: stacked_axes counts leading axes, got {axes!r} for {pattern!r}. "
@@ -201,11 +206,11 @@ def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
         found.pop()
     said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]
     own = said[-1] if said else len(found) - 1
-    owner = found[said[-2]][1] if len(said) > 1 else ""
+    around, owner = ("", "", *(found[k][1] for k in said[:-1]))[-2:]
     start, name = found[own]
     beside = (path[:start] + bias + path[start + len(name) :] for bias in _names_of_the_bias(name))
     bias = next((shapes[other] for other in beside if other in shapes), None)
-    return Parameter(name, owner, shapes[path], bias, in_list=own > 0 and found[own - 1][1].isdigit())
+    return Parameter(name, owner, shapes[path], bias, in_list=own > 0 and found[own - 1][1].isdigit(), around=around)
 
 
 def _names_of_the_bias(name: str) -> Iterator[str]:
