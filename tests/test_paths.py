@@ -528,3 +528,33 @@ def test_ten_thousand_parameters_and_twenty_rules_are_decided_in_a_moment() -> N
     params = {f"Block_{i}": {f"p{j}": np.ones(1, np.float32) for j in range(10)} for i in range(1000)}
     rules = by_path({f"Block_{i}/p{j}": 0.1 for i in range(10) for j in range(2)}, default=0.0)
     assert sum(value > 0 for value in jax.tree.leaves(rules.values(params))) == 20
+
+
+def test_what_else_may_be_meant() -> None:
+    fails(
+        r"From the root it doesn't, but '\*\*/Block_0/kernel' matches 1, at any depth",
+        lambda: matched("Block_0/kernel"),
+    )
+    fails(
+        r"As a regular expression it matches 3: syntax='regex', or re\.compile\('\.\*/kernel'\)",
+        lambda: by_path([(".*/kernel", 1.0)], default=0.0).values(PARAMS),
+    )
+    for call in (
+        lambda: only("bias") & only("head"),
+        lambda: ~only("bias"),
+        lambda: only("bias") | wdjax.weights_only(),
+        lambda: wdjax.weights_only() - only("head"),
+    ):
+        fails(
+            r"masks are not joined by &, \|, ~ or -.*by_path\(\{'head': False\}, default=weights_only", call, TypeError
+        )
+    fails(
+        r"a table of rates was multiplied with an array of shape \(2, 3\).*Optax takes no table for weight_decay",
+        lambda: np.ones((2, 3)) * by_path({"bias": 0.0}, default=0.1),
+        TypeError,
+    )
+    fails(
+        r"decoupled_decay: the mask is the function weights_only itself\. Call it: mask=weights_only\(\.\.\.\)",
+        lambda: wdjax.decoupled_decay(0.1, wdjax.weights_only).init(PARAMS),
+        TypeError,
+    )

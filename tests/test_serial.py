@@ -298,12 +298,12 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "no rules": (
         {"by_path": {"default": 0.1}},
         ValueError,
-        r"by_path lacks \['rules'\]: it has \['rules'\], and perhaps",
+        r"by_path lacks \['rules'\]: it needs \['rules'\], and may have",
     ),
     "a misspelt default": (
         {"by_path": {**TABLE, "defualt": 0.1}},
         ValueError,
-        r"by_path has the unknown \['defualt'\]: it has \['rules'\], and perhaps \['default'\], got \{'rules'",
+        r"by_path has the unknown \['defualt'\]: it needs \['rules'\], and may have \['default'\], got \{'rules'",
     ),
     "rules in a text": ({"by_path": {"rules": "bias"}}, TypeError, "the rules of by_path must be a list, got 'bias'"),
     "rules in a table": ({"by_path": {"rules": {"bias": 0.0}}}, TypeError, r"must be a list, got \{'bias': 0\.0\}"),
@@ -366,14 +366,14 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a nested fault": (
         {"by_path": {"rules": [], "default": {"by_width": {}}}},
         ValueError,
-        r"by_width lacks \['base'\]: it has \['base'\], and perhaps \['power', 'stacked_axes'\], got \{\}",
+        r"by_width lacks \['base'\]: it needs \['base'\], and may have \['power', 'stacked_axes'\], got \{\}",
     ),
     "no factor": ({"by_depth": {"blocks": "a_*"}}, ValueError, r"by_depth lacks \['factor'\]"),
     "no blocks": ({"by_depth": {"factor": 0.5}}, ValueError, r"by_depth lacks \['blocks'\]"),
     "a misspelt axis": (
         {"by_depth": {"blocks": "a", "factor": 0.5, "axes": 0}},
         ValueError,
-        r"by_depth has the unknown \['axes'\]: it has \['blocks', 'factor'\], and perhaps \['axis', 'first'\]",
+        r"by_depth has the unknown \['axes'\]: it needs \['blocks', 'factor'\], and may have \['axis', 'first'\]",
     ),
     "a factor of 0": (
         {"by_depth": {"blocks": "a_*", "factor": 0.0}},
@@ -420,7 +420,7 @@ def test_what_is_no_standard_rule() -> None:
     for arguments, message in (
         (
             {"embedding": False},
-            r"weights_only has the unknown \['embedding'\]: it has \[\], and perhaps \['embeddings'",
+            r"weights_only has the unknown \['embedding'\]: it needs \[\], and may have \['embeddings'",
         ),
         ({"owners": {"w": {"name": "Dense"}}}, r"the owner of 'w' lacks \['is_library'\]"),
         ({"unknown": "maybe"}, "unknown must be 'error', True"),

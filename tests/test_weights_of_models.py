@@ -257,7 +257,7 @@ def test_params_that_the_model_has_not() -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", [jnp.tanh, {"kernel": np.ones((2, 2))}, "model", NNXBlock, 0.1, optax.sgd(0.1)])
+@pytest.mark.parametrize("wrong", [jnp.tanh, {"kernel": np.ones((2, 2))}, "model", 0.1, optax.sgd(0.1)])
 def test_what_is_no_model(wrong: Any) -> None:
     fails(
         rf"weights_only: a model is an nnx\.Module, an equinox\.Module, or a Linen module with its inputs, got "
@@ -265,6 +265,12 @@ def test_what_is_no_model(wrong: Any) -> None:
         lambda: weights_only(wrong),
         TypeError,
     )
+
+
+@pytest.mark.parametrize("kind", [NNXBlock, nn.Dense, eqx.nn.Linear])
+def test_a_class_is_no_model(kind: type) -> None:
+    name = kind.__name__
+    fails(rf"got the class {name}\. Give a module, an instance of it: {name}\(", lambda: weights_only(kind), TypeError)
 
 
 def test_inputs_are_for_linen() -> None:
@@ -300,7 +306,20 @@ def test_registered_layers() -> None:
     assert [path for path, flag in decided(weights_only(model), model).items() if flag] == ["inner/weight", "theta"]
     register_layer(Shifted, weights=["kernel"])
     assert [path for path, flag in decided(weights_only(model), model).items() if flag] == ["kernel", "inner/weight"]
-    assert "kernel: 'kernel' of a Shifted, as registered" in str(wdjax.plan(model, 0.1, weights_only(model)))
+    assert "kernel: 'kernel' of 'Shifted', as registered" in str(wdjax.plan(model, 0.1, weights_only(model)))
+
+
+def test_a_registered_name_that_no_layer_has() -> None:
+    class Odd(eqx.Module):
+        mix: jax.Array
+
+    register_layer(Odd, weights=("mixx",))
+    fails(
+        r"register_layer: Odd was registered with 'mixx', and in this model it has \['mix'\]\. Write "
+        r"register_layer\(Odd, weights=",
+        lambda: weights_only([Odd(jnp.ones((2, 2)))]),
+    )
+    weights_only(eqx.nn.Linear(2, 2, key=jax.random.key(0)))  # Where there is no such layer nothing is said of it.
 
 
 def test_registered_layers_of_linen_and_nnx() -> None:

@@ -549,9 +549,9 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
         wdjax.decoupled_decay(0.1, weights_only()).init(STRANGE)
     assert str(caught.value) == (
         "decoupled_decay: weights_only can't tell what these parameters are: 'spline/coef' (3, 4), 'spline/grid' (5,). "
-        "Say whether they decay: by_path({'coef': True}, default=weights_only()), or weights_only(unknown=False) for "
-        "all of them. For a layer of your own: register_layer(MyLayer, weights=('coef',)) and weights_only(model). For "
-        "layers that are stacked: stacked_axes={'layers': 1}."
+        "Say of each whether it decays: by_path({'coef': True, 'grid': False}, default=weights_only()); or "
+        "weights_only(unknown=False) of all of them. For a layer of your own: register_layer(MyLayer, "
+        "weights=('coef',)) and weights_only(model), with its inputs for Linen."
     )
     many = {f"theta{number}": array(2) for number in range(10)}
     fails(r"'theta7' \(2,\) and 2 more\. Say", lambda: weights_only().mask(many))
@@ -569,15 +569,16 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
 )
 def test_the_line_to_add_works(params: Any, embeddings: bool) -> None:
     rules, found = weights_only(embeddings=embeddings), answers(params, embeddings=embeddings)
-    for _ in untold(found):
-        try:
-            rules.mask(params)
-        except ValueError as error:
-            line = re.search(r"by_path\((\{.*?\}), default=weights_only\(\)\)", str(error))
-            assert line is not None
-            rules = by_path(ast.literal_eval(line[1]), default=rules)
+    with pytest.raises(ValueError, match="can't tell") as caught:
+        rules.mask(params)
+    line = re.search(r"by_path\((\{.*?\}), default=weights_only\(\)\)", str(caught.value))
+    assert line is not None
+    # A matrix decays, a vector doesn't, until the person who knows has corrected the line.
+    ranks = {path: len(leaf.shape) for path, leaf in flatten_with_paths(params)}
     assert untold(found)
-    assert decided(rules, params) == {path: flag is not False for path, flag in found.items()}
+    assert decided(by_path(ast.literal_eval(line[1]), default=rules), params) == {
+        path: ranks[path] > 1 if flag is None else flag for path, flag in found.items()
+    }
 
 
 def test_an_answer_for_all_that_is_unknown() -> None:

@@ -205,24 +205,29 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
     if isinstance(golden, Mapping):
         wanted, accept = dict(golden), "change the dictionary"
     else:
-        file, accept = pathlib.Path(golden), f"write Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
+        file, accept = (
+            pathlib.Path(golden),
+            f"write it: pathlib.Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')",
+        )
         if not file.exists():
             raise FileNotFoundError(f"assert_plan: there is no {golden}. Look at print(plan), and {accept}.")
         rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").split("\n") if line)
         wanted = {path: rate for rate, _, path in rows}
-    faults = []
+    changed, new = [], []
     for planned in plan.parameters:
         rate = show_rate(planned.rate)
         if planned.path not in wanted:
-            faults.append(f"{planned.path!r} is new, with the rate {rate}")
+            new.append(f"{planned.path!r} is new, with the rate {rate}")
             continue
         want = wanted.pop(planned.path)
         if isinstance(want, (bool, np.bool_)):
             if planned.decays != want:
-                faults.append(f"{planned.path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}")
+                changed.append(
+                    f"{planned.path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}"
+                )
         elif rate != (want if isinstance(want, str) else show_rate(np.float64(want).tolist())):
-            faults.append(f"{planned.path!r} has the rate {rate} and not {want}, by {planned.rule}")
-    faults += [f"{path!r} is gone" for path in wanted]
+            changed.append(f"{planned.path!r} has the rate {rate} and not {want}, by {planned.rule}")
+    faults = [*changed, *(f"{path!r} is gone" for path in wanted), *new]
     if faults:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
         listed = "\n  ".join((*faults[:20], *more))

@@ -101,6 +101,7 @@ class Pair(NamedTuple):
         what = f"{WHERE}: the W0 of {self.left!r} is not in {'base' if is_given else 'params'}: looked for {looked_for}"
         nearest = _nearest(looked_for[0], list(frozen))
         pairs = f"pairs={{'path of W0': {(self.left, self.right)!r}}}"
+        pairs += ", and for a product that is added to nothing leave it out: mask=all_but(...)"
         if is_given:
             return f"{what}. {nearest} base has the paths of the whole model; if W0 has another name, write {pairs}."
         return (

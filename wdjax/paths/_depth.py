@@ -27,7 +27,7 @@ class ByDepth(Rules, kind="by_depth"):
         first = set().union(*(_patterns.matching(tree, pattern, everyone, everyone) for pattern in self.first))
         decided, count = self._by_number(tree, first) if self.axis is None else self._by_axis(tree, asked, first)
         stem = Decision(self.factor ** (count + 1), "by_depth", f"before block 0 of {count}")
-        rest = Decision(1.0, "by_depth", f"after the {count} blocks")
+        rest = Decision(1.0, "by_depth", f"outside the {count} blocks")
         return {i: decided.get(i) or (stem if i in first else rest) for i in asked}
 
     def _by_number(self, tree: Tree, first: set[int]) -> tuple[dict[int, Decision], int]:

@@ -51,6 +51,10 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
 
 
 def _called(where: str, mask: Any, params: PyTree) -> PyTree:
+    if getattr(mask, "__module__", "").partition(".")[0] == "wdjax":
+        raise TypeError(
+            f"{where}: the mask is the function {mask.__name__} itself. Call it: mask={mask.__name__}(...)."
+        )
     try:
         return mask(params)
     except (AttributeError, TypeError) as error:

@@ -33,6 +33,14 @@ class Owner(NamedTuple):
     is_library: bool
 
 
+class _Own(NamedTuple):
+    """A parameter of a registered layer, and the role that it was registered with."""
+
+    layer: type
+    name: str
+    role: Role
+
+
 class _Registered(NamedTuple):
     weights: tuple[str, ...]
     embeddings: tuple[str, ...]
@@ -54,7 +62,8 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
         embeddings: the names of its tables, which decay unless `weights_only(embeddings=False)`.
 
     Raises:
-        TypeError: if `layer` is no class, or the names are no sequence of texts.
+        TypeError: if `layer` is no class, or the names are no sequence of texts. By `weights_only(model)`, a
+            ValueError: if no layer of the class has a parameter of such a name.
 
     Example:
 
@@ -82,8 +91,12 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
 
 def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> dict[str, Owner | Role]:
     """What holds every parameter of a model by canonical path, or what it is where that is said."""
+    if inspect.isclass(model):
+        raise TypeError(
+            f"weights_only: got the class {model.__name__}. Give a module, an instance of it: {model.__name__}(...)."
+        )
     if _is_a(model, "flax.linen", "Module"):
-        return dict(_owners_in_linen(model, inputs, call_kwargs))
+        return _checked(_owners_in_linen(model, inputs, call_kwargs))
     if not _has_modules(model):
         raise TypeError(
             f"weights_only: a model is {_ALIKE}, got {type(model).__name__}. Of parameters alone names and shapes "
@@ -94,12 +107,31 @@ def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) ->
             f"weights_only: inputs are for a Linen module, whose parameters appear when it is called; "
             f"{type(model).__name__} holds its own. Write weights_only(model)."
         )
-    return dict(_owners_in_tree(model))
+    return _checked(_owners_in_tree(model))
+
+
+def _checked(owners: Iterator[tuple[str, Owner | Role | _Own]]) -> dict[str, Owner | Role]:
+    """The owners with the roles that were registered; refuses a registered name that no layer of its class has."""
+    found: dict[str, Owner | Role] = {}
+    held: dict[type, set[str]] = {}
+    for path, owner in owners:
+        if isinstance(owner, _Own):
+            held.setdefault(owner.layer, set()).add(owner.name)
+            owner = owner.role
+        found[path] = owner
+    for layer, names in held.items():
+        missing = [name for name in (*_REGISTRY[layer].weights, *_REGISTRY[layer].embeddings) if name not in names]
+        if missing:
+            raise ValueError(
+                f"register_layer: {layer.__name__} was registered with {missing[0]!r}, and in this model it has "
+                f"{sorted(names)}. Write register_layer({layer.__name__}, weights=(...)) with the names that it has."
+            )
+    return found
 
 
 def _owners_in_linen(
     model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Owner | Role]]:
+) -> Iterator[tuple[str, Owner | Role | _Own]]:
     types: dict[tuple[str, ...], type] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -134,7 +166,7 @@ def _owners_in_linen(
             yield path, _owner(types.get(segments[:start], type(model)), segments[start])
 
 
-def _owners_in_tree(model: Any) -> Iterator[tuple[str, Owner | Role]]:
+def _owners_in_tree(model: Any) -> Iterator[tuple[str, Owner | Role | _Own]]:
     """The owners in a model that is itself a tree of its parameters."""
     for path, leaf, start, kind in _held(model, (), 0, type(model), frozenset()):
         if any(_is_a(leaf, "flax.nnx", name) for name in _VARIABLES_OF_STATE):
@@ -175,13 +207,13 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return [("/".join(map(_leaves.key_text, keys)), child) for keys, child in flat]
 
 
-def _owner(kind: type, name: str) -> Owner | Role:
+def _owner(kind: type, name: str) -> Owner | _Own:
     """A module of this type as the owner of the attribute or parameter `name`; the role if it is registered."""
     for base in kind.__mro__:
         if base in _REGISTRY:
             registered = _REGISTRY[base]
             found = KERNEL if name in registered.weights else EMBEDDING if name in registered.embeddings else "other"
-            return Role(found, f"{name!r} of a {base.__name__}, as registered")
+            return _Own(base, name, Role(found, f"{name!r} of {base.__name__!r}, as registered"))
     library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
     # The fields of an Equinox layer say what is its own, and not of a person's subclass.
     fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _class("equinox", "Module")) else {name}

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -246,6 +247,12 @@ def nearest(text: str, paths: Sequence[str]) -> str:
 
 def _near_names(pattern: str, paths: Sequence[str]) -> str:
     """The name that is nearest to a pattern, and the name that it is only a part of."""
+    anywhere = f"**/{pattern}"
+    if "/" in pattern and _count(anywhere, paths):
+        return f" From the root it doesn't, but {anywhere!r} matches {_count(anywhere, paths)}, at any depth."
+    matched = _count_as_regex(pattern, paths)
+    if matched:
+        return f" As a regular expression it matches {matched}: syntax='regex', or re.compile({pattern!r})."
     names = sorted(set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")})
     by_lower = {name.lower(): name for name in reversed(names)}
     hint = ""
@@ -268,6 +275,18 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
             f"{_count(wider, paths)}."
         )
     return hint
+
+
+def _count_as_regex(pattern: str, paths: Sequence[str]) -> int:
+    if not re.search(r"\.[*+]|[()|^$\\]", pattern):
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # It was not written as one.
+            found = re.compile(pattern).fullmatch
+    except re.error:
+        return 0
+    return sum(found(path) is not None for path in paths)
 
 
 def _count(pattern: str, paths: Sequence[str]) -> int:

@@ -75,8 +75,6 @@ _SCALE = _set(
 )
 _STATISTIC = _set("mean var variance average count counts counter ema amax history sigma running moving zeros")
 _STATE = _set("state states carry hidden memory h c")
-# What a `weight` may be the table of, or the matrix of a linear layer.
-_PERHAPS_TABLE = _set("shared token tokens word words lookup codebook label labels item user pos position positions")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -213,8 +211,8 @@ def _weight_without_bias(
         return vector._replace(reason=of_owner)
     if is_vector and rank > 2:
         return None if parameter.in_list else vector
-    says_nothing = (parameter.in_list and "mlp" not in owner) or not _PERHAPS_TABLE.isdisjoint(owner[-1:])
-    return kernel._replace(or_table=rank <= 3 and says_nothing)
+    is_part = any(map(_is_part, owner)) or "mlp" in owner
+    return kernel._replace(or_table=rank <= 3 and not (is_part and not parameter.in_list))
 
 
 def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:

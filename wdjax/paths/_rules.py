@@ -150,6 +150,11 @@ class Rules(abc.ABC):
         self._check_rates("by_path")
         if isinstance(factor, Rules):
             factor._check_rates("by_path")
+        elif np.ndim(factor) > 0:
+            raise TypeError(
+                f"by_path: a table of rates was multiplied with an array of shape {np.shape(factor)}. Optax takes no "
+                "table for weight_decay: use wdjax.adamw or wdjax.decoupled_decay. The factor of a table is a scalar."
+            )
         else:
             factor = _checks.rate("by_path", "the factor of a table", factor, write=f"0.1 * {TABLE}")
         return dataclasses.replace(self, factors=(*self.factors, factor))
@@ -162,6 +167,14 @@ class Rules(abc.ABC):
             f"{self!r} has no truth value. Optax takes its method: optax.adamw(..., mask=rules.mask), "
             "optax.masked(optimizer, rules.mask)."
         )
+
+    def _no_algebra(self, *_: Any) -> Any:
+        raise TypeError(
+            "Rules: masks are not joined by &, |, ~ or -. Exceptions go first, and the first match wins: "
+            "by_path({'head': False}, default=weights_only()); the opposite of only(...) is all_but(...)."
+        )
+
+    __and__ = __rand__ = __or__ = __ror__ = __sub__ = __rsub__ = __invert__ = _no_algebra
 
     def __repr__(self) -> str:
         return "".join(f"{factor!r} * " for factor in self.factors) + self._written()
@@ -215,7 +228,8 @@ class Rules(abc.ABC):
             if isinstance(value, (bool, str)):
                 raise TypeError(
                     f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {self!r} holds {value!r}. "
-                    f"Write {TABLE}; a table of booleans is a mask."
+                    f"A table of booleans is a mask, and stands beside a rate: weight_decay=0.1, mask=only('kernel'). "
+                    f"Write rates by path as {TABLE}."
                 )
 
     @abc.abstractmethod
@@ -279,8 +293,8 @@ def entries(of: str, written: Any, required: Set[str], optional: Set[str] = froz
     lacks, unknown = sorted(required - set(written)), sorted(set(written) - required - optional, key=str)
     if lacks or unknown:
         fault = f"lacks {lacks}" if lacks else f"has the unknown {unknown}"
-        may = f", and perhaps {sorted(optional)}" if optional else ""
-        raise ValueError(f"Rules.from_dict: {of} {fault}: it has {sorted(required)}{may}, got {dict(written)!r}.")
+        may = f", and may have {sorted(optional)}" if optional else ""
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {sorted(required)}{may}, got {dict(written)!r}.")
     return dict(written)
 
 

@@ -31,8 +31,8 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         if [leaf.path for leaf in tree.leaves] == [""]:
             raise ValueError(
-                f"{tree.where}: weights_only can't tell a parameter without a name. The params are one array: give it "
-                "the tree, outside optax.flatten."
+                f"{tree.where}: weights_only can't tell a parameter without a name. The params are one "
+                f"{_one(tree.leaves[0])}: give it the tree of parameters, outside optax.flatten."
             )
         roles = self._roles(tree, [i for i in asked if i in tree.required])
         decided, unknown = {}, []
@@ -49,7 +49,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             else:
                 unknown.append(leaf)
         if unknown:
-            raise ValueError(f"{tree.where}: {_unknown(unknown, tree.leaves)}")
+            raise ValueError(f"{tree.where}: {_unknown(unknown, tree, self.owners)}")
         return decided
 
     def _roles(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
@@ -278,19 +278,31 @@ def _unstacked(
         node = node.rpartition("/")[0]
 
 
-def _unknown(unknown: Sequence[Leaf], leaves: Sequence[Leaf]) -> str:
+def _one(leaf: Leaf) -> str:
+    return getattr(leaf.dtype, "__name__", "object") if type(leaf.dtype) is type else "array"
+
+
+def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | Role] | None) -> str:
     shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    path = unknown[0].path
-    name = path.rpartition("/")[2]
-    # The name alone would also take parameters that are well known.
-    takes = _patterns.compiled(name).search
-    if {leaf.path for leaf in leaves if takes(leaf.path)} - {leaf.path for leaf in unknown}:
-        name = path
-    return (
+    paths = {leaf.path for leaf in unknown}
+    lines: dict[str, bool] = {}
+    for leaf in unknown:
+        name = leaf.path.rpartition("/")[2]
+        takes = _patterns.compiled(name).search
+        # The name alone would also take parameters that are well known.
+        taken = [other.path for other in tree.leaves if takes(other.path)]
+        is_unique = all(path in paths and path.rpartition("/")[2] == name for path in taken)
+        lines.setdefault(name if is_unique else leaf.path, len(leaf.shape) > 1)
+    line = ", ".join(f"{name!r}: {decays}" for name, decays in list(lines.items())[:4])
+    name, owner = unknown[0].path.rpartition("/")[2], (owners or {}).get(unknown[0].path)
+    layer = owner.name if isinstance(owner, Owner) else "MyLayer"
+    message = (
         f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"
-        f"{more}. Say whether they decay: by_path({{{name!r}: True}}, default=weights_only()), or "
-        "weights_only(unknown=False) for all of them. For a layer of your own: register_layer(MyLayer, "
-        f"weights=({path.rpartition('/')[2]!r},)) and weights_only(model). For layers that are stacked: "
-        "stacked_axes={'layers': 1}."
+        f"{more}. Say of each whether it decays: by_path({{{line}{', ...' if len(lines) > 4 else ''}}}, "
+        "default=weights_only()); or weights_only(unknown=False) of all of them. For a layer of your own: "
+        f"register_layer({layer}, weights=({name!r},)) and weights_only(model), with its inputs for Linen."
     )
+    if owners is None and any(leaf.path.endswith("weight") for leaf in unknown):
+        message += " For layers that are stacked in one array: stacked_axes={'the layers': 1}."
+    return message

@@ -36,11 +36,13 @@ class Table(Rules, kind="by_path"):
         # A hole counts as matched, so that a rule set for the whole model also serves inside `optax.masked` or
         # `optax.partition`, where a part of the model is hidden.
         deciders: dict[int, int] = {}
-        groups: list[list[int]] = []
+        groups: list[dict[int, Pattern]] = []  # For each rule, what it decides on, and the pattern that took it.
         for number, (patterns, _) in enumerate(self.rules):
             left = [i for i in asked if i not in deciders]
-            matched = set().union(*(_patterns.matching(tree, pattern, asked, left) for pattern in patterns))
-            groups.append([i for i in left if i in matched])
+            matched: dict[int, Pattern] = {}
+            for pattern in patterns:
+                matched = {**dict.fromkeys(_patterns.matching(tree, pattern, asked, left), pattern), **matched}
+            groups.append({i: matched[i] for i in left if i in matched})
             if asked and not groups[-1] and (matched or not left):
                 raise ValueError(f"{tree.where}: {self._shadowed(number, {deciders[i] for i in matched or asked})}")
             deciders.update(dict.fromkeys(groups[-1], number))
@@ -49,10 +51,13 @@ class Table(Rules, kind="by_path"):
         if self.default is MISSING and bare:
             raise ValueError(f"{tree.where}: {_uncovered(bare)}")
         decided: dict[int, Decision] = {}
-        for (patterns, value), group in zip(self.rules, groups, strict=True):
-            decided |= _delegated(tree, group, value, _patterns.show(patterns))
+        for (_, value), group in zip(self.rules, groups, strict=True):
+            for i, decision in _decisions(tree, list(group), value).items():
+                inner = f" → {decision.rule}" if decision.rule else ""
+                decided[i] = decision._replace(rule=_patterns.show((group[i],)) + inner)
         if self.default is not MISSING:
-            decided |= _delegated(tree, rest, self.default, "default")
+            for i, decision in _decisions(tree, rest, self.default).items():
+                decided[i] = decision._replace(rule=decision.rule or "default")
         return decided
 
     def _values(self) -> list[Any]:
@@ -85,12 +90,10 @@ class Table(Rules, kind="by_path"):
         )
 
 
-def _delegated(tree: Tree, group: Sequence[int], value: Any, rule: str) -> dict[int, Decision]:
-    if not isinstance(value, Rules):
-        return dict.fromkeys(group, Decision(value, rule))
-    inner = value._answers(tree, group) if group else {}
-    prefix = "" if rule == "default" else f"{rule} → "
-    return {i: decision._replace(rule=f"{prefix}{decision.rule}") for i, decision in inner.items()}
+def _decisions(tree: Tree, group: Sequence[int], value: Any) -> dict[int, Decision]:
+    if isinstance(value, Rules):
+        return value._answers(tree, group) if group else {}
+    return dict.fromkeys(group, Decision(value, ""))
 
 
 @_checks.known_arguments

@@ -85,7 +85,7 @@ def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]
             before, after = zip(*(group[row.path] for row in part), strict=True)
             rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
             kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
-            lines.append(f"{_merged_path(part)}: {rates}, {kind}")
+            lines.append(f"{_merged_texts([row.path for row in part])}: {rates}, {kind}")
     return lines
 
 
@@ -93,14 +93,14 @@ def _line(group: Sequence[Planned]) -> Line:
     first = group[0]
     return Line(
         (
-            _merged_path(group),
+            _merged_texts([planned.path for planned in group]),
             str(len(group)),
             str(first.shape),
             first.dtype,
             count(sum(planned.size for planned in group)),
             _rates(group),
             first.rule,
-            first.reason if len({planned.reason for planned in group}) == 1 else _NUMBER.sub("#", first.reason),
+            _merged_texts([planned.reason for planned in group]),
         ),
         first.decays,
     )
@@ -108,7 +108,7 @@ def _line(group: Sequence[Planned]) -> Line:
 
 def _merged(group: Sequence[Planned]) -> list[list[Planned]]:
     """The group in parts, each with every combination of the numbers in its paths: a line says what there is."""
-    columns = _columns(group)
+    columns = _columns([planned.path for planned in group])
     if math.prod(map(len, columns)) == len(group):
         return [list(group)]
     first = next(k for k, column in enumerate(columns) if len(column) > 1)
@@ -118,16 +118,16 @@ def _merged(group: Sequence[Planned]) -> list[list[Planned]]:
     return [part for each in parts.values() for part in _merged(each)]
 
 
-def _columns(group: Sequence[Planned]) -> list[list[str]]:
-    """The numbers at each place of the paths, as they are written, in their order."""
-    columns = zip(*(_NUMBER.findall(planned.path) for planned in group), strict=True)
+def _columns(texts: Sequence[str]) -> list[list[str]]:
+    """The numbers at each place of texts that differ in nothing else, as they are written, in their order."""
+    columns = zip(*map(_NUMBER.findall, texts), strict=True)
     return [sorted(set(column), key=lambda digits: (int(digits), digits)) for column in columns]
 
 
-def _merged_path(group: Sequence[Planned]) -> str:
-    """One path for paths that differ in their numbers only: "blocks/{0..11}/kernel"."""
-    shown = map(_range, _columns(group))
-    return _NUMBER.sub(lambda match: next(shown), group[0].path)
+def _merged_texts(texts: Sequence[str]) -> str:
+    """One text for texts that differ in their numbers only: "blocks/{0..11}/kernel"."""
+    shown = map(_range, _columns(texts))
+    return _NUMBER.sub(lambda match: next(shown), texts[0])
 
 
 def _range(digits: Sequence[str]) -> str:
