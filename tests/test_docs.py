@@ -21,12 +21,15 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.peers
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_on_the_page_runs(page: Path) -> None:
+def test_the_code_on_the_page_runs_and_prints_what_it_says(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
     assert blocks
     namespace: dict[str, object] = {"__name__": page.stem}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^ *print\(.*\)  # (.+)$", "\n".join(blocks), re.M):
+        assert said in printed
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)

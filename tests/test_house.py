@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -77,12 +78,18 @@ def readme_blocks(language: str) -> list[str]:
 
 
 @pytest.mark.peers
-def test_the_code_in_the_readme_runs() -> None:
+def test_the_code_in_the_readme_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {}
     blocks = readme_blocks("python")
     assert len(blocks) >= 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    table = re.search(r"^    path  .*?^    decayed .*?$", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert table is not None
+    assert textwrap.dedent(table.group()) in printed
+    for said in re.findall(r"^ *print\(.*\)  # (.+)$", "\n".join(blocks), re.M):
+        assert said.removesuffix(" ...") in printed
 
 
 def test_names_in_the_readme_exist() -> None:
