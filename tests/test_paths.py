@@ -549,7 +549,7 @@ def test_what_else_may_be_meant() -> None:
             r"masks are not joined by &, \|, ~ or -.*by_path\(\{'head': False\}, default=weights_only", call, TypeError
         )
     fails(
-        r"a table of rates was multiplied with an array of shape \(2, 3\).*Optax takes no table for weight_decay",
+        r"a table of rates times an array of shape \(2, 3\).*Optax takes no table for weight_decay",
         lambda: np.ones((2, 3)) * by_path({"bias": 0.0}, default=0.1),
         TypeError,
     )

@@ -1,5 +1,6 @@
 """Masks of every kind that Optax users write, brought to one boolean for each leaf."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
 
 
 def _called(where: str, mask: Any, params: PyTree) -> PyTree:
-    if getattr(mask, "__module__", "").partition(".")[0] == "wdjax":
+    if inspect.isfunction(mask) and mask.__module__.partition(".")[0] == "wdjax":
         raise TypeError(
             f"{where}: the mask is the function {mask.__name__} itself. Call it: mask={mask.__name__}(...)."
         )

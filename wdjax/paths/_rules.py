@@ -147,16 +147,16 @@ class Rules(abc.ABC):
         return rules
 
     def __mul__(self, factor: Any) -> "Rules":
-        self._check_rates("by_path")
+        self._check_rates(self.kind)
         if isinstance(factor, Rules):
-            factor._check_rates("by_path")
+            factor._check_rates(factor.kind)
         elif np.ndim(factor) > 0:
             raise TypeError(
-                f"by_path: a table of rates was multiplied with an array of shape {np.shape(factor)}. Optax takes no "
+                f"{self.kind}: a table of rates times an array of shape {np.shape(factor)}. Optax takes no "
                 "table for weight_decay: use wdjax.adamw or wdjax.decoupled_decay. The factor of a table is a scalar."
             )
         else:
-            factor = _checks.rate("by_path", "the factor of a table", factor, write=f"0.1 * {TABLE}")
+            factor = _checks.rate(self.kind, "the factor of a table", factor, write=f"0.1 * {TABLE}")
         return dataclasses.replace(self, factors=(*self.factors, factor))
 
     __rmul__ = __mul__
