@@ -137,6 +137,8 @@ def test_integers_keys_and_missing_gradients_stay_too() -> None:
         if buffer is not None and buffer is not float0:
             assert not np.any(updates["enc"]["buffer"])
         np.testing.assert_allclose(updates["head"], -0.15, rtol=1e-5)
+    flags = {"enc": {**dict.fromkeys(tree["enc"]), "flag": jnp.array([True])}, "head": jnp.ones(2)}
+    assert not np.any(optimizer.update(flags, optimizer.init(tree), tree)[0]["enc"]["flag"])
     # Their own optimizer may go on moving integers that are not frozen.
     moved, _ = freeze(optax.sgd(1.0), only("w")).update({"w": 1.0, "n": 3}, optax.sgd(1.0).init({}), {"w": 1.0, "n": 3})
     assert float(moved["n"]) == -3

@@ -24,6 +24,8 @@ FLOORS = [
     {"recipes", "wrappers", "testing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+# What chooses parameters has no rule, place and units of its own.
+SELECTORS = {"wdjax._leaves", *(f"wdjax.paths.{module}" for module in ("_tables", "_standard", "_modules"))}
 MODULES = sorted(module.name for module in pkgutil.iter_modules(wdjax.__path__))
 PUBLIC = sorted(name for name, value in vars(wdjax).items() if not name.startswith("_") and not inspect.ismodule(value))
 
@@ -68,7 +70,7 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
     value = getattr(wdjax, name)
     doc = inspect.getdoc(value) or ""
     assert doc.partition("\n")[0].endswith((".", ":")) or "." in doc.partition("\n\n")[0], name
-    if inspect.isfunction(value) and not value.__module__.startswith(("wdjax.paths.", "wdjax._leaves")):
+    if inspect.isfunction(value) and value.__module__ not in SELECTORS:
         for fact in ("Rule:", "Place:", "Units:", "Source:", "Args", "Returns", "Raises", "Example:", ">>>"):
             assert fact in doc, (name, fact)
 

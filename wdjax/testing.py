@@ -198,6 +198,7 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> wdjax.testing.assert_plan(wdjax.plan(params, 0.1, wdjax.weights_only()), {"kernel": 0.1, "bias": 0.0})
     """
+    __tracebackhide__ = True  # What pytest shows is the plan, not this function.
     if not isinstance(plan, Plan):
         raise TypeError(
             f"assert_plan: the plan is a {type(plan).__name__}. Write assert_plan(wdjax.plan(params), file)."
@@ -205,10 +206,8 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
     if isinstance(golden, Mapping):
         wanted, accept = dict(golden), "change the dictionary"
     else:
-        file, accept = (
-            pathlib.Path(golden),
-            f"write it: pathlib.Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')",
-        )
+        file = pathlib.Path(golden)
+        accept = f"write it: pathlib.Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
         if not file.exists():
             raise FileNotFoundError(f"assert_plan: there is no {golden}. Look at print(plan), and {accept}.")
         rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").split("\n") if line)

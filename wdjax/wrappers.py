@@ -215,12 +215,11 @@ class _Frozen:
 
     def kept(self, updates: PyTree, moved: PyTree) -> PyTree:
         """The updates of the others from `moved`, and for what is frozen those that change no bit."""
-        given = jax.tree.leaves(updates, is_leaf=_leaves.is_hole)
-        numbers = iter(range(len(given)))
+        given = iter(jax.tree.leaves(updates, is_leaf=_leaves.is_hole))  # In the order in which `moved` is mapped.
 
         def update(place: Any, i: int) -> Any:
-            number = next(numbers)
-            return _no_update(given[number], self.leaves[i][1]) if self.flags[i] else place
+            incoming = next(given)
+            return _no_update(incoming, self.leaves[i][1]) if self.flags[i] else place
 
         return self._mapped(update, moved)
 
@@ -235,8 +234,9 @@ def _no_update(update: Any, param: Any) -> Any:
         return shard_alike(jnp.asarray(update), -jnp.zeros_like(update))[1]
     if _leaves.is_hole(update):
         return -jnp.zeros_like(param) if _leaves.is_decayable(param) else update
-    # The gradient of an integer has no bits, and a key can't be added to.
-    is_integer = jnp.issubdtype(getattr(update, "dtype", type(update)), jnp.integer)
+    # The gradient of an integer may be of float0, which has no bits; and a key can't be added to.
+    dtype = getattr(update, "dtype", type(update))
+    is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
     return jnp.zeros_like(update) if is_integer else update
 
 

@@ -1,6 +1,5 @@
 """Which leaves are a pair of factors, where the weight is that they are added to, and which axes are whose."""
 
-import difflib
 import itertools
 import math
 import re
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from .. import _leaves
+from ..paths._patterns import nearest
 
 WHERE = "decoupled_lora_decay"
 WRITE_PAIRS = "pairs={'path of W0': ('path of A', 'path of B')}, where W = W0 + scale * A @ B"
@@ -99,14 +99,14 @@ class Pair(NamedTuple):
     def _no_weight(self, frozen: dict[str, Any], *, is_given: bool) -> str:
         looked_for = [path for group in self.weights for path in group]
         what = f"{WHERE}: the W0 of {self.left!r} is not in {'base' if is_given else 'params'}: looked for {looked_for}"
-        nearest = _nearest(looked_for[0], list(frozen))
+        near = _nearest(looked_for[0], list(frozen))
         pairs = f"pairs={{'path of W0': {(self.left, self.right)!r}}}"
         pairs += ", and for a product that is added to nothing leave it out: mask=all_but(...)"
         if is_given:
-            return f"{what}. {nearest} base has the paths of the whole model; if W0 has another name, write {pairs}."
+            return f"{what}. {near} base has the paths of the whole model; if W0 has another name, write {pairs}."
         return (
             f"{what}. Pass the frozen weights: optimizer.update(grads, state, params, base=frozen_params). "
-            f"If W0 is in params under another name, write {pairs}. {nearest}"
+            f"If W0 is in params under another name, write {pairs}. {near}"
         )
 
 
@@ -207,5 +207,5 @@ def has(tree: dict[str, Any], path: str) -> bool:
 
 
 def _nearest(path: str, paths: Sequence[str]) -> str:
-    near = difflib.get_close_matches(path, sorted(set(paths)), n=3, cutoff=0.0)
-    return f"The nearest of {len(set(paths))} paths: {', '.join(map(repr, near))}."
+    known = sorted(set(paths))
+    return f"The nearest of {len(known)} paths: {nearest(path, known)}."

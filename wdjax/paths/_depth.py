@@ -142,12 +142,14 @@ class ByDepth(Rules, kind="by_depth"):
 def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = None) -> Rules:
     """Multipliers that fall by a factor from each block of a model to the one below it: layer-wise decay.
 
-    With N blocks, block i (from 0) gets factor^(N - i), what is `first` factor^(N + 1), and all the rest, above the
-    last block, 1. Blocks are counted in the order of their numbers, wherever these start and whatever is missing.
-
-    As multipliers of weight decay: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. timm and BEiT apply
-    them to the learning rate, and so to the decay that it multiplies: multiply the updates at the end of the chain by
-    `by_depth(...).values(params)`.
+    Rule:   with N blocks, block i (from 0) has factor^(N - i), what is `first` factor^(N + 1), all the rest 1. Blocks
+            are counted in the order of their numbers, wherever these start and whatever is missing.
+    Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. timm and BEiT apply it to
+            the learning rate, and so to the decay that it multiplies: multiply the updates at the end of the chain by
+            `by_depth(...).values(params)`.
+    Units:  none.
+    Source: BEiT (arXiv 2106.08254); timm's `param_groups_layer_decay`, where the last norm counts as the last block:
+            `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
 
     Args:
         blocks: the pattern of the blocks, where "*" stands for a number, as `"Block_*"`, `"layers/*"` or
@@ -165,9 +167,6 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     Raises:
         TypeError, ValueError: for a pattern that is none or a factor that is not > 0. At `init` and `update`: for a
             pattern that matches nothing or finds two blocks of one number, or stacks of different heights.
-
-    Source: BEiT (arXiv 2106.08254); timm's `param_groups_layer_decay`, where the last norm counts as the last block:
-        `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
 
     Example:
 

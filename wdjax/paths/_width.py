@@ -86,11 +86,17 @@ class ByWidth(Rules, kind="by_width"):
 def by_width(
     base: float, *, power: float = 1.0, fan_in: Callable[[Leaf], float] | None = None, stacked_axes: int = 0
 ) -> Rules:
-    """Multipliers that grow with the width of a layer's matrix: (fan-in / base)^power, and 1 for all else.
+    """Multipliers that grow with the width of a layer's matrix.
 
     Under μP the learning rate of a hidden matrix falls as 1 / width, and with it the decay that it multiplies. Times
     its width the decay per step is the same again at every size: `0.1 * by_width(256)` is 0.1 at the width of 256 at
     which it was tuned. It is for hidden matrices: `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
+
+    Rule:   (fan-in / base)^power for a matrix, 1 for all else.
+    Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
+    Units:  none.
+    Source: CompleteP, arXiv 2505.01618, Table 1 (hidden weight decay times the width multiplier, AdamW); the square
+            root: arXiv 2510.15262.
 
     Args:
         base: the fan-in at which the multiplier is 1, > 0.
@@ -107,9 +113,6 @@ def by_width(
     Raises:
         TypeError, ValueError: for a base that is not > 0. At `init` and `update`: for a matrix whose fan-in is not
             known.
-
-    Source: CompleteP, arXiv 2505.01618, Table 1 (hidden weight decay times the width multiplier, AdamW); the square
-        root: arXiv 2510.15262.
 
     Example:
 
