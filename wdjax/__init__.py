@@ -20,6 +20,14 @@ from .in_loss import penalty as penalty
 from .in_update import cautious as cautious
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
+from .low_precision import CompensatedState as CompensatedState
+from .low_precision import MasterWeightsState as MasterWeightsState
+from .low_precision import StochasticRoundingState as StochasticRoundingState
+from .low_precision import apply_updates as apply_updates
+from .low_precision import compensated as compensated
+from .low_precision import in_float32 as in_float32
+from .low_precision import master_weights as master_weights
+from .low_precision import stochastic_rounding as stochastic_rounding
 from .low_rank import decoupled_lora_decay as decoupled_lora_decay
 from .on_weights import proximal_step as proximal_step
 from .paths import Leaf as Leaf

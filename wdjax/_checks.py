@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 P = ParamSpec("P")
@@ -81,6 +82,15 @@ def positive(where: str, name: str, value: Any, write: str) -> float:
     if callable(number) or not isinstance(number, float) or number == 0:
         raise ValueError(f"{where}: {name} must be a number > 0, got {value!r}. Write {write}.")
     return number
+
+
+def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:
+    """Checks a finished optimizer: a gradient transformation, or an `optax.MultiSteps`."""
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. Write {write}.")
+    return optax.with_extra_args_support(optimizer)
 
 
 def params_given(where: str, params: Any) -> None:

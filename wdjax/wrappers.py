@@ -91,7 +91,7 @@ def with_decoupled_decay(
         1.9
     """
     where = "with_decoupled_decay"
-    inner = _finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
+    inner = _checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
 
     def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
@@ -166,7 +166,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
         {'encoder': 2.0, 'head': 1.9}
     """
     where = "freeze"
-    inner = _finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
+    inner = _checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
     if mask is None:
         raise TypeError(f"{where}: the mask is None. Say what is frozen: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
@@ -238,14 +238,6 @@ def _no_update(update: Any, param: Any) -> Any:
     dtype = getattr(update, "dtype", type(update))
     is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
     return jnp.zeros_like(update) if is_integer else update
-
-
-def _finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:
-    if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. Write {write}.")
-    return optax.with_extra_args_support(optimizer)
 
 
 # What skips a step as a whole, and where it keeps the state of what it wraps.
