@@ -104,6 +104,13 @@ ROWS = [
         lambda u, w, rate, a: u - rate * (w - a),
     ),
     Row(
+        "continuous_decay",
+        lambda rate, mask=None, toward=None: wdjax.continuous_decay(
+            rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: u - (1 - np.exp(-LEARNING_RATE * rate)) * (w - a),
+    ),
+    Row(
         "cautious[decoupled_decay]",
         lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.decoupled_decay(rate, mask, toward=toward)),
         lambda u, w, rate, a: agreeing(u, rate * (w - a)),
@@ -112,6 +119,13 @@ ROWS = [
         "cautious[independent_decay]",
         lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.independent_decay(rate, mask, toward=toward)),
         lambda u, w, rate, a: agreeing(u, -rate * (w - a)),
+    ),
+    Row(
+        "cautious[continuous_decay]",
+        lambda rate, mask=None, toward=None: wdjax.cautious(
+            wdjax.continuous_decay(rate, mask, learning_rate=LEARNING_RATE, toward=toward)
+        ),
+        lambda u, w, rate, a: agreeing(u, -(1 - np.exp(-LEARNING_RATE * rate)) * (w - a)),
     ),
     *map(_on_weights, KINDS),
     Row(

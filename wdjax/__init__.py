@@ -18,6 +18,7 @@ from .in_loss import l1_penalty as l1_penalty
 from .in_loss import l2_penalty as l2_penalty
 from .in_loss import penalty as penalty
 from .in_update import cautious as cautious
+from .in_update import continuous_decay as continuous_decay
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
 from .low_precision import CompensatedState as CompensatedState

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _checks, _leaves
+from . import _checks, _hazards, _leaves
 from .paths import Rules
 from .paths._masks import booleans
 from .paths._rules import PerLayer, check_stack
@@ -59,12 +59,15 @@ class Action:
         rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules or `Rules` of these.
         mask: anything that `paths._masks.booleans` takes.
         toward: None, a tree like params, or "init".
+        is_per_step: whether the rate is the fraction of a weight that a step takes, so that `init` can warn of rates
+            that round to nothing or overshoot.
     """
 
     where: str
     rates: dict[str, Any]
     mask: Any = None
     toward: Any = None
+    is_per_step: bool = False
 
     def __post_init__(self) -> None:
         checked = {
@@ -96,6 +99,8 @@ class Action:
         self._anchors(leaves, rows, anchor)
         acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row) and acts_on(leaf[0])]
         _leaves.warn_of_aliases(self.where, acted_on)
+        if self.is_per_step:
+            self._warn_of_rates(leaves, rows)
         return DecayState(jnp.zeros([], jnp.int32), anchor)
 
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
@@ -166,6 +171,19 @@ class Action:
             check_stack(self.where, path, (factor for _, factor in row or ()))
             factors.append(row)
         return factors
+
+    def warn_of_rates(self, params: PyTree) -> None:
+        """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
+        leaves = _leaves.flatten_with_paths(params)
+        self._warn_of_rates(leaves, self._factors(params, leaves))
+
+    def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> None:
+        decays = (
+            (path, getattr(leaf, "dtype", jnp.float32), [factor for _, factor in row])
+            for (path, leaf), row in zip(leaves, rows, strict=True)
+            if _acts(row)
+        )
+        _hazards.warn_of_rates(self.where, " * ".join(self.rates), decays)
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:

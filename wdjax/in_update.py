@@ -2,7 +2,8 @@
 
 This is weight decay in the sense of AdamW: the loss's gradient is adapted, the decay is not. What is left to decide
 is the unit, and that is the place again: before the learning rate (`decoupled_decay`, as PyTorch and Optax), where the
-learning rate and its schedule multiply the decay, or after it (`independent_decay`), where they do not.
+learning rate and its schedule multiply the decay, or after it (`independent_decay`), where they do not. After it there
+is also `continuous_decay`, the decay of `decoupled_decay` in continuous time, which no learning rate makes overshoot.
 
 `cautious` is a modifier: it takes one of these and lets it act only where it agrees with the optimizer.
 """
@@ -74,6 +75,10 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
 
     Args, Returns, Raises: as `decoupled_decay`; a sensible weight_decay is a learning rate smaller.
 
+    Warns:
+        UserWarning: at `init`, if a weight_decay that is known by then is so small that it rounds to nothing in the
+            dtype of a parameter, or so large (1 or more) that weights overshoot.
+
     Example:
 
         >>> import jax.numpy as jnp, optax, wdjax
@@ -83,8 +88,42 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         >>> round(float(optax.apply_updates(params, updates)["kernel"][0]), 6)
         1.8
     """
-    action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward)
+    action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward, is_per_step=True)
     return transformation(action, lambda update, p, a, rate: minus(update, rate, away(p, a)))
+
+
+@_checks.known_arguments
+def continuous_decay(
+    weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+) -> optax.GradientTransformation:
+    """Decays weights as in continuous time, exponentially: never past the anchor, however large the rates.
+
+    Rule:   u <- u - (1 - exp(-learning_rate * weight_decay)) * (p - toward)
+    Place:  after the learning rate, where u is what is added to the parameters; give it the optimizer's learning rate.
+    Units:  per step and per unit of learning rate, as `decoupled_decay`, with which it agrees to first order: with
+            zero gradient a weight is multiplied by exp(-learning_rate * weight_decay) each step, and over many steps
+            by exp of minus the sum, whatever the steps are.
+    Source: the solution of dw/dt = -weight_decay * (w - toward) over a time of learning_rate.
+
+    Args, Returns, Raises: as `decoupled_decay`; learning_rate is the number or schedule that the optimizer has. A
+    schedule is called with this transformation's own count of updates, from 0.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(optax.adam(0.5), wdjax.continuous_decay(6.0, learning_rate=0.5))
+        >>> params = jnp.array([2.0])
+        >>> updates, _ = optimizer.update(jnp.zeros(1), optimizer.init(params), params)
+        >>> round(float(optax.apply_updates(params, updates)[0]), 6)  # 2 * exp(-3); 2 * (1 - 3) with decoupled_decay
+        0.099574
+    """
+    action = Action("continuous_decay", {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
+        # JAX's own also where the rate is a constant: NumPy's differs in the last bit.
+        return minus(update, -jnp.expm1(-rate), away(p, a))
+
+    return transformation(action, rule)
 
 
 @_checks.known_arguments

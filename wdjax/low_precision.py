@@ -153,7 +153,7 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
             return _step_to(p, _rounded(total, p.dtype, lost, fraction), update), None
 
         updates, _ = _written(where, write, _is_low, updates, params)
-        return updates, StochasticRoundingState(optax.safe_increment(state.count))
+        return updates, StochasticRoundingState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(lambda params: StochasticRoundingState(jnp.zeros([], jnp.int32)), update_fn)
 
@@ -293,7 +293,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
     def add(p: Any, u: Any) -> Any:
         if p is None or u is None or not (_leaves.is_decayable(p) and _leaves.is_decayable(u)):
-            return optax.apply_updates(p, u)
+            return optax.apply_updates(p, u)  # pyright: ignore[reportArgumentType]
         dtype = jnp.promote_types(*(jnp.float32 if _is_low(x) else jnp.result_type(x) for x in (p, u)))
         return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(jnp.result_type(p))
 

@@ -14,6 +14,7 @@ from typing import Any
 import optax
 
 from . import _checks
+from ._action import Action
 from .in_gradient import add_l2_to_grads
 from .in_update import decoupled_decay
 
@@ -90,16 +91,20 @@ def sgdw(
     Raises:
         TypeError, ValueError: as `decoupled_decay`.
 
+    Warns:
+        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
+
     Example:
 
         >>> import wdjax
         >>> optimizer = wdjax.sgdw(0.1, 5e-3, wdjax.only("kernel"), momentum=0.9)
     """
-    return optax.chain(
+    chain = optax.chain(
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _watched("sgdw", chain, learning_rate, weight_decay, mask)
 
 
 @_checks.known_arguments
@@ -180,13 +185,29 @@ def adamw(
     Raises:
         TypeError, ValueError: as `decoupled_decay`.
 
+    Warns:
+        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
+
     Example:
 
         >>> import wdjax
         >>> optimizer = wdjax.adamw(3e-4, 0.1, wdjax.all_but("bias", "LayerNorm_*"))
     """
-    return optax.chain(
+    chain = optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _watched("adamw", chain, learning_rate, weight_decay, mask)
+
+
+def _watched(where: str, chain: Any, learning_rate: Any, weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """The chain; its `init` warns where learning_rate * weight_decay is known to do nothing, or to overshoot."""
+    action = Action(where, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
+
+    def init_fn(params: Any) -> Any:
+        state = chain.init(params)
+        action.warn_of_rates(params)
+        return state
+
+    return chain._replace(init=init_fn)

@@ -80,6 +80,9 @@ def with_decoupled_decay(
             repeats what is added to it (lookahead, mechanize, COCOB, SAM, conditional steps), or if a part of the
             parameters is under a `MultiSteps`, `apply_if_finite` or schedule-free of its own.
 
+    Warns:
+        UserWarning: as `independent_decay`, of weight_decay * learning_rate.
+
     Example:
 
         >>> import jax.numpy as jnp, optax, wdjax
@@ -92,7 +95,7 @@ def with_decoupled_decay(
     """
     where = "with_decoupled_decay"
     inner = _checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
-    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
 
     def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
         return minus(update, rate, away(p, a))

@@ -1,0 +1,85 @@
+"""Rates that are known before the first step to do nothing, or too much: what is warned of at `init`."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from . import _checks
+from .paths._rules import PerLayer
+
+
+def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Sequence[Any]]]) -> None:
+    """Warns of fractions per step that round to nothing, and of those that overshoot or diverge.
+
+    Args:
+        where: the function that was given the rates.
+        argument: what they are the product of, for the message.
+        decays: for each parameter that decays its path, its dtype and the factors of its fraction per step. What has
+            a factor without a value yet (a schedule, a traced rate) is left to `audit`.
+    """
+    lost: dict[tuple[str, float], list[str]] = {}
+    beyond: dict[float, list[str]] = {}
+    for path, dtype, factors in decays:
+        fractions = _known(factors)
+        if fractions is None:
+            continue
+        fraction = float(np.max(fractions))
+        if 0 < fraction < smallest_fraction(dtype):
+            lost.setdefault((jnp.dtype(dtype).name, fraction), []).append(path)
+        elif fraction >= 1:
+            beyond.setdefault(fraction, []).append(path)
+    if lost:
+        (dtype, fraction), paths = next(iter(lost.items()))
+        least = smallest_fraction(dtype)
+        _checks.warn(
+            f"{where}: the decay rounds to nothing: {argument} is {fraction:g} a step, and optax.apply_updates keeps "
+            f"no change of less than {least:.3g} (2**{math.log2(least):.0f}) of a {dtype} weight: "
+            f"{_named(paths, sum(map(len, lost.values())))}. {remedy(where, dtype)}"
+        )
+    if beyond:
+        fraction = max(beyond)
+        paths = beyond[fraction]
+        does = (
+            f"is {fraction:g} a step, 1 or more, so that each step takes weights past zero (or their anchor) to the "
+            "other side" + (", and 2 or more makes them grow without end" if fraction >= 2 else "")
+        )
+        _checks.warn(
+            f"{where}: {argument} {does}: {_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? "
+            "If it is meant, continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
+        )
+
+
+def remedy(where: str, dtype: Any) -> str:
+    """What to do where a decay rounds to nothing in this dtype."""
+    if jnp.finfo(dtype).bits < 32:
+        return (
+            "Keep the parameters in float32 and compute in a narrower dtype, or write "
+            f"optax.chain(in_float32(optimizer), compensated()) with {where} inside the optimizer."
+        )
+    return f"Write optax.chain(optimizer, compensated()) with {where} inside the optimizer, or take a larger rate."
+
+
+def smallest_fraction(dtype: Any) -> float:
+    """The fraction of a weight below which rounding to the nearest undoes any change: half a distance at the most."""
+    dtype = jnp.dtype(dtype)
+    return 2.0 ** -(int(jnp.finfo(dtype).nmant) + 2) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+def _known(factors: Sequence[Any]) -> Any:
+    result: Any = 1.0
+    for factor in factors:
+        value = factor.values if isinstance(factor, PerLayer) else factor
+        if callable(value) or any(isinstance(each, Tracer) for each in jax.tree.leaves(value)):
+            return None
+        result = result * np.asarray(value, np.float64)
+    return result
+
+
+def _named(paths: Sequence[str], total: int) -> str:
+    shown = ", ".join(map(repr, paths[:3]))
+    return shown if total <= 3 else f"{shown} and {total - min(3, len(paths))} more"
