@@ -20,9 +20,10 @@ FLOORS = [
     {"_leaves"},
     {"penalties", "paths"},
     {"_hazards"},
-    {"_action"},
+    {"_action", "_steps"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
-    {"recipes", "wrappers", "testing"},
+    {"audits"},
+    {"recipes", "wrappers", "telemetry", "testing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 # What chooses parameters has no rule, place and units of its own.

@@ -85,11 +85,17 @@ def test_assert_only_decays_fails_what_is_wrong(name: str) -> None:
         testing.assert_only_decays(optimizer, FLOATS, *args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 def test_assert_only_decays_sees_a_decay_that_rounds_to_nothing() -> None:
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), FLOATS)
     testing.assert_only_decays(wdjax.sgdw(0.1, 0.1), half, 0.01)
     with pytest.raises(AssertionError, match=r"no bit of it changed.*rounds to nothing in bfloat16"):
         testing.assert_only_decays(wdjax.sgdw(3e-4, 0.1), half, 3e-5)
+    # Of a stack some layers may decay and others not.
+    stack = {"layers": jnp.ones((3, 4, 5), jnp.bfloat16)}
+    rates = 0.01 * wdjax.by_depth("layers", 0.1, axis=0)
+    with pytest.raises(AssertionError, match=r"no bit of what is to lose 0\.0001 changed: .* nothing in bfloat16"):
+        testing.assert_only_decays(wdjax.sgdw(1.0, rates), stack, rates)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -11,6 +11,10 @@ Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); wh
 """
 
 from ._action import DecayState as DecayState
+from .audits import Audit as Audit
+from .audits import Audited as Audited
+from .audits import Finding as Finding
+from .audits import audit as audit
 from .in_gradient import add_l1_to_grads as add_l1_to_grads
 from .in_gradient import add_l2_to_grads as add_l2_to_grads
 from .in_gradient import add_penalty_to_grads as add_penalty_to_grads
@@ -55,6 +59,9 @@ from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
+from .telemetry import MonitorState as MonitorState
+from .telemetry import monitor as monitor
+from .telemetry import scalars as scalars
 from .wrappers import WithDecoupledDecayState as WithDecoupledDecayState
 from .wrappers import freeze as freeze
 from .wrappers import with_decoupled_decay as with_decoupled_decay

@@ -7,9 +7,11 @@ tree that `init` sees (NNX Variables) and the one that `update` sees (bare array
 The other two are *holes*: places that a rule may speak of but that hold nothing to decay.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,7 +127,22 @@ def describe(path: str, leaf: Any) -> Leaf:
     """The description of a leaf that predicates get."""
     if is_hole(leaf) and not isinstance(leaf, Hidden):
         return Leaf(path, (), None)
-    return Leaf(path, tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", type(leaf)))
+    shape = (_shapes_taken.get() or {}).get(path, getattr(leaf, "shape", ()))
+    return Leaf(path, tuple(shape), getattr(leaf, "dtype", type(leaf)))
+
+
+_Shapes = Mapping[str, tuple[int, ...]]
+_shapes_taken: contextvars.ContextVar[_Shapes | None] = contextvars.ContextVar("shapes", default=None)
+
+
+@contextlib.contextmanager
+def shapes_taken_for(shapes: _Shapes) -> Iterator[None]:
+    """Lets rules take leaves for larger ones: they decide on small copies of a model as on the model."""
+    token = _shapes_taken.set(shapes)
+    try:
+        yield
+    finally:
+        _shapes_taken.reset(token)
 
 
 def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:

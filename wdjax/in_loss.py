@@ -115,6 +115,7 @@ def _penalty(where: str, name: str, params: PyTree, kind: Penalty, rate: Any, ma
             anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
             far = _action.away(jnp.asarray(param, wide), anchor)
             rate, axis = _action.product(term.factors, wide)
-            value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
+            with jax.numpy_dtype_promotion("standard"):  # Of complex weights, a real norm meets the complex.
+                value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
             total = total + jnp.sum(rate * value).astype(dtype)
     return total

@@ -152,7 +152,7 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
             total, lost = _two_sum(p.astype(jnp.float32), update)
             return _step_to(p, _rounded(total, p.dtype, lost, fraction), update), None
 
-        updates, _ = _written(where, write, _is_low, updates, params)
+        updates, _ = _written(where, write, is_low, updates, params)
         return updates, StochasticRoundingState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(lambda params: StochasticRoundingState(jnp.zeros([], jnp.int32)), update_fn)
@@ -201,7 +201,7 @@ def compensated() -> optax.GradientTransformation:
     def write(update: jax.Array, p: jax.Array, residual: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
         before = p.astype(jnp.float32)
         step = update + residual.astype(jnp.float32) * 2.0**-16 * _spacing(before, p.dtype)[0]
-        if _is_low(p):
+        if is_low(p):
             landed = _rounded(before + step, p.dtype)
             lost = jnp.where(step == 0, 0, _remainder(landed, before, step))
             step = _step_to(p, landed, step)
@@ -255,10 +255,10 @@ def master_weights() -> optax.GradientTransformation:
         return _step_to(p, _rounded(weights, p.dtype), update), weights
 
     def init_fn(params: PyTree) -> MasterWeightsState:
-        return MasterWeightsState(_for_each(params, _is_low, lambda p: p.astype(jnp.float32)))
+        return MasterWeightsState(_for_each(params, is_low, lambda p: p.astype(jnp.float32)))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, weights = _written(where, write, _is_low, updates, params, state.weights)
+        updates, weights = _written(where, write, is_low, updates, params, state.weights)
         return updates, MasterWeightsState(weights)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -294,13 +294,13 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     def add(p: Any, u: Any) -> Any:
         if p is None or u is None or not (_leaves.is_decayable(p) and _leaves.is_decayable(u)):
             return optax.apply_updates(p, u)  # pyright: ignore[reportArgumentType]
-        dtype = jnp.promote_types(*(jnp.float32 if _is_low(x) else jnp.result_type(x) for x in (p, u)))
+        dtype = jnp.promote_types(*(jnp.float32 if is_low(x) else jnp.result_type(x) for x in (p, u)))
         return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(jnp.result_type(p))
 
     return jax.tree.map(add, params, updates, is_leaf=lambda x: x is None)
 
 
-def _is_low(leaf: Any) -> bool:
+def is_low(leaf: Any) -> bool:
     """Whether the leaf is real, floating and has less than 32 bits."""
     return _is_compensated(leaf) and jnp.finfo(leaf.dtype).bits < 32
 
@@ -312,7 +312,7 @@ def _is_compensated(leaf: Any) -> bool:
 
 
 def _widened(tree: PyTree) -> PyTree:
-    return _for_each(tree, _is_low, lambda x: x.astype(jnp.float32), lambda x: x)
+    return _for_each(tree, is_low, lambda x: x.astype(jnp.float32), lambda x: x)
 
 
 def _for_each(
@@ -353,7 +353,7 @@ def _written(
                 f"{where}: the state has nothing for {path!r}, which is {p.dtype} now: it was made for other "
                 "parameters. Make a new one: optimizer.init(params)."
             )
-        if _is_low(update):
+        if is_low(update):
             narrow[path] = update.dtype
         update, kept[path] = write(jnp.asarray(update, jnp.float32), jnp.asarray(p), kept.get(path), i)
         return update

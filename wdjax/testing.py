@@ -17,6 +17,8 @@ import optax
 
 from . import _checks, _leaves
 from ._action import Action, DecayState, compute_dtype
+from .audits import Audit, audit
+from .audits._findings import NAMES
 from .paths._rules import PerLayer
 from .plans import Plan
 from .plans._planned import show_rate
@@ -136,7 +138,8 @@ def assert_only_decays(
     be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it, for an
     optimizer that computes the update as a difference of weights); after `optax.apply_updates` some bit must have
     changed. Where `expected` is 0, none may. It is the first step that is tested: a learning rate that warms up from 0
-    does nothing there, so test the optimizer with a constant one.
+    does nothing there, so test the optimizer with a constant one. `assert_audit` sees later steps, gradients and
+    chains that end in `stochastic_rounding` or `compensated`, which move a weight once in many steps.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
@@ -178,6 +181,44 @@ def assert_only_decays(
             fault = _fault_unless_decayed(before, update, after, fraction, 0.0 if term.anchor is None else term.anchor)
         if fault:
             raise AssertionError(f"assert_only_decays: {path!r} {fault}")
+
+
+@_checks.known_arguments
+def assert_audit(
+    optimizer: Any, params: PyTree, expected: Any = None, mask: Any = None, *, allow: Sequence[str] = (), **options: Any
+) -> Audit:
+    """Asserts that an audit of an optimizer finds nothing wrong or suspect, and gives the audit for more assertions.
+
+    Args:
+        optimizer, params, expected, mask: as `wdjax.audit`.
+        allow: names of findings that are meant: ["seen by the moments"] where L2 regularization is.
+        **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
+
+    Raises:
+        AssertionError: with what was found.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax, wdjax.testing
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> optimizer = optax.lion(0.1, weight_decay=0.01, mask=wdjax.only("kernel").mask)
+        >>> audit = wdjax.testing.assert_audit(optimizer, params, 0.1 * 0.01, wdjax.only("kernel"))
+        >>> audit["kernel"].place, audit["kernel"].kind, audit["kernel"].toward
+        ('update', 'L2', 'zero')
+    """
+    __tracebackhide__ = True  # What pytest shows is the audit, not this function.
+    known = sorted(NAMES)
+    for name in allow:
+        if name not in known:
+            raise ValueError(f"assert_audit: no finding is called {name!r}. They are: {', '.join(map(repr, known))}.")
+    report = audit(optimizer, params, expected, mask, **options)
+    faults = [finding for finding in report.findings if finding.harm != "note" and finding.name not in allow]
+    if faults:
+        listed = "\n  ".join(map(str, faults))
+        raise AssertionError(
+            f"assert_audit: the audit found\n  {listed}\nWhat is meant goes into allow=[...].\n{report}"
+        )
+    return report
 
 
 def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) -> None:
@@ -257,8 +298,11 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, a
         elif np.real(got * np.conj(want)) < 0:
             hint = " It grows: is the decay on the wrong side of the learning rate?"
         return f"{must}; the update of its element {worst}, which is {old.flat[worst]}, is {got} and not {want}.{hint}"
-    if np.array_equal(old, _as_float64(after)):
-        return f"{must}, and no bit of it changed: so small a step rounds to nothing in {before.dtype}."
+    fractions, stuck = np.broadcast_to(fraction, old.shape), old == _as_float64(after)
+    for one in np.unique(fractions[fractions != 0]):
+        if np.all(stuck[fractions == one]):
+            part = "it" if np.ndim(fraction) == 0 else f"what is to lose {one:g}"
+            return f"{must}, and no bit of {part} changed: so small a step rounds to nothing in {before.dtype}."
     return None
 
 

@@ -28,6 +28,7 @@ from optax import contrib
 
 from . import _checks, _leaves
 from ._action import Action, DecayState, away, compute_dtype, minus
+from ._steps import SKIPPING, nodes, stepped
 from .paths import Rules
 from .paths._masks import booleans
 
@@ -111,20 +112,20 @@ def with_decoupled_decay(
         _checks.params_given(where, params)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
-        stepped = _stepped(before, after)
+        flags = stepped(before, after)
         shares = _shares(before, after)
 
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
             return action.apply(rule, tree, state.decay, params, *factors)
 
         def subtract_from_iterate(node: Any) -> Any:
-            return node._replace(z=subtract(node.z, *stepped)) if _is_schedule_free(node) else node
+            return node._replace(z=subtract(node.z, *flags)) if _is_schedule_free(node) else node
 
         if shares:
             after = jax.tree.map(subtract_from_iterate, after, is_leaf=_is_schedule_free)
-        updates = subtract(updates, *stepped, *shares)
+        updates = subtract(updates, *flags, *shares)
         count = state.decay.count
-        next_count = jnp.where(jnp.all(jnp.array(stepped, bool)), optax.safe_increment(count), count)
+        next_count = jnp.where(jnp.all(jnp.array(flags, bool)), optax.safe_increment(count), count)
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -243,8 +244,6 @@ def _no_update(update: Any, param: Any) -> Any:
     return jnp.zeros_like(update) if is_integer else update
 
 
-# What skips a step as a whole, and where it keeps the state of what it wraps.
-_SKIPPING = {optax.MultiStepsState: "inner_opt_state", optax.ApplyIfFiniteState: "inner_state"}
 _PARTIAL = (optax.PartitionState, optax.MaskedState)
 _UNDOING = (
     optax.LookaheadState,
@@ -256,37 +255,27 @@ _UNDOING = (
 )
 
 
-def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """The outermost nodes of these types in a state."""
-    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    return [node for node in found if isinstance(node, kinds)]
-
-
 def _refuse_what_undoes_it(state: Any) -> None:
     inside = (
         "Put the decay inside: there optax.sgd(lr) becomes with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
     )
-    for node in _nodes(state, _UNDOING):
+    if nodes(state, (optax.ApplyEvery,)):
+        raise ValueError(
+            "with_decoupled_decay: the optimizer holds optax.apply_every, whose updates are zero at some calls, and a "
+            "decay around it would act at those too. Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, "
+            "learning_rate=lr), which steps once for k gradients."
+        )
+    for node in nodes(state, _UNDOING):
         raise ValueError(
             f"with_decoupled_decay: the optimizer holds a {type(node).__name__}; it steps in part or rewrites the "
             f"weights from a state of its own, and a decay added after it would be undone or repeated. {inside}"
         )
-    own = (*_SKIPPING, contrib.ScheduleFreeState)
-    for node in (found for part in _nodes(state, _PARTIAL) for found in _nodes(tuple(part), own)):
+    own = (*SKIPPING, contrib.ScheduleFreeState)
+    for node in (found for part in nodes(state, _PARTIAL) for found in nodes(tuple(part), own)):
         raise ValueError(
             f"with_decoupled_decay: a part of the parameters has a {type(node).__name__} of its own, inside "
             f"optax.partition or optax.masked, so that no one step is everybody's. {inside}"
         )
-
-
-def _stepped(before: Any, after: Any) -> tuple[jax.Array, ...]:
-    """For each wrapper in the state that may skip a step, whether it stepped: a boolean, to multiply a rate with."""
-    flags: tuple[jax.Array, ...] = ()
-    for old, new in zip(*(_nodes(state, tuple(_SKIPPING)) for state in (before, after)), strict=True):
-        flags += (new.gradient_step > old.gradient_step if isinstance(new, optax.MultiStepsState) else new.last_finite,)
-        inner = _SKIPPING[type(new)]
-        flags += _stepped(getattr(old, inner), getattr(new, inner))
-    return flags
 
 
 def _is_schedule_free(node: Any) -> bool:
@@ -299,7 +288,7 @@ def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
     z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z', with c the weight of this step in the average.
     """
     shares = []
-    for old, new in zip(*(_nodes(state, (contrib.ScheduleFreeState,)) for state in (before, after)), strict=True):
+    for old, new in zip(*(nodes(state, (contrib.ScheduleFreeState,)) for state in (before, after)), strict=True):
         dtype = compute_dtype(new.weight_sum)
         total, previous, b1 = (jnp.asarray(x, dtype) for x in (new.weight_sum, old.weight_sum, new.b1))
         c = jnp.where(total > 0, (total - previous) / jnp.where(total > 0, total, 1), 0)

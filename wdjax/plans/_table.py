@@ -5,7 +5,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ._planned import Planned, count, show_rate
 
@@ -13,6 +13,14 @@ HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why
 _NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
 _NUMBER = re.compile(r"\d+")
 _DISPENSABLE = ("dtype", "arrays", "rule", "shape", "parameters")  # Where the terminal is narrow, in this order.
+
+
+class _Row(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Row)
 
 
 class Line(NamedTuple):
@@ -28,14 +36,23 @@ def lines_of(parameters: Sequence[Planned]) -> list[Line]:
     for p in parameters:
         without = tuple(_NUMBER.split(p.path)), tuple(_NUMBER.split(p.reason))
         groups[without, p.shape, p.dtype, p.decays, p.rule].append(p)
-    return [_line(part) for group in groups.values() for part in _merged(group)]
+    return [_line(part) for group in groups.values() for part in merged(group)]
 
 
 def as_text(parameters: Sequence[Planned]) -> list[str]:
     """The table in aligned columns."""
-    rows = [HEADER, *(line.cells for line in lines_of(parameters))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    return in_columns(HEADER, [line.cells for line in lines_of(parameters)], _NUMBERS)
+
+
+def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> list[str]:
+    """The lines of a table; the columns of these names are set right."""
+    rows = [header, *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, header, strict=True)
+        aligned = (cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in cells)
+        lines.append("  ".join(aligned).rstrip())
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
@@ -81,11 +98,11 @@ def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]
         groups[key][row.path] = old, new
     lines = []
     for group in groups.values():
-        for part in _merged([old or new for old, new in group.values()]):  # pyright: ignore[reportArgumentType]
+        for part in merged([old or new for old, new in group.values()]):  # pyright: ignore[reportArgumentType]
             before, after = zip(*(group[row.path] for row in part), strict=True)
             rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
             kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
-            lines.append(f"{_merged_texts([row.path for row in part])}: {rates}, {kind}")
+            lines.append(f"{merged_texts([row.path for row in part])}: {rates}, {kind}")
     return lines
 
 
@@ -93,29 +110,29 @@ def _line(group: Sequence[Planned]) -> Line:
     first = group[0]
     return Line(
         (
-            _merged_texts([planned.path for planned in group]),
+            merged_texts([planned.path for planned in group]),
             str(len(group)),
             str(first.shape),
             first.dtype,
             count(sum(planned.size for planned in group)),
             _rates(group),
             first.rule,
-            _merged_texts([planned.reason for planned in group]),
+            merged_texts([planned.reason for planned in group]),
         ),
         first.decays,
     )
 
 
-def _merged(group: Sequence[Planned]) -> list[list[Planned]]:
+def merged(group: Sequence[R]) -> list[list[R]]:
     """The group in parts, each with every combination of the numbers in its paths: a line says what there is."""
     columns = _columns([planned.path for planned in group])
     if math.prod(map(len, columns)) == len(group):
         return [list(group)]
     first = next(k for k, column in enumerate(columns) if len(column) > 1)
-    parts: dict[str, list[Planned]] = collections.defaultdict(list)
+    parts: dict[str, list[R]] = collections.defaultdict(list)
     for planned in group:
         parts[_NUMBER.findall(planned.path)[first]].append(planned)
-    return [part for each in parts.values() for part in _merged(each)]
+    return [part for each in parts.values() for part in merged(each)]
 
 
 def _columns(texts: Sequence[str]) -> list[list[str]]:
@@ -124,7 +141,7 @@ def _columns(texts: Sequence[str]) -> list[list[str]]:
     return [sorted(set(column), key=lambda digits: (int(digits), digits)) for column in columns]
 
 
-def _merged_texts(texts: Sequence[str]) -> str:
+def merged_texts(texts: Sequence[str]) -> str:
     """One text for texts that differ in their numbers only: "blocks/{0..11}/kernel"."""
     shown = map(_range, _columns(texts))
     return _NUMBER.sub(lambda match: next(shown), texts[0])
@@ -149,8 +166,3 @@ def _rates(group: Sequence[Planned]) -> str:
     if len(shown) > 2 and are_numbers and rates in (sorted(rates), sorted(rates, reverse=True)):
         return f"{shown[0]} … {shown[-1]}"
     return ", ".join(shown)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    cells = zip(row, widths, HEADER, strict=True)
-    return [cell.rjust(width) if name in _NUMBERS else cell.ljust(width) for cell, width, name in cells]

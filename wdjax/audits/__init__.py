@@ -1,0 +1,269 @@
+"""What an optimizer really does to weights, whoever built it: measured, not read.
+
+`audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`), draws from what it
+did where, how fast, toward what and in which way each parameter decays (`_measures`), looks for what is not as one
+would expect (`_findings`), and reports it (`_report`): a table to read, and values to assert on.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import _checks, _leaves
+from .._action import Action, DecayState
+from .._hazards import smallest_fraction
+from ..low_precision import CompensatedState, is_low
+from ..paths import Rules
+from ..paths._masks import booleans
+from ..paths._roles import role
+from ..paths._rules import PerLayer
+from ..paths._standard import parameter_at
+from ._findings import Context, findings_of
+from ._measures import Facts, measure
+from ._probes import Probes
+from ._report import Audit as Audit
+from ._report import Audited as Audited
+from ._report import Finding as Finding
+
+PyTree = Any
+R = TypeVar("R")
+_LONGEST_RUN = 8192  # Steps to see whether a decay survives rounding.
+
+
+@_checks.known_arguments
+def audit(
+    optimizer: Any,
+    params: PyTree,
+    expected: Any = None,
+    mask: Any = None,
+    *,
+    learning_rate: Any = None,
+    frozen: Any = None,
+    steps: Sequence[int] = (0, 10, 100, 1000),
+    extra_args: Mapping[str, Any] | None = None,
+    full_size: bool = False,
+) -> Audit:
+    """Measures what decay an optimizer applies, wdjax or not: its rate, place, kind and anchor for each parameter.
+
+    The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
+    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so that a large
+    model costs little; rules of wdjax decide on them as on the model itself. Values of `params` are not used.
+
+    Rule:   none is applied; the rate is the part of the first real step, with zero gradient, that changes sign with
+            the weight's distance to the anchor, over that distance.
+    Place:  in a notebook or a unit test, before training.
+    Units:  a rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`.
+    Source: ours.
+
+    Args:
+        optimizer: a finished `optax.GradientTransformation`, an `optax.MultiSteps`, or, to see what scales with the
+            learning rate, a function that makes one from a learning rate: `lambda lr: optax.adamw(lr)`.
+        params: a tree of arrays or `jax.ShapeDtypeStruct`s; structure, shapes and dtypes count.
+        expected: the rate that you expect of each parameter, a number or a `by_path` table; what differs is found.
+        mask: with `expected`: who decays at all; as the `mask` of any wdjax function.
+        learning_rate: the number or schedule that the optimizer has: with a schedule, it is seen whether the decay
+            follows it. For a function it is what the function gets (1e-3 if left out).
+        frozen: a mask, as `freeze` gets it: what is found to move or decay there is wrong.
+        steps: the counts at which rates are measured.
+        extra_args: what `update` wants by keyword, the same for all probes: {"value": 1.0}.
+        full_size: whether to probe with arrays of full size: for rules of others that go by size. It costs what a
+            training step costs, some twenty times.
+
+    Returns:
+        An `Audit`.
+
+    Raises:
+        TypeError: if `optimizer` is no optimizer.
+        TypeError, ValueError: for masks and expected rates, as `decoupled_decay` at `init`; and whatever the optimizer
+            itself raises.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+        >>> print(wdjax.audit(lambda lr: optax.adamw(lr, weight_decay=0.1), params))
+        path            arrays   shape    dtype    rate  where   kind  toward  x learning rate  kept
+        --------------------------------------------------------------------------------------------
+        Dense_0/bias         1    (3,)  float32  0.0001  update  L2    zero    yes              100%
+        Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
+        <BLANKLINE>
+        suspect [decays no weights]: a bias, a norm or another parameter that is no weight of a layer decays \
+('Dense_0/bias'). Give mask=weights_only(), or its .mask to a function of Optax.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of rates that vanish and the like: the audit says so itself.
+        return _audit(optimizer, params, expected, mask, learning_rate, frozen, steps, extra_args or {}, full_size)
+
+
+def _audit(
+    optimizer: Any,
+    params: PyTree,
+    expected: Any,
+    mask: Any,
+    learning_rate: Any,
+    frozen: Any,
+    steps: Sequence[int],
+    extra_args: Mapping[str, Any],
+    full_size: bool,
+) -> Audit:
+    where = "audit"
+    is_function = not isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)) and callable(optimizer)
+    if is_function and learning_rate is None:
+        learning_rate = 1e-3
+    if learning_rate is not None:
+        learning_rate = _checks.rate(where, "learning_rate", learning_rate)
+    rate: Any = learning_rate
+    build: Any = optimizer if is_function else lambda _: optimizer
+    finished = _checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
+    leaves = _leaves.flatten_with_paths(params)
+    wanted = None if expected is None else _expected(Action(where, {"expected": expected}, mask), params, leaves)
+    kept_still = _chosen(where, frozen, params, leaves)
+
+    def probed(transformation: Any, full_size: bool, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
+        transformation = optax.with_extra_args_support(transformation)
+        with jax.enable_x64(True) if exact else contextlib.nullcontext():
+            probes = Probes(transformation, params, extra_args, full_size=full_size, exact=exact)
+            first, calls = probes.rhythm()
+            return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
+
+    probes, first, calls, facts = _first_that_runs(lambda *kind: probed(finished, *kind), full_size)
+    scales: dict[int, bool | None] = dict.fromkeys(facts)
+    if is_function:
+        halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
+        others = probed(build(halved), probes.full_size, probes.exact)[3]
+        scales = {i: not np.isclose(facts[i].rate, others[i].rate, rtol=1e-2, atol=0) for i in facts}
+    elif callable(learning_rate):
+        values = [float(rate(step)) for step in steps]
+        scales = {i: _follows(fact.rates, values) for i, fact in facts.items()}
+    shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
+    rows = []
+    for i, fact in facts.items():
+        leaf = probes.leaves[i]
+        found = role(parameter_at(leaf.path, shapes))
+        rows.append(
+            Audited(
+                leaf.path,
+                leaf.shape,
+                np.dtype(leaf.dtype).name,
+                fact.rate,
+                fact.least,
+                fact.most,
+                tuple(zip(steps, fact.rates, strict=False)),
+                fact.beside_gradient,
+                fact.place,
+                fact.kind,
+                fact.toward,
+                scales[i] if fact.kind != "none" else None,
+                1.0,
+                found.name if found else "",
+            )
+        )
+    own = Probes(optax.with_extra_args_support(finished), params, extra_args, full_size=probes.full_size, exact=False)
+    drift = _drift(own)
+    rows = _with_kept(own, calls, rows, can_run=not drift)
+    contexts = (
+        Context(fact, None if wanted is None else wanted[row.path], row.path in kept_still)
+        for row, fact in zip(rows, facts.values(), strict=True)
+    )
+    return Audit(tuple(rows), findings_of(list(zip(rows, contexts, strict=True)), drift), calls, first)
+
+
+def _first_that_runs(run: Callable[[bool, bool], R], full_size: bool) -> R:
+    """Of small copies before arrays of full size, and of float64 before the parameters' own dtypes, what runs."""
+    # Trees and masks with shapes of their own do not fit small copies, and some optimizers do not run in float64.
+    for kind in ((full_size, True), (full_size, False), (True, True)):
+        with contextlib.suppress(TypeError, ValueError):
+            return run(*kind)
+    return run(True, False)
+
+
+def _expected(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest rate that is expected of each parameter."""
+    terms = action.terms(params, leaves, DecayState(jnp.zeros([], jnp.int32)))
+    rates = {}
+    for (path, _), term in zip(leaves, terms, strict=True):
+        product: Any = 0.0 if term is None else 1.0
+        for factor in () if term is None else term.factors:
+            product = product * np.asarray(factor.values if isinstance(factor, PerLayer) else factor, np.float64)
+        rates[path] = float(np.min(product)), float(np.max(product))
+    return rates
+
+
+def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> set[str]:
+    if mask is None:
+        return set()
+    if isinstance(mask, Rules):
+        mask._check_booleans(where)
+    return {path for (path, _), flag in zip(leaves, booleans(where, mask, params, leaves), strict=True) if flag}
+
+
+def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | None:
+    pairs = [(rate, lr) for rate, lr in zip(rates, learning_rates, strict=False) if lr > 0]
+    if not pairs or max(lr for _, lr in pairs) < 1.01 * min(lr for _, lr in pairs):
+        return None
+    ratios = [rate / lr for rate, lr in pairs]
+    if np.allclose(ratios, ratios[0], rtol=1e-2):
+        return True
+    return False if np.allclose([rate for rate, _ in pairs], pairs[0][0], rtol=1e-2) else None
+
+
+def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -> list[Audited]:
+    """The rows with the share of the decay that survives rounding."""
+    low = [row.decays and is_low(jax.ShapeDtypeStruct((), row.dtype)) for row in rows]
+    slowest = min((abs(row.rate) for row, is_one in zip(rows, low, strict=True) if is_one and row.rate), default=None)
+    wide: Any = []
+    ends: Any = []
+    start: Any = []
+    if slowest is not None and can_run:
+        # Long enough for eight units in the last place of the narrowest: one step of many a writer does nothing.
+        enough = (
+            max(32 * smallest_fraction(row.dtype) for row, is_one in zip(rows, low, strict=True) if is_one) / slowest
+        )
+        length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(enough, 8))))
+        wide, ends = (own.trajectory(length, wide=wide) for wide in (True, False))
+        start = own.rounded_weights()
+    is_compensated = any(isinstance(node, CompensatedState) for node in _nodes(own.init(own.weights), CompensatedState))
+    kept = []
+    for i, row, is_one in zip(own.indices, rows, low, strict=True):
+        if not is_one:
+            kept.append(float(is_compensated or not 0 < abs(row.rate) < smallest_fraction(row.dtype)))
+        elif not can_run:
+            kept.append(math.nan)
+        else:
+            # Of all weights together: one by one they are rounded by more than they move.
+            meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
+            kept.append(moved / meant if meant else 1.0)
+    return [row._replace(kept=share) for row, share in zip(rows, kept, strict=True)]
+
+
+def _nodes(state: PyTree, kind: type) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+
+
+def _drift(own: Probes) -> str:
+    """How an update changes structure, shapes or dtypes of the state, in words: each change is a compilation."""
+    state = own.init(own.weights, wide=False)
+    before = jax.eval_shape(lambda: state)
+    after = own.shapes_after(state)
+    if jax.tree.structure(after) != jax.tree.structure(before):
+        return "the structure of the state changes with an update"
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    changes = [
+        f"state{jax.tree_util.keystr(path)} is {_type(old)} before the first update and {_type(new)} after"
+        for (path, old), new in pairs
+        if _type(old) != _type(new)
+    ]
+    more = f" (and {len(changes) - 1} more changes)" if len(changes) > 1 else ""
+    return changes[0] + more if changes else ""
+
+
+def _type(leaf: Any) -> str:
+    weak = " (weak)" if getattr(leaf, "weak_type", False) else ""
+    return f"{leaf.dtype}{list(leaf.shape)}{weak}"

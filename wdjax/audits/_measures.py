@@ -1,0 +1,269 @@
+"""From what an optimizer did to probes to facts about each leaf: how fast, where, toward what and how it decays.
+
+With zero gradient, a decay is the part of the step that changes sign with the weights (their distance to the anchor);
+what does not change sign is the anchor's. Beside a gradient it is the same part again: if it is the same number there,
+the decay stands in the update; if not, the gradient's scaling has taken hold of it, or its moments remember it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._probes import Arrays, Probes, Step, positions_of_counters, with_counters_at, with_counters_of
+
+_SAME = 2e-3  # Relative: what float32 leaves of a difference of updates.
+
+
+class Facts(NamedTuple):
+    """What was measured of one leaf.
+
+    Attributes:
+        rate: the fraction of a weight that the first real step takes; of many weights the median.
+        least, most: the smallest and the largest, where the step is in proportion to the weight.
+        rates: the same at other counts.
+        beside_gradient: the same where there is a gradient.
+        kind, place, toward: as in `Audited`.
+        moves: whether gradients move it.
+        is_raw: whether its update is its gradient.
+        is_finite: whether its updates are.
+        is_repeated: whether it decays in calls that make no step.
+        rescaled: whether the decay is parallel to the weights beside a gradient, and of another size.
+    """
+
+    rate: float
+    least: float
+    most: float
+    rates: tuple[float, ...]
+    beside_gradient: float
+    kind: str
+    place: str
+    toward: str
+    moves: bool
+    is_raw: bool
+    is_finite: bool
+    is_repeated: bool
+    rescaled: bool
+
+
+class _Runs(NamedTuple):
+    """Steps from weights at a distance from what the optimizer was initialized with (None: from those themselves).
+
+    Attributes:
+        plus, minus, double, tiny, still: from 1, -1, 2, 1e-6 and 0 times the probe weights, with zero gradient.
+        plus_grad, minus_grad: from 1 and -1 times the probe weights, with a gradient.
+        second, fresh: from where `plus` arrived, with zero gradient: with its state, and with a new one at its count.
+        still_second, still_fresh: the same after `still`, with a gradient.
+        foreign: from the probe weights, with zero gradient and the state of `still`.
+        later: as `plus`, at other counts.
+    """
+
+    plus: Step
+    minus: Step
+    double: Step
+    tiny: Step
+    still: Step
+    plus_grad: Step
+    minus_grad: Step
+    second: Step
+    fresh: Step
+    still_second: Step
+    still_fresh: Step
+    foreign: Step
+    later: list[Step]
+
+
+def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> dict[int, Facts]:
+    """The facts of every leaf that is a number."""
+    runs = _run(probes, offset, calls, steps, None)
+    if _is_nan_without_gradient(probes, runs):
+        runs = _run(probes, offset, calls, steps, None, probes.gradients)
+        return {i: _facts(probes, runs, i, None, nudged=True) for i in probes.indices}
+    facts = {i: _facts(probes, runs, i, None) for i in probes.indices}
+    if all(each.kind != "none" for each in facts.values()):
+        return facts
+    # Nothing pulls these to zero. Away from where the optimizer was initialized something may pull them back, and so
+    # it does if it keeps weights of its own: those pull all the way, a decay takes a fraction.
+    moved = _run(probes, offset, calls, steps, probes.origin)
+    for i, fact in facts.items():
+        back = _facts(probes, moved, i, probes.origin)
+        if fact.kind == "none" and back.kind != "none" and back.rate < 0.5:
+            facts[i] = back
+    return facts
+
+
+def _is_nan_without_gradient(probes: Probes, runs: _Runs) -> bool:
+    """Whether the optimizer divides zero by zero where there is no gradient at all."""
+    bare, given = ([step.total(i) for i in probes.indices] for step in (runs.plus, runs.plus_grad))
+    return any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given)
+
+
+def _run(
+    probes: Probes, offset: int, calls: int, steps: tuple[int, ...], origin: Arrays | None, nudge: Arrays | None = None
+) -> _Runs:
+    """The steps; with a nudge, that is the gradient where there is none otherwise, and twice that where there is."""
+    zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
+    gradients = probes.gradients if nudge is None else probes.scaled(nudge, 2.0)
+
+    def at(factor: float) -> Arrays:
+        weights = probes.scaled(probes.weights, factor)
+        return weights if origin is None else _sum(weights, origin)
+
+    def step(weights: Arrays, gradients: Arrays = zeros, to_count: Callable[[Any], Any] = lambda state: state) -> Step:
+        """The first real step from a new state."""
+        state = probes.init(weights if origin is None else origin)
+        if offset:
+            before = probes.steps(weights, zeros, state, offset)
+            weights, state = before.end(), before.after
+        return probes.steps(weights, gradients, to_count(state), calls)
+
+    plus, still = step(at(1.0)), step(at(0.0))
+    counters = positions_of_counters(plus.before, plus.after, calls)
+
+    def to_second(state: Any) -> Any:
+        return with_counters_of(state, plus.after, counters)
+
+    return _Runs(
+        plus,
+        minus=step(at(-1.0)),
+        double=step(at(2.0)),
+        tiny=step(at(1e-6)),
+        still=still,
+        plus_grad=step(at(1.0), gradients),
+        minus_grad=step(at(-1.0), gradients),
+        second=probes.steps(plus.end(), zeros, plus.after, calls),
+        fresh=step(plus.end(), to_count=to_second),
+        still_second=probes.steps(still.end(), probes.gradients, still.after, calls),
+        still_fresh=step(still.end(), probes.gradients, to_second),
+        foreign=probes.steps(plus.start, zeros, still.after, calls),
+        later=[
+            step(at(1.0), to_count=lambda state, count=count: with_counters_at(state, counters, count))
+            for count in (steps if counters else ())
+        ],
+    )
+
+
+def _sum(a: Arrays, b: Arrays) -> Arrays:
+    return [None if x is None or y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged: bool = False) -> Facts:
+    w = probes.weights[i]
+    plus, minus, plus_grad, minus_grad = (
+        step.total(i) for step in (runs.plus, runs.minus, runs.plus_grad, runs.minus_grad)
+    )
+    moves = not np.array_equal(plus_grad, plus)
+    rest = {
+        "moves": moves,
+        "is_raw": moves and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
+        "is_finite": bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
+    }
+    odd, even = (plus - minus) / 2, (plus + minus) / 2
+    scale = np.abs(w) + (0 if origin is None else np.abs(origin[i]))
+    if w.size == 0 or not np.all(np.isfinite(plus)) or _is_noise(odd, w, 8 * probes.eps * scale):
+        return Facts(0.0, 0.0, 0.0, (), 0.0, "none", "none", "", **rest, is_repeated=False, rescaled=False)
+    beside = (plus_grad - minus_grad) / 2
+    kind = _kind(odd, runs.double.total(i) - even, w)
+    noise = 64 * probes.eps * (np.abs(plus_grad) + scale)
+    place, rescaled = "update", False
+    if kind != "L2" and _lands_on_zero(runs.tiny, i):
+        place = "weights"
+    elif not nudged and _is_remembered(runs, i, 64 * probes.eps * scale):
+        place = "gradient"
+    elif not _same(beside - _along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise):
+        if _same(2 * beside, odd, 2 * noise):
+            kind = f"cautious {kind}"
+        else:
+            place, rescaled = "gradient", _cosine(beside, odd) > 0.9
+    is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + 8 * probes.eps * scale)
+    toward = "init" if origin is not None else "zero" if is_odd else "a tree" if kind.endswith("L2") else ""
+    rate = _rate(odd, w)
+    ratios = -np.real(odd / w) if kind.endswith("L2") else rate
+    return Facts(
+        rate,
+        float(np.min(ratios)),
+        float(np.max(ratios)),
+        tuple(_rate(later.total(i) - even, w) for later in runs.later),
+        _rate(beside, w, mean=True),
+        kind,
+        place,
+        toward,
+        **rest,
+        is_repeated=not nudged and any(np.any(call[i] != 0) for call in runs.plus.moved[:-1]),
+        rescaled=rescaled,
+    )
+
+
+def _is_remembered(runs: _Runs, i: int, noise: Any) -> bool:
+    """Whether a decay comes back in the next step: the state that saw it decays otherwise than one that did not."""
+    # An optimizer with weights of its own goes back to them, all the way, from wherever it is: that is no memory.
+    own = _rate(runs.foreign.total(i), runs.plus.start[i] - runs.still.start[i])
+    if 0.5 < own < 1.5:
+        return False
+    second, fresh = runs.second.total(i), runs.fresh.total(i)
+    if not np.all(np.isfinite(second)):
+        return False
+    # A step size that changed by itself changes what gradients do as well.
+    moved, moved_fresh = runs.still_second.total(i), runs.still_fresh.total(i)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = moved / moved_fresh
+    ratio = np.median(ratios[np.isfinite(ratios)]) if np.any(np.isfinite(ratios)) else 1.0
+    # A memory worth the name brings back a tenth and more; estimated step sizes drift by less.
+    return not (_same(second, fresh, noise, 0.05) or _same(second, ratio * fresh, noise, 0.05))
+
+
+def _lands_on_zero(tiny: Step, i: int) -> bool:
+    """Whether weights that are next to zero, if they are moved at all, are moved onto it."""
+    moved = tiny.total(i)
+    return bool(np.any(moved) and np.all((moved == 0) | (moved == -tiny.start[i])))
+
+
+def _rate(moved: np.ndarray, weights: np.ndarray, *, mean: bool = False) -> float:
+    if mean:
+        return -float(np.real(np.vdot(weights, moved))) / float(np.real(np.vdot(weights, weights)))
+    return float(np.median(-np.real(moved / weights)))
+
+
+def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The part of `a` along `b`: that the size of the gradient's step depends on the weights is no decay."""
+    size = float(np.real(np.vdot(b, b)))
+    share = float(np.real(np.vdot(b, a))) / size if size else 0.0
+    # Of few elements, all are along each other.
+    return share * b if b.size > 4 or abs(share) < 0.5 else np.zeros_like(b)
+
+
+def _same(a: np.ndarray, b: np.ndarray, noise: Any, tolerance: float = _SAME) -> bool:
+    return bool(np.all(np.abs(a - b) <= tolerance * np.minimum(np.abs(a), np.abs(b)) + noise))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a.ravel()) * np.linalg.norm(b.ravel())
+    return float(np.real(np.vdot(a, b)) / norms) if norms else 0.0
+
+
+def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
+    """Whether this is nothing, or what rounding left of updates that are differences of weights."""
+    if not np.any(odd):
+        return True
+    ratios = odd / w
+    is_spread = np.std(ratios) > 0.1 * np.abs(np.mean(ratios))
+    return bool(is_spread and np.all(np.abs(odd) <= rounding))
+
+
+def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
+    """What happens to the pull where weights are twice as large."""
+    turned = odd / w
+    is_real = bool(np.all(np.abs(np.imag(turned)) <= 1e-3 * np.abs(turned)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        growth = np.where(odd == 0, np.nan, np.abs(double) / np.abs(odd))
+    growth = growth[np.isfinite(growth)]
+    linear, constant = np.abs(growth - 2) < 0.02, np.abs(growth - 1) < 0.02
+    if growth.size == 0 or not is_real:
+        return "other"
+    if np.all(linear):
+        return "L2"
+    if np.all(constant):
+        sizes = np.abs(odd)
+        return "L1" if sizes.min() >= 0.98 * sizes.max() else "norm"
+    between = (growth > 0.98) & (growth < 2.02)
+    return "Huber" if linear.any() and constant.any() and between.all() else "other"

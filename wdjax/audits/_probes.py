@@ -1,0 +1,252 @@
+"""Probe weights and gradients, and the optimizer run on them: what it is asked, without what the answers mean."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import _leaves
+from ..low_precision import apply_updates, is_low
+
+PyTree = Any
+Arrays = list[Any]  # A NumPy array for each leaf, None for what is no number.
+
+_LARGE, _LONGEST = 2**16, 128  # Leaves of more elements are probed with axes of at most so many.
+_MOST_CALLS = 64  # To wait for an optimizer that accumulates gradients or warms up.
+
+
+class Step(NamedTuple):
+    """One real step of an optimizer: as many calls of its `update` as it takes to react to gradients.
+
+    Attributes:
+        start: the weights before.
+        moved: what the step added to them, call by call.
+        before, after: its state.
+    """
+
+    start: Arrays
+    moved: list[Arrays]
+    before: PyTree
+    after: PyTree
+
+    def total(self, i: int) -> np.ndarray:
+        """What the step added to a leaf."""
+        return np.sum([call[i] for call in self.moved], axis=0)
+
+    def end(self) -> Arrays:
+        """The weights after."""
+        return [None if start is None else start + self.total(i) for i, start in enumerate(self.start)]
+
+
+class Probes:
+    """Small copies of the leaves of a tree, and an optimizer to run on them.
+
+    Attributes:
+        leaves: the described leaves, in their true shapes and dtypes.
+        indices: which of them are numbers.
+        weights, origin, gradients: probe values: of either sign and of magnitudes from 0.1 to 2, 0.1 to 2 and 2 to 4.
+        eps: the relative rounding of what is measured.
+    """
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformationExtraArgs,
+        params: PyTree,
+        extra_args: Mapping[str, Any],
+        *,
+        full_size: bool,
+        exact: bool,
+    ):
+        self.optimizer = optimizer
+        self.extra_args = extra_args
+        found = _leaves.flatten_with_paths(params)
+        self.leaves = [_leaves.describe(path, leaf) for path, leaf in found]
+        self.indices = [i for i, (_, leaf) in enumerate(found) if _leaves.is_decayable(leaf)]
+        self._treedef = _leaves.structure(params)
+        self._given = [leaf for _, leaf in found]
+        self.full_size = full_size
+        self.exact = exact
+        self.eps = 2.0 ** (-52 if exact else -23)
+        shapes = [leaf.shape if full_size else _small(leaf.shape) for leaf in self.leaves]
+        self._true_shapes = {leaf.path: leaf.shape for leaf in self.leaves}
+        self.is_small = any(shape != leaf.shape for shape, leaf in zip(shapes, self.leaves, strict=True))
+        rng = np.random.default_rng(0)
+
+        def drawn(least: float, most: float) -> Arrays:
+            leaves = enumerate(zip(shapes, self.leaves, strict=True))
+            return [_values(rng, s, leaf.dtype, least, most) if i in self.indices else None for i, (s, leaf) in leaves]
+
+        self.weights, self.origin, self.gradients = drawn(0.1, 2.0), drawn(0.1, 2.0), drawn(2.0, 4.0)
+        self._jitted = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params, **extra_args))
+
+    def tree(self, arrays: Arrays, *, wide: bool = True, zeros: bool = False) -> PyTree:
+        """A tree like params with these values; with `wide`, in float64, or low precision at least in float32."""
+
+        def leaf(i: int, given: Any) -> Any:
+            array = arrays[i]
+            if array is not None:
+                dtype = self.leaves[i].dtype if hasattr(given, "dtype") else jnp.float32
+                return jnp.asarray(array, self._wide(dtype) if wide else dtype)
+            if not isinstance(given, jax.ShapeDtypeStruct):
+                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is_key(given) else given
+            if _is_key(given):
+                return jax.random.split(jax.random.key(0), given.shape)
+            return jnp.zeros(given.shape, given.dtype)
+
+        return jax.tree.unflatten(self._treedef, [leaf(i, given) for i, given in enumerate(self._given)])
+
+    def _wide(self, dtype: Any) -> Any:
+        if not self.exact:
+            return jnp.float32 if is_low(jax.ShapeDtypeStruct((), dtype)) else dtype
+        return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+
+    def scaled(self, arrays: Arrays, factor: float) -> Arrays:
+        """The arrays times a number."""
+        return [None if array is None else factor * array for array in arrays]
+
+    def init(self, weights: Arrays, *, wide: bool = True) -> PyTree:
+        """The optimizer's state for these weights."""
+        with self._asked_of_true_shapes():
+            return self.optimizer.init(self.tree(weights, wide=wide))
+
+    def update(self, gradients: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The optimizer's compiled update."""
+        with self._asked_of_true_shapes():
+            return self._jitted(gradients, state, params)
+
+    def steps(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int) -> Step:
+        """The calls of one real step, one after the other, from a state."""
+        params, grads = self.tree(weights), _gradients(self.tree(gradients, zeros=True))
+        start, before, moved = self._numbers(params), state, []
+        for _ in range(calls):
+            updates, state = self.update(grads, state, params)
+            moved.append(self._numbers(updates))
+            params = apply_updates(params, updates)
+        return Step(start, moved, before, state)
+
+    def rhythm(self) -> tuple[int, int]:
+        """The first call that makes a real step, from 0, and how many calls make one.
+
+        A real step reacts to gradients, as `optax.MultiSteps` does in each k-th call; and where in some of these calls
+        nothing happens without a gradient, as in the ascents of SAM, the next one that decays belongs to them.
+        """
+        params = self.tree(self.weights)
+        kinds = [
+            _gradients(self.tree(arrays, zeros=True)) for arrays in (self.gradients, self.scaled(self.gradients, 0.0))
+        ]
+        states = [self.init(self.weights)] * 2
+        reacting: list[int] = []
+        moving: list[int] = []
+        for call in range(_MOST_CALLS):
+            results = [self.update(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
+            states = [state for _, state in results]
+            with_gradients, without = (self._numbers(updates) for updates, _ in results)
+            if any(not np.array_equal(with_gradients[i], without[i]) for i in self.indices):
+                reacting.append(call)
+            if any(np.any(without[i] != 0) for i in self.indices):
+                moving.append(call)
+            enough = len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8)
+            if enough:
+                break
+        rhythms = [(found[1] - found[0], found[0]) for found in (reacting, moving) if len(found) > 1]
+        calls, first = max(rhythms, default=(1, (reacting or [0])[0]))
+        return first, calls
+
+    def trajectory(self, steps: int, *, wide: bool) -> Arrays:
+        """The probe weights after many calls with zero gradients, in their own dtypes or wide."""
+        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=wide, zeros=True))
+        params = self.tree(self.weights, wide=wide)
+
+        def call(carry: Any, _: Any) -> Any:
+            params, state = carry
+            updates, state = self.optimizer.update(grads, state, params, **self.extra_args)
+            return (apply_updates(params, updates), state), None
+
+        with self._asked_of_true_shapes():
+            (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(
+                (params, self.optimizer.init(params))
+            )
+        return self._numbers(params)
+
+    def shapes_after(self, state: PyTree) -> PyTree:
+        """The shapes and dtypes of the state after an update of the parameters' own dtypes."""
+        params = self.tree(self.weights, wide=False)
+        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=False, zeros=True))
+        with self._asked_of_true_shapes():
+            return jax.eval_shape(lambda: self.optimizer.update(grads, state, params, **self.extra_args)[1])
+
+    def rounded_weights(self) -> Arrays:
+        """The probe weights in their own dtypes."""
+        return self._numbers(self.tree(self.weights, wide=False))
+
+    def _numbers(self, tree: PyTree) -> Arrays:
+        found = dict(_leaves.flatten_with_paths(tree))
+        arrays: Arrays = [None] * len(self.leaves)
+        for i in self.indices:
+            value = found.get(self.leaves[i].path)
+            shape = self.weights[i].shape
+            if _leaves.is_hole(value):
+                arrays[i] = np.zeros(shape)
+                continue
+            array = np.asarray(value)
+            arrays[i] = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+        return arrays
+
+    @contextlib.contextmanager
+    def _asked_of_true_shapes(self) -> Iterator[None]:
+        with _leaves.shapes_taken_for(self._true_shapes if self.is_small else {}):
+            yield
+
+
+def _gradients(tree: PyTree) -> PyTree:
+    return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _small(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(min(size, _LONGEST) for size in shape) if math.prod(shape) > _LARGE else tuple(shape)
+
+
+def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: float, most: float) -> np.ndarray:
+    magnitudes = np.exp(rng.uniform(np.log(least), np.log(most), shape))
+    if isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating):
+        return magnitudes * np.exp(1j * rng.uniform(0, 2 * np.pi, shape))
+    # What the probes are, every dtype that is probed can hold: low precision, too, starts on its own grid.
+    dtype = dtype if isinstance(dtype, np.dtype) else np.dtype(np.float32)
+    return (magnitudes * rng.choice([-1.0, 1.0], shape)).astype(dtype).astype(np.float64)
+
+
+def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
+    """Which leaves of a state are integers that a step raised by one, or by its number of calls."""
+    found = []
+    for i, (old, new) in enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)):
+        is_integer = hasattr(old, "dtype") and jnp.issubdtype(old.dtype, jnp.integer) and jnp.ndim(old) == 0
+        if is_integer and int(new) - int(old) in (1, calls):
+            found.append(i)
+    return found
+
+
+def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyTree:
+    """The state at another step."""
+    leaves, treedef = jax.tree.flatten(state)
+    for i in positions:
+        leaves[i] = jnp.asarray(count, leaves[i].dtype)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def with_counters_of(state: PyTree, other: PyTree, positions: Sequence[int]) -> PyTree:
+    """The state at the step of another state."""
+    leaves, treedef = jax.tree.flatten(state)
+    others = jax.tree.leaves(other)
+    for i in positions:
+        leaves[i] = others[i]
+    return jax.tree.unflatten(treedef, leaves)

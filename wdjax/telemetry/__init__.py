@@ -1,0 +1,296 @@
+"""What people plot of weight decay, measured in the step itself: how large weights, updates and decay are, by group.
+
+`monitor` stands around a finished optimizer and changes nothing. It looks at the parameters and at the update that
+comes out, and keeps a few scalars for each group of parameters in its state; `scalars` takes them out of whatever the
+state is nested in, as a dictionary for TensorBoard, Weights & Biases or clu.
+
+What is known of an update is its sum, not its parts: how much of it is decay, the monitor is told, by the arguments
+that the decay itself got. All else is measured. Each array gives a handful of sums, of products of the parameter, the
+update and the decay; everything else is arithmetic on these scalars. So XLA can compute them in the loop that applies
+the update, and sharded arrays need one all-reduce of scalars.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks, _leaves
+from .._action import Action, DecayState, _acts
+from .._steps import nodes, stepped
+from ..low_precision import WRITERS, CompensatedState, _is_compensated, is_low
+from ..paths import Rules
+from ..paths._rules import Decision
+from ..plans import _asked, _planned
+from ._sums import METRICS, Sums, metrics, sums
+
+PyTree = Any
+UNDECAYED = "undecayed"
+
+
+class MonitorState(NamedTuple):
+    """The state of `monitor`.
+
+    Attributes:
+        decay: the count of real steps, and the anchor if there is one.
+        measured: for each group a dictionary of the metrics of the last real step: shape (), float32.
+        inner_state: the state of the wrapped optimizer.
+    """
+
+    decay: DecayState
+    measured: dict[str, dict[str, jax.Array]]
+    inner_state: Any
+
+
+@_checks.known_arguments
+def monitor(
+    optimizer: Any,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    *,
+    learning_rate: Any = 1.0,
+    toward: Any = None,
+    groups: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
+
+    Rule:   u <- optimizer's u, bit for bit; measured are u, the weights p before the step, and the decay, which is
+            d = learning_rate * weight_decay * (p - toward)
+    Place:  around the whole optimizer, within `freeze`; behind it only `optax.apply_updates`.
+    Units:  per step. For each group, as one vector:
+
+            weight_norm      |p|
+            weight_rms       |p| / sqrt(number of weights): with AdamW and noisy gradients about sqrt(eta / (2 lambda))
+            update_norm      |u|
+            decay_norm       |d|
+            decay_to_update  |d| / |u|
+            angular_update   the angle from p to where the step lands, in radians
+            effective_rate   |d| / |p - toward|: eta * lambda, or a mean where rates differ
+            shrinkage        -<step, p> / <p, p>, the share that the step takes off along the weights: with zero
+                             gradient the effective rate, in equilibrium about 0
+            rounded_away     of the weights that d should move, the share that land where they would without it
+            decay_landed     the share of d in the step as it lands: 1 in exact arithmetic, 0 if all is rounded away
+                             in each step, about 1 if now one and now another weight is rounded a step further
+    Source: Kosson et al. 2024 (arXiv 2305.17212) for angular updates and equilibrium; Zamirai et al. 2020 (arXiv
+            2010.06192) for decays that round away; otherwise ours.
+
+    Sums are in float32, or float64 for such parameters. What has no value is 0: ratios to 0, angles of zero weights,
+    the decay of groups that don't decay. An angle of less than a thousandth of |u| / |p| is rounding. Steps land as by
+    `optax.apply_updates`: for parameters in less than float32 the angle and the shrinkage are of the rounded step. A
+    writer of `low_precision` in the optimizer rounds in its own way, which loses nothing in the long run: there
+    nothing is counted as rounded away.
+
+    Args:
+        optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with the decay inside.
+        weight_decay, mask, toward: what the decay in it got; 0 if there is none. A modifier as `cautious` is not known
+            here: the decay is what it would be without. L2 in the gradient is no decay of known size; leave it at 0
+            and look at the shrinkage.
+        learning_rate: what multiplies the decay: the number or schedule that the optimizer got. Left at 1 for
+            `independent_decay`. Schedules are called with the monitor's own count of real steps, from 0. For values
+            that change in `optax.inject_hyperparams`, inject the whole:
+            `inject_hyperparams(lambda lr: monitor(adamw(lr, 0.1), 0.1, learning_rate=lr))(lr=1e-3)`.
+        groups: None for one group for each rule that lets parameters decay, as `plan` names it, and "undecayed" for
+            the rest; or `Rules` whose values are texts; or a function of a `Leaf` that gives one, such as
+            `lambda leaf: leaf.path`. A checkpoint of the state restores into monitors of the same groups.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `MonitorState`; its `update` needs `params`. In a mini-step
+        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics stay as they were. In `pmap`
+        every replica measures the same; within `shard_map` each device measures its own shard.
+
+    Raises:
+        TypeError: if `optimizer` is no optimizer, or the groups are no texts.
+        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init` and `update`: for groups
+            that don't fit params, or params left out.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> mask = wdjax.only("kernel")
+        >>> optimizer = wdjax.monitor(wdjax.adamw(0.5, 0.1, mask), 0.1, mask, learning_rate=0.5)
+        >>> params = {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([2.0])}
+        >>> updates, state = optimizer.update({k: jnp.zeros_like(p) for k, p in params.items()},
+        ...                                   optimizer.init(params), params)
+        >>> kernel = state.measured["kernel"]
+        >>> [round(float(kernel[name]), 4) for name in ("weight_norm", "decay_norm", "effective_rate", "shrinkage")]
+        [5.0, 0.25, 0.05, 0.05]
+        >>> sorted(wdjax.scalars(state))[-2:]
+        ['undecayed/weight_norm', 'undecayed/weight_rms']
+    """
+    where = "monitor"
+    inner = _checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)")
+    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+    _check_groups(where, groups)
+
+    def init_fn(params: PyTree) -> MonitorState:
+        labels = _labels(action, groups, params, _leaves.flatten_with_paths(params))
+        measured = {label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels if label}
+        # Arrays that stand at two places are the decay's to warn of.
+        return MonitorState(action.init(params, acts_on=lambda path: False), measured, inner.init(params))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
+        _checks.params_given(where, params)
+        updates, after = inner.update(updates, state.inner_state, params, **extra_args)
+        measured = _measured(action, groups, updates, state.decay, params, _is_written(after))
+        flags = jnp.array(stepped(state.inner_state, after), bool)
+        count = state.decay.count
+        next_count = optax.safe_increment(count)
+        if flags.size:
+            is_step = jnp.all(flags)
+            measured = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), measured, state.measured)
+            next_count = jnp.where(is_step, next_count, count)
+        return updates, MonitorState(state.decay._replace(count=next_count), measured, after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@_checks.known_arguments
+def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
+    """What `monitor` measured in the last step, as a flat dictionary to log.
+
+    Rule:   {prefix + "group/metric": value} of every monitor in the state
+    Place:  in the training loop, on the state after `update`; within the compiled step or outside.
+    Units:  those of `monitor`.
+    Source: ours. TensorBoard, Weights & Biases and clu take names with "/" for groups of plots.
+
+    Args:
+        opt_state: the state of an optimizer with a `monitor` anywhere in it, or what holds one: a `TrainState`, an
+            `nnx.Optimizer` or its `nnx.state`, a checkpoint that was restored into dictionaries.
+        prefix: stands before each name, as "train/" may.
+
+    Returns:
+        A dictionary of 0-d float32 arrays, or of the shape that `vmap` and `pmap` give them. `jax.device_get` makes
+        NumPy scalars of all at once.
+
+    Raises:
+        ValueError: if the state holds no monitor, or several with groups of one name.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = optax.chain(optax.clip(1.0), wdjax.monitor(optax.sgd(0.1)))
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> _, state = optimizer.update(params, optimizer.init(params), params)
+        >>> float(wdjax.scalars(state, "train/")["train/undecayed/weight_norm"])
+        5.0
+    """
+    found: dict[str, jax.Array] = {}
+    monitors = _monitors(opt_state)
+    if not monitors:
+        raise ValueError(
+            "scalars: there is no MonitorState in this state. Wrap the optimizer before init: "
+            "monitor(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3); then scalars(opt_state)."
+        )
+    for measured in monitors:
+        for path, value in _leaves.flatten_with_paths(measured):
+            if prefix + path in found:
+                raise ValueError(
+                    f"scalars: {len(monitors)} monitors in this state measure {path!r}. Name their groups apart: "
+                    "monitor(..., groups=lambda leaf: 'encoder')."
+                )
+            found[prefix + path] = value
+    return found
+
+
+def _monitors(state: PyTree) -> list[Any]:
+    """What each monitor in a state measured."""
+    found = []
+    for node in jax.tree.leaves(state, is_leaf=_is_monitor):
+        if _is_monitor(node):
+            fields = node._asdict() if isinstance(node, MonitorState) else node
+            found += [fields["measured"], *_monitors(fields["inner_state"])]
+    return found
+
+
+def _is_monitor(node: Any) -> bool:
+    # NNX and checkpoints make mappings of named tuples.
+    return isinstance(node, MonitorState) or (isinstance(node, Mapping) and set(node) == set(MonitorState._fields))
+
+
+def _check_groups(where: str, groups: Any) -> None:
+    write = f"{where}(..., groups=by_path({{'embedding': 'embeddings'}}, default='rest'))"
+    if isinstance(groups, Rules):
+        wrong = [value for value in groups._values() if not isinstance(value, str)]
+        if wrong:
+            raise TypeError(f"{where}: groups are texts, and {groups!r} holds {wrong[0]!r}. Write {write}.")
+    elif groups is not None and (not callable(groups) or isinstance(groups, type)):
+        raise TypeError(
+            f"{where}: groups must be Rules of texts, or a function of a Leaf that gives a text, got {groups!r}. "
+            f"Write {write}, or groups=lambda leaf: leaf.path for every array by itself."
+        )
+
+
+def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
+    """The group of each leaf; None for what is no number."""
+    counted = [_leaves.is_decayable(leaf) for _, leaf in leaves]
+    if isinstance(groups, Rules):
+        decisions = groups._decisions(action.where, leaves)
+        return [d.value if d and number else None for d, number in zip(decisions, counted, strict=True)]
+    if groups is None:
+        return _rules(action, params, leaves)
+    labels = [
+        groups(_leaves.describe(path, leaf)) if number else None
+        for (path, leaf), number in zip(leaves, counted, strict=True)
+    ]
+    for (path, _), number, label in zip(leaves, counted, labels, strict=True):
+        if number and not isinstance(label, str):
+            raise TypeError(f"{action.where}: groups must give a text, and gave {label!r} for {path!r}.")
+    return labels
+
+
+def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
+    """For each leaf that decays the rule that lets it, as `plan` shows it."""
+    rate = action.rates["weight_decay"]
+    chosen = _asked(action.where, action.mask, params, leaves, "all")
+    rates = rate._decisions(action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
+    labels: list[str | None] = []
+    for row, (path, leaf), choice, rated in zip(action._factors(params, leaves), leaves, chosen, rates, strict=True):
+        label = UNDECAYED if _leaves.is_decayable(leaf) else None
+        if _acts(row):
+            shown = _planned(
+                _leaves.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, "")
+            )
+            label = shown.rule.replace("'", "")
+        labels.append(label)
+    return labels
+
+
+def _is_written(inner_state: Any) -> Callable[[Any], bool]:
+    """Whether a writer of low precision in the optimizer decides where a parameter lands."""
+    kinds = {type(node) for node in nodes(inner_state, WRITERS)}
+    return _is_compensated if CompensatedState in kinds else is_low if kinds else lambda leaf: False
+
+
+def _measured(
+    action: Action,
+    groups: Any,
+    updates: PyTree,
+    state: DecayState,
+    params: PyTree,
+    is_written: Callable[[Any], bool],
+) -> dict[str, dict[str, jax.Array]]:
+    leaves = _leaves.flatten_with_paths(params)
+    labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state)
+    moves: dict[int, Any] = {}
+
+    def note(update: Any, i: int) -> Any:
+        _checks.same_shape(action.where, leaves[i][0], update, leaves[i][1])
+        moves[i] = update
+        return update
+
+    _leaves.map_with_params(note, action.where, updates, params, [path for path, _ in leaves])
+    rows: dict[str, list[Sums]] = {}
+    # What is left to promote are real rates beside complex weights.
+    with jax.numpy_dtype_promotion("standard"):
+        for i, label in enumerate(labels):
+            if label is not None:
+                p = leaves[i][1]
+                update = moves[i] if i in moves else jnp.zeros_like(p)
+                rows.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
+    if not rows:
+        return {}
+    totals = [[jnp.asarray(sum(x), jnp.float32) for x in zip(*row, strict=True)] for row in rows.values()]
+    values = metrics(Sums(*(jnp.stack(column) for column in zip(*totals, strict=True))))
+    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(rows)}
