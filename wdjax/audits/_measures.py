@@ -152,7 +152,7 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged
     plus, minus, plus_grad, minus_grad = (
         step.total(i) for step in (runs.plus, runs.minus, runs.plus_grad, runs.minus_grad)
     )
-    moves = not np.array_equal(plus_grad, plus)
+    moves = not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
     rest = {
         "moves": moves,
         "is_raw": moves and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),

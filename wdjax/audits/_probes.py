@@ -222,7 +222,8 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
         return magnitudes * np.exp(1j * rng.uniform(0, 2 * np.pi, shape))
     # What the probes are, every dtype that is probed can hold: low precision, too, starts on its own grid.
     dtype = dtype if isinstance(dtype, np.dtype) else np.dtype(np.float32)
-    return (magnitudes * rng.choice([-1.0, 1.0], shape)).astype(dtype).astype(np.float64)
+    signs = rng.permutation(np.resize([1.0, -1.0], math.prod(shape))).reshape(shape)  # As many of each.
+    return (magnitudes * signs).astype(dtype).astype(np.float64)
 
 
 def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
