@@ -191,7 +191,8 @@ class Action:
                 f"{self.where}: {name} is a function, and a loss has no step to call it with. "
                 f"Call the schedule yourself: {self.where}(params, schedule(step))."
             )
-        value = schedule(state.count)
+        # What a checkpoint gave back may be NumPy, in which a schedule would compute in float64.
+        value = schedule(jnp.asarray(state.count))
         if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
             return value
         return _checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")

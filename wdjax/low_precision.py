@@ -252,7 +252,7 @@ def master_weights() -> optax.GradientTransformation:
 
     def write(update: jax.Array, p: jax.Array, weights: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
         weights = weights + update
-        return _step_to(p, _rounded(weights, p.dtype), update), weights
+        return _step_to(p, _rounded(weights, p.dtype), weights - p.astype(jnp.float32)), weights
 
     def init_fn(params: PyTree) -> MasterWeightsState:
         return MasterWeightsState(_for_each(params, is_low, lambda p: p.astype(jnp.float32)))

@@ -183,7 +183,6 @@ def assert_only_decays(
             raise AssertionError(f"assert_only_decays: {path!r} {fault}")
 
 
-@_checks.known_arguments
 def assert_audit(
     optimizer: Any, params: PyTree, expected: Any = None, mask: Any = None, *, allow: Sequence[str] = (), **options: Any
 ) -> Audit:
@@ -215,9 +214,7 @@ def assert_audit(
     faults = [finding for finding in report.findings if finding.harm != "note" and finding.name not in allow]
     if faults:
         listed = "\n  ".join(map(str, faults))
-        raise AssertionError(
-            f"assert_audit: the audit found\n  {listed}\nWhat is meant goes into allow=[...].\n{report}"
-        )
+        raise AssertionError(f"assert_audit:\n  {listed}\nWhat is meant goes into allow=[...].\n\n{report.table()}")
     return report
 
 

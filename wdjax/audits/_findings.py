@@ -48,7 +48,7 @@ def _is_times(row: Audited, expected: tuple[float, float], factor: float) -> boo
 
 def _compared(row: Audited, context: Context) -> str:
     ranges = ((row.least, row.most), context.expected or (0.0, 0.0))
-    got, want = (f"{a:.6g}" if a == b else f"{a:.6g} to {b:.6g}" for a, b in ranges)
+    got, want = (" to ".join(dict.fromkeys((f"{least:.6g}", f"{most:.6g}"))) for least, most in ranges)
     return f", {got} and not {want} a step"
 
 

@@ -152,10 +152,10 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged
     plus, minus, plus_grad, minus_grad = (
         step.total(i) for step in (runs.plus, runs.minus, runs.plus_grad, runs.minus_grad)
     )
-    moves = not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
+    moves = nudged or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
     rest = {
         "moves": moves,
-        "is_raw": moves and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
+        "is_raw": moves and not nudged and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
         "is_finite": bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
     }
     odd, even = (plus - minus) / 2, (plus + minus) / 2

@@ -229,6 +229,8 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
 def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
     """Which leaves of a state are integers that a step raised by one, or by its number of calls."""
     found = []
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        return found
     for i, (old, new) in enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)):
         is_integer = hasattr(old, "dtype") and jnp.issubdtype(old.dtype, jnp.integer) and jnp.ndim(old) == 0
         if is_integer and int(new) - int(old) in (1, calls):

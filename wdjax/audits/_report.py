@@ -113,11 +113,14 @@ class Audit:
         """The first finding of this name, or None."""
         return next((finding for finding in self.findings if finding.name == name), None)
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """The rows alone; repeated blocks are one line."""
         lines = _table.in_columns(_HEADER, _lines(self.parameters), ("arrays", "shape", "dtype", "rate", "kept"))
-        if self.calls_per_step > 1:
-            lines += ["", f"a real step every {self.calls_per_step} calls of update"]
-        return "\n".join((*lines, "", *map(str, self.findings or ("nothing unexpected",))))
+        steps = [f"\na real step every {self.calls_per_step} calls of update"] if self.calls_per_step > 1 else []
+        return "\n".join((*lines, *steps))
+
+    def __str__(self) -> str:
+        return "\n".join((self.table(), "", *map(str, self.findings or ("nothing unexpected",))))
 
     __repr__ = __str__
 

@@ -1,0 +1,440 @@
+"""The audit: what it says of optimizers whose decay is known, and what it finds in those that are wrong."""
+
+import json
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import wdjax
+from wdjax import testing
+
+pytestmark = pytest.mark.peers
+
+LR, WD = 0.1, 0.01
+WEIGHTS = wdjax.weights_only()
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
+
+
+def make_params(dtype: Any = jnp.float32) -> Any:
+    return {
+        "Dense_0": {"kernel": jnp.ones((8, 6), dtype), "bias": jnp.zeros(6, dtype)},
+        "norm": {"scale": jnp.ones(6, dtype)},
+    }
+
+
+def names(audit: wdjax.Audit) -> set[str]:
+    return {finding.name for finding in audit.findings}
+
+
+def in_chain(*places: Any) -> Any:
+    return optax.chain(*places)
+
+
+SGD = optax.sgd(LR)
+# The optimizer, and rate, place, kind and toward of the kernel.
+KNOWN: dict[str, tuple[Any, tuple[float, str, str, str]]] = {
+    "adamw": (wdjax.adamw(LR, WD, WEIGHTS), (LR * WD, "update", "L2", "zero")),
+    "adamw toward init": (wdjax.adamw(LR, WD, WEIGHTS, toward="init"), (LR * WD, "update", "L2", "init")),
+    "adamw toward a tree": (wdjax.adamw(LR, WD, WEIGHTS, toward=make_params()), (LR * WD, "update", "L2", "a tree")),
+    "sgdw": (wdjax.sgdw(LR, WD, WEIGHTS, momentum=0.9), (LR * WD, "update", "L2", "zero")),
+    "sgd_l2, momentum": (wdjax.sgd_l2(LR, WD, WEIGHTS, momentum=0.9), (LR * WD, "gradient", "L2", "zero")),
+    "sgd_l2, momentum, toward init": (
+        wdjax.sgd_l2(LR, WD, WEIGHTS, momentum=0.9, toward="init"),
+        (LR * WD, "gradient", "L2", "init"),
+    ),
+    "independent": (in_chain(optax.adam(LR), wdjax.independent_decay(WD, WEIGHTS)), (WD, "update", "L2", "zero")),
+    "continuous": (
+        in_chain(optax.adam(LR), wdjax.continuous_decay(WD, WEIGHTS, learning_rate=LR)),
+        (1 - np.exp(-LR * WD), "update", "L2", "zero"),
+    ),
+    "cautious": (
+        in_chain(optax.adam(LR), wdjax.cautious(wdjax.independent_decay(WD, WEIGHTS))),
+        (WD, "update", "cautious L2", "zero"),
+    ),
+    "around": (
+        wdjax.with_decoupled_decay(optax.adafactor(LR), WD, WEIGHTS, learning_rate=LR),
+        (LR * WD, "update", "L2", "zero"),
+    ),
+    "in an MultiSteps": (optax.MultiSteps(wdjax.adamw(LR, WD, WEIGHTS), 3), (LR * WD, "update", "L2", "zero")),
+    "in apply_if_finite": (optax.apply_if_finite(wdjax.adamw(LR, WD, WEIGHTS), 3), (LR * WD, "update", "L2", "zero")),
+    "in inject_hyperparams": (
+        optax.inject_hyperparams(wdjax.adamw)(LR, WD, mask=WEIGHTS),
+        (LR * WD, "update", "L2", "zero"),
+    ),
+    "schedule-free": (
+        wdjax.with_decoupled_decay(optax.contrib.schedule_free(optax.sgd(LR), LR), WD, WEIGHTS, learning_rate=LR),
+        (LR * WD, "update", "L2", "zero"),
+    ),
+    "clipped": (
+        in_chain(optax.clip_by_global_norm(1.0), wdjax.adamw(LR, WD, WEIGHTS)),
+        (LR * WD, "update", "L2", "zero"),
+    ),
+    "proximal L2, as a decay of k / (1 + k)": (
+        in_chain(SGD, wdjax.proximal_step(wdjax.L2(), WD, WEIGHTS, learning_rate=LR)),
+        (LR * WD / (1 + LR * WD), "update", "L2", "zero"),
+    ),
+}
+# Of these the rate depends on the weight: place and kind.
+OTHERS: dict[str, tuple[Any, tuple[str, str]]] = {
+    "adam_l2": (wdjax.adam_l2(LR, WD, WEIGHTS), ("gradient", "L1")),
+    "L1": (in_chain(wdjax.add_l1_to_grads(WD, WEIGHTS), SGD), ("update", "L1")),
+    "Huber": (in_chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS), SGD), ("update", "Huber")),
+    "group": (in_chain(wdjax.add_penalty_to_grads(wdjax.GroupLasso(), WD, WEIGHTS), SGD), ("update", "norm")),
+    "elastic net": (in_chain(wdjax.add_penalty_to_grads(wdjax.ElasticNet(0.5), WD, WEIGHTS), SGD), ("update", "other")),
+    "L1, adapted": (in_chain(wdjax.add_l1_to_grads(WD, WEIGHTS), optax.adam(LR)), ("gradient", "L1")),
+    "proximal L1": (
+        in_chain(SGD, wdjax.proximal_step(wdjax.L1(), WD, WEIGHTS, learning_rate=LR)),
+        ("weights", "L1"),
+    ),
+    "proximal group": (
+        in_chain(SGD, wdjax.proximal_step(wdjax.GroupLasso(), WD, WEIGHTS, learning_rate=LR)),
+        ("weights", "norm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_known_is_measured(name: str) -> None:
+    optimizer, want = KNOWN[name]
+    audit = wdjax.audit(optimizer, make_params())
+    kernel = audit["Dense_0/kernel"]
+    np.testing.assert_allclose(kernel.rate, want[0], rtol=1e-5)
+    assert (kernel.place, kernel.kind, kernel.toward) == want[1:]
+    assert kernel.kept == 1.0
+    assert audit.calls_per_step == (3 if "MultiSteps" in name else 1)
+    assert not audit["Dense_0/bias"].decays
+    assert not audit["norm/scale"].decays
+    assert names(audit) == ({"seen by the moments"} if kernel.place == "gradient" else set())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_in_proportion_to_the_weight(name: str) -> None:
+    optimizer, want = OTHERS[name]
+    audit = wdjax.audit(optimizer, make_params())
+    kernel = audit["Dense_0/kernel"]
+    assert (kernel.place, kernel.kind) == want
+    assert kernel.rate > 0
+    assert not audit["Dense_0/bias"].decays
+
+
+def test_what_scales_with_the_learning_rate() -> None:
+    def independent(lr: Any) -> Any:
+        return optax.chain(optax.adam(lr), wdjax.independent_decay(WD))
+
+    params = make_params()
+    for build, scales in ((lambda lr: wdjax.adamw(lr, WD), True), (independent, False)):
+        for learning_rate in (None, LR, SCHEDULE):
+            audit = wdjax.audit(build, params, learning_rate=learning_rate)
+            assert audit["Dense_0/kernel"].scales_with_learning_rate == scales
+            assert ("not times the learning rate" in names(audit)) != scales
+        audit = wdjax.audit(build(SCHEDULE), params, learning_rate=SCHEDULE)
+        assert audit["Dense_0/kernel"].scales_with_learning_rate == scales
+        assert wdjax.audit(build(LR), params)["Dense_0/kernel"].scales_with_learning_rate is None
+
+
+def test_rates_follow_the_schedule_at_every_count() -> None:
+    steps = (0, 50, 100, 550)
+    audit = wdjax.audit(wdjax.adamw(SCHEDULE, WD, WEIGHTS), make_params(), learning_rate=SCHEDULE, steps=steps)
+    row = audit["Dense_0/kernel"]
+    assert [step for step, _ in row.rates] == list(steps)
+    np.testing.assert_allclose(
+        [rate for _, rate in row.rates], [float(SCHEDULE(step)) * WD for step in steps], rtol=1e-5
+    )
+    # The first call has a learning rate of 0, and so the first step is the second call.
+    assert audit.first_step == 1
+    np.testing.assert_allclose(row.rate, float(SCHEDULE(1)) * WD, rtol=1e-5)
+    assert "0 (0) … 0.0005" in str(audit)
+
+
+def test_the_decay_s_own_schedule() -> None:
+    decay = optax.linear_schedule(0.1, 0.0, 100)
+    optimizer = wdjax.with_decoupled_decay(optax.MultiSteps(optax.adam(LR), 4), decay, learning_rate=LR)
+    audit = wdjax.audit(optimizer, make_params(), steps=(0, 50, 100))
+    assert audit.calls_per_step == 4
+    np.testing.assert_allclose(
+        [rate for _, rate in audit["norm/scale"].rates], [0.01, 0.005, 0.0], rtol=1e-5, atol=1e-9
+    )
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any], set[str], set[str]]] = {
+    "wrong sign": (in_chain(optax.adam(LR), wdjax.decoupled_decay(WD, WEIGHTS)), {}, {"grows"}, {"Dense_0/kernel"}),
+    "wrong sign, Optax": (
+        in_chain(optax.adam(LR), optax.add_decayed_weights(WD, WEIGHTS.mask)),
+        {},
+        {"grows"},
+        {"Dense_0/kernel"},
+    ),
+    "masked": (
+        optax.masked(optax.adam(LR), WEIGHTS.mask),
+        {},
+        {"raw gradients", "no decay"},
+        {"Dense_0/bias", "norm/scale"},
+    ),
+    "frozen in front of a decay": (
+        in_chain(
+            optax.masked(optax.set_to_zero(), wdjax.only("kernel").mask),
+            optax.adamw(LR, weight_decay=WD, mask=WEIGHTS.mask),
+        ),
+        {},
+        {"decays frozen"},
+        {"Dense_0/kernel"},
+    ),
+    "to be frozen, and trained": (
+        optax.adam(LR),
+        {"frozen": wdjax.only("scale")},
+        {"decays frozen", "no decay"},
+        {"norm/scale"},
+    ),
+    "biases": (optax.adamw(LR), {}, {"decays no weights"}, {"Dense_0/bias", "norm/scale"}),
+    "twice": (
+        wdjax.with_decoupled_decay(optax.adamw(LR, weight_decay=WD, mask=WEIGHTS.mask), WD, WEIGHTS, learning_rate=LR),
+        {"expected": LR * WD, "mask": WEIGHTS},
+        {"twice"},
+        {"Dense_0/kernel"},
+    ),
+    "another rate": (
+        wdjax.adamw(LR, 3 * WD, WEIGHTS),
+        {"expected": LR * WD, "mask": WEIGHTS},
+        {"not as expected"},
+        {"Dense_0/kernel"},
+    ),
+    "other parameters": (
+        wdjax.adamw(LR, WD, wdjax.only("scale")),
+        {"expected": LR * WD, "mask": WEIGHTS},
+        {"not as expected", "decays no weights"},
+        {"Dense_0/kernel", "norm/scale"},
+    ),
+    "behind MultiSteps": (
+        in_chain(optax.MultiSteps(optax.adam(LR), 4).gradient_transformation(), wdjax.independent_decay(WD, WEIGHTS)),
+        {},
+        {"decays between steps"},
+        {"Dense_0/kernel"},
+    ),
+    "overshoots": (wdjax.sgdw(10.0, 0.15, WEIGHTS), {}, {"overshoots"}, {"Dense_0/kernel"}),
+    "diverges": (wdjax.sgdw(10.0, 0.25, WEIGHTS), {}, {"diverges"}, {"Dense_0/kernel"}),
+    "float32, too small": (wdjax.sgdw(1e-7, 0.1, WEIGHTS), {}, {"rounds to nothing"}, {"Dense_0/kernel"}),
+    "not finite": (
+        optax.sgd(jnp.inf),
+        {},
+        {"not finite", "no decay"},
+        {"Dense_0/kernel", "Dense_0/bias", "norm/scale"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name: str) -> None:
+    optimizer, options, found, paths = WRONG[name]
+    audit = wdjax.audit(optimizer, make_params(), **options)
+    assert names(audit) == found
+    assert {path for finding in audit.findings for path in finding.paths} == paths
+    harms = [finding.harm for finding in audit.findings]
+    assert harms == sorted(harms, key=["wrong", "suspect", "note"].index)
+    assert all(finding.remedy for finding in audit.findings)
+
+
+BF16 = make_params(jnp.bfloat16)
+SLOW = {"learning_rate": 3e-4, "weight_decay": 0.1, "mask": WEIGHTS}
+LOW: dict[str, tuple[Any, bool]] = {
+    "nothing": (wdjax.adamw(**SLOW), False),
+    "in_float32 alone": (wdjax.in_float32(wdjax.adamw(**SLOW)), False),
+    "Optax": (optax.adamw(3e-4, weight_decay=0.1, mask=WEIGHTS.mask), False),
+    "stochastic rounding": (optax.chain(wdjax.in_float32(wdjax.adamw(**SLOW)), wdjax.stochastic_rounding(0)), True),
+    "compensated": (optax.chain(wdjax.in_float32(wdjax.adamw(**SLOW)), wdjax.compensated()), True),
+    "master weights": (optax.chain(wdjax.in_float32(wdjax.adamw(**SLOW)), wdjax.master_weights()), True),
+    "behind the compensation": (
+        optax.chain(
+            wdjax.in_float32(optax.adam(3e-4)), wdjax.compensated(), optax.add_decayed_weights(-3e-5, WEIGHTS.mask)
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
+@pytest.mark.parametrize("name", LOW)
+def test_whether_a_decay_survives_bfloat16(name: str) -> None:
+    optimizer, survives = LOW[name]
+    audit = wdjax.audit(optimizer, BF16)
+    row = audit["Dense_0/kernel"]
+    np.testing.assert_allclose(row.rate, 3e-5, rtol=1e-4)
+    assert ("rounds to nothing" in names(audit)) != survives
+    if survives:
+        assert 0.8 < row.kept < 1.2
+    else:
+        assert row.kept == 0
+
+
+def test_a_compensated_float32_keeps_the_smallest_decay() -> None:
+    audit = wdjax.audit(optax.chain(wdjax.sgdw(1e-7, 0.1, WEIGHTS), wdjax.compensated()), make_params())
+    assert not audit.findings
+
+
+def test_a_state_that_changes_its_dtype() -> None:
+    widen = optax.stateless(lambda g, p: jax.tree.map(lambda x: x.astype(jnp.float32), g))
+    audit = wdjax.audit(optax.chain(widen, optax.adamw(LR, weight_decay=0.1, mask=WEIGHTS.mask)), BF16)
+    finding = audit.finding("state drifts")
+    assert finding is not None
+    assert finding.harm == "wrong"
+    assert "mu['Dense_0']['bias'] is bfloat16[6] before the first update and float32[6] after" in finding.message
+    assert np.isnan(audit["Dense_0/kernel"].kept)
+    assert "?" in str(audit)
+
+
+def test_a_state_that_changes_its_structure() -> None:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, (*state, jnp.zeros(2))
+
+    growing = optax.GradientTransformation(lambda params: (), update)
+    assert "state drifts" in names(wdjax.audit(optax.chain(growing, SGD), make_params()))
+
+
+def test_extra_arguments_and_weights_with_gradients_that_are_nan_at_zero() -> None:
+    audit = wdjax.audit(optax.contrib.momo(LR, weight_decay=0.1), make_params(), extra_args={"value": 1e6})
+    np.testing.assert_allclose(audit["norm/scale"].rate, 0.01 / 1.01, rtol=1e-4)
+    normalized = optax.chain(optax.contrib.normalize(), wdjax.sgdw(LR, WD, WEIGHTS))
+    audit = wdjax.audit(normalized, make_params())
+    assert names(audit) == {"not finite"}
+    np.testing.assert_allclose(audit["Dense_0/kernel"].rate, LR * WD, rtol=1e-4)
+
+
+# Trees of models.
+
+
+def test_large_arrays_are_probed_by_small_copies_that_rules_take_for_the_large() -> None:
+    shapes = {
+        "embed": {"embedding": (50_000, 768)},
+        "layers": {"mlp": {"kernel": (24, 768, 3072), "bias": (24, 3072)}, "norm": {"scale": (24, 768)}},
+        "head": {"kernel": (768, 50_000)},
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    mask = wdjax.weights_only(stacked_axes={"layers": 1})
+    rates = WD * wdjax.by_path({"head": 0.5, "embed": 1.0}, default=wdjax.by_depth("layers", 0.9, axis=0))
+    audit = wdjax.audit(wdjax.adamw(LR, rates, mask), params, LR * rates, mask)
+    assert not audit.findings
+    np.testing.assert_allclose(audit["head/kernel"].rate, LR * WD / 2, rtol=1e-5)
+    stack = audit["layers/mlp/kernel"]
+    assert stack.shape == (24, 768, 3072)
+    np.testing.assert_allclose((stack.least, stack.most), (LR * WD * 0.9**24, LR * WD * 0.9), rtol=1e-5)
+    # A multiplier that goes by the true width, at a width of its own.
+    widths = WD * wdjax.by_path({"layers": 1.0}, default=wdjax.by_width(128))
+    audit = wdjax.audit(wdjax.adamw(LR, widths, mask), params)
+    plan = wdjax.plan(params, widths, mask)
+    for row in plan.parameters:
+        if row.decays:
+            np.testing.assert_allclose(audit[row.path].rate, LR * row.rate, rtol=1e-5)  # pyright: ignore[reportOperatorIssue]
+
+
+def test_trees_that_fit_no_small_copies_are_probed_at_full_size() -> None:
+    params = {"kernel": jnp.ones((300, 300))}
+    audit = wdjax.audit(wdjax.adamw(LR, WD, toward=params), params)
+    assert audit["kernel"].toward == "a tree"
+    np.testing.assert_allclose(audit["kernel"].rate, LR * WD, rtol=1e-5)
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda p: p.shape[0] > 200, tree)
+
+    optimizer = optax.adamw(LR, weight_decay=WD, mask=wide)
+    assert not wdjax.audit(optimizer, params)["kernel"].decays
+    assert wdjax.audit(optimizer, params, full_size=True)["kernel"].decays
+
+
+def test_frameworks_and_leaves_that_are_no_numbers() -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3)(nn.LayerNorm()(nn.Dense(4)(x)))
+
+    x = jnp.ones((2, 5))
+    linen = Model().init(jax.random.key(0), x)["params"]
+    module = nnx.state(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    equinox = eqx.filter(eqx.nn.MLP(5, 3, 4, 2, key=jax.random.key(0)), eqx.is_inexact_array)
+    mixed = {
+        "kernel": jnp.ones((3, 2)),
+        "steps": jnp.zeros(3, jnp.int32),
+        "empty": jnp.zeros((0, 4)),
+        "none": None,
+        "number": 2.0,
+        "complex": jnp.ones((2, 3), jnp.complex64),
+    }
+    for params in (linen, module, equinox):
+        audit = wdjax.audit(wdjax.adamw(LR, WD, WEIGHTS), params)
+        planned = {row.path: row.decays for row in wdjax.plan(params, WD, WEIGHTS).parameters}
+        assert {row.path: row.decays for row in audit.parameters} == planned
+        assert not audit.findings
+    audit = wdjax.audit(wdjax.sgdw(LR, WD), mixed)
+    rates = {row.path: round(row.rate, 9) for row in audit.parameters}
+    assert rates == {"kernel": LR * WD, "empty": 0.0, "number": LR * WD, "complex": LR * WD}
+    assert audit["complex"].kind == "L2"
+
+
+def test_lookahead_and_partition() -> None:
+    params = optax.LookaheadParams.init_synced(make_params())
+    audit = wdjax.audit(optax.lookahead(wdjax.adamw(LR, WD, wdjax.only("kernel")), 5, 0.5), params)
+    assert {row.path for row in audit.parameters if row.decays} == {"fast/Dense_0/kernel"}
+    labels = wdjax.by_path({"kernel": "weights"}, default="rest").values
+    partition = optax.partition({"weights": wdjax.adamw(LR, WD), "rest": optax.sgd(LR)}, labels)
+    audit = wdjax.audit(partition, make_params(), LR * WD, wdjax.only("kernel"))
+    assert not audit.findings
+
+
+# The report, assertions and bad input.
+
+
+def test_the_report_is_made_of_values() -> None:
+    audit = wdjax.audit(optax.adamw(LR, weight_decay=0.1), make_params())
+    assert [row.path for row in audit.parameters] == ["Dense_0/bias", "Dense_0/kernel", "norm/scale"]
+    assert [row.role for row in audit.parameters] == ["bias", "kernel", "norm"]
+    json.dumps([row._asdict() for row in audit.parameters])
+    text = str(audit)
+    assert "suspect [decays no weights]" in text
+    assert "Dense_0/kernel" in text
+    with pytest.raises(KeyError, match=r"no parameter has the path 'Dense_1/kernel'"):
+        audit["Dense_1/kernel"]
+    blocks = {f"Block_{i}": make_params() for i in range(12)}
+    text = str(wdjax.audit(wdjax.sgdw(LR, WD, WEIGHTS), blocks))
+    assert "Block_{0..11}/Dense_0/kernel" in text
+    assert "nothing unexpected" in text
+
+
+def test_assert_audit() -> None:
+    params = make_params()
+    testing.assert_audit(wdjax.adamw(LR, WD, WEIGHTS), params, LR * WD, WEIGHTS)
+    rates = LR * wdjax.by_path({"kernel": WD}, default=0.0)
+    audit = testing.assert_audit(wdjax.adamw(LR, WD, WEIGHTS), params, rates, learning_rate=LR)
+    assert audit["Dense_0/kernel"].place == "update"
+    l2 = wdjax.adam_l2(LR, WD, WEIGHTS)
+    testing.assert_audit(l2, params, allow=["seen by the moments"])
+    with pytest.raises(AssertionError, match=r"suspect \[seen by the moments\].*\n.*allow=\[\.\.\.\]"):
+        testing.assert_audit(l2, params)
+    with pytest.raises(
+        AssertionError, match=r"not what is expected, 0\.002 and not 0\.003 a step \('Dense_0/kernel'\)"
+    ):
+        testing.assert_audit(wdjax.adamw(LR, 2 * WD, WEIGHTS), params, 3 * LR * WD, WEIGHTS)
+    with pytest.raises(ValueError, match=r"no finding is called 'momentum'. They are: 'decays between steps', "):
+        testing.assert_audit(l2, params, allow=["momentum"])
+    with pytest.raises(TypeError, match=r"audit\(\) has no argument 'lr' .* Did you mean learning_rate"):
+        testing.assert_audit(l2, params, lr=0.1)
+
+
+def test_bad_input() -> None:
+    params = make_params()
+    with pytest.raises(TypeError, match=r"audit: optimizer must be a finished Optax optimizer, got 0\.1"):
+        wdjax.audit(0.1, params)
+    with pytest.raises(TypeError, match=r"audit: optimizer must be a finished Optax optimizer, got None"):
+        wdjax.audit(lambda lr: None, params)
+    with pytest.raises(ValueError, match=r"audit: the pattern 'kernle' matches no parameter"):
+        wdjax.audit(SGD, params, 0.1, wdjax.only("kernle"))
+    with pytest.raises(ValueError, match=r"audit: learning_rate must be finite and not negative"):
+        wdjax.audit(SGD, params, learning_rate=-1.0)
+    with pytest.raises(ValueError, match=r"decoupled_decay: the pattern 'kernle' matches no parameter"):
+        wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("kernle")), params)

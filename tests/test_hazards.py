@@ -1,0 +1,266 @@
+"""Rates that do nothing or too much: what `init` warns of, in which words; and the decay that never overshoots."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wdjax
+
+LOW = {jnp.bfloat16: 2.0**-9, jnp.float16: 2.0**-12, jnp.float32: 2.0**-25, jnp.float8_e4m3fn: 2.0**-5}
+every_dtype = pytest.mark.parametrize("dtype", LOW, ids=lambda dtype: dtype.__name__)
+
+# Each from a learning rate and a weight decay, of which the product is what a step takes.
+DECAYS: dict[str, Callable[[Any, Any], Any]] = {
+    "independent_decay": lambda lr, wd: wdjax.independent_decay(lr * wd),
+    "with_decoupled_decay": lambda lr, wd: wdjax.with_decoupled_decay(optax.sgd(lr), wd, learning_rate=lr),
+    "adamw": lambda lr, wd: wdjax.adamw(lr, wd),
+    "sgdw": lambda lr, wd: wdjax.sgdw(lr, wd),
+}
+every_decay = pytest.mark.parametrize("name", DECAYS)
+
+
+def said(optimizer: Any, params: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.init(params)
+    assert all(each.category is UserWarning and each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def params(dtype: Any = jnp.bfloat16) -> Any:
+    return {"Dense_0": {"kernel": jnp.ones((2, 2), dtype), "bias": jnp.ones(2, dtype)}}
+
+
+@every_decay
+@every_dtype
+def test_a_decay_that_rounds_to_nothing_is_warned_of_and_one_that_does_not_is_not(name: str, dtype: Any) -> None:
+    least = LOW[dtype]
+    build = DECAYS[name]
+    (message,) = said(build(0.5, 2 * least * 0.99), params(dtype))
+    assert "rounds to nothing" in message
+    assert not said(build(0.5, 2 * least), params(dtype))
+    assert not said(build(0.5, 2 * least * 1.01), params(dtype))
+    assert not said(build(0.5, 0.0), params(dtype))
+
+
+def test_the_warning_in_full() -> None:
+    (message,) = said(wdjax.adamw(3e-4, 0.1), params())
+    assert message == (
+        "adamw: the decay rounds to nothing: learning_rate * weight_decay is 3e-05 a step, and optax.apply_updates "
+        "keeps no change of less than 0.00195 (2**-9) of a bfloat16 weight: 'Dense_0/bias', 'Dense_0/kernel'. "
+        "Keep the parameters in float32 and compute in a narrower dtype, or write "
+        "optax.chain(in_float32(optimizer), compensated()) with adamw inside the optimizer."
+    )
+    (message,) = said(wdjax.independent_decay(1e-8), params(jnp.float32))
+    assert message == (
+        "independent_decay: the decay rounds to nothing: weight_decay is 1e-08 a step, and optax.apply_updates "
+        "keeps no change of less than 2.98e-08 (2**-25) of a float32 weight: 'Dense_0/bias', 'Dense_0/kernel'. "
+        "Write optax.chain(optimizer, compensated()) with independent_decay inside the optimizer, or take a larger "
+        "rate."
+    )
+    (message,) = said(wdjax.adamw(3e-4, 0.1), {f"layer_{i}": jnp.ones(1, jnp.float16) for i in range(9)})
+    assert "(2**-12) of a float16 weight: 'layer_0', 'layer_1', 'layer_2' and 6 more. Keep" in message
+    (message,) = said(wdjax.with_decoupled_decay(optax.sgd(1e-3), 0.1, learning_rate=1e-3), params())
+    assert message.startswith("with_decoupled_decay: the decay rounds to nothing: weight_decay * learning_rate is")
+
+
+def test_the_remedy_silences_it_and_works() -> None:
+    remedy = optax.chain(wdjax.in_float32(wdjax.sgdw(3e-4, 0.1)), wdjax.compensated())
+    assert not said(remedy, params())
+    assert not said(wdjax.adamw(3e-4, 0.1), params(jnp.float32))
+
+
+@pytest.mark.peers
+def test_it_is_said_once_at_the_line_of_init() -> None:
+    optimizer = wdjax.adamw(3e-4, 0.1)
+    weights = params()
+    with pytest.warns(UserWarning, match="rounds to nothing") as caught:
+        state = optimizer.init(weights)  # Here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            _, state = optimizer.update(weights, state, weights)
+    (each,) = caught
+    assert each.filename == __file__
+    assert "# Here." in Path(__file__).read_text().splitlines()[each.lineno - 1]
+    # From within chains and wrappers as well.
+    deep = optax.chain(optax.clip(1.0), optax.MultiSteps(optimizer, 2).gradient_transformation())
+    with pytest.warns(UserWarning, match="rounds to nothing") as caught:
+        optax.apply_if_finite(deep, 3).init(weights)
+    (each,) = caught
+    assert each.filename == __file__
+
+
+@every_decay
+def test_what_has_no_value_yet_is_not_guessed(name: str) -> None:
+    build = DECAYS[name]
+    schedule = optax.constant_schedule(1e-5)
+    if name == "independent_decay":
+        assert not said(wdjax.independent_decay(schedule), params())
+    else:
+        assert not said(build(schedule, 0.1), params())
+        assert not said(build(0.1, schedule), params())
+
+    def traced(rate: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return build(rate, 0.1).init(params())
+
+    jax.jit(traced)(jnp.array(1e-5, jnp.float32))
+    # An array that is no tracer has a value.
+    assert said(build(jnp.array(1e-5), 0.1), params())
+
+
+@every_decay
+def test_overshoot_and_divergence(name: str) -> None:
+    build = DECAYS[name]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert not said(build(0.5, 1.99), params(dtype))
+        (message,) = said(build(0.5, 2.0), params(dtype))
+        assert "is 1 a step, 1 or more, so that each step takes weights past zero" in message
+        assert "grow without end" not in message
+        assert message.endswith(
+            "'Dense_0/bias', 'Dense_0/kernel'. Is a rate missing a factor? "
+            "If it is meant, continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
+        )
+        (message,) = said(build(0.5, 4.0), params(dtype))
+        assert "is 2 a step" in message
+        assert "and 2 or more makes them grow without end" in message
+
+
+@pytest.mark.filterwarnings("ignore:independent_decay")
+def test_what_is_said_of_overshoot_is_so() -> None:
+    def walk(rate: float, steps: int = 20) -> list[float]:
+        optimizer = wdjax.independent_decay(rate)
+        weights = [jnp.array(1.0)]
+        state = optimizer.init(weights[0])
+        for _ in range(steps):
+            update, state = optimizer.update(jnp.zeros([]), state, weights[-1])
+            weights.append(weights[-1] + update)
+        return [float(w) for w in weights]
+
+    assert min(walk(0.9)) > 0
+    assert walk(1.5)[1] == -0.5
+    assert abs(walk(1.5)[-1]) < 1e-5
+    assert abs(walk(2.5)[-1]) > 1e3
+
+
+def test_rates_by_path_by_depth_and_masks() -> None:
+    tree = {"slow": jnp.ones(2, jnp.bfloat16), "fast": jnp.ones(2, jnp.bfloat16), "wide": jnp.ones(2, jnp.float32)}
+    table = wdjax.by_path({"slow": 1e-4, "fast": 0.01, "wide": 1e-4})
+    (message,) = said(wdjax.independent_decay(table), tree)
+    assert "weight_decay is 0.0001 a step" in message
+    assert "weight: 'slow'. Keep" in message
+    assert not said(wdjax.independent_decay(table, wdjax.all_but("slow")), tree)
+    assert not said(wdjax.independent_decay(wdjax.by_path({"slow": 0.0}, default=0.01)), tree)
+    # Both kinds at once are two warnings.
+    both = said(wdjax.independent_decay(wdjax.by_path({"slow": 1e-4, "fast": 1.5, "wide": 0.1})), tree)
+    assert ["rounds to nothing" in both[0], "'fast'" in both[1]] == [True, True]
+    # A factor that is a schedule leaves that parameter out, and no other.
+    table = wdjax.by_path({"slow": 1e-4, "fast": optax.constant_schedule(1e-4), "wide": 0.1})
+    (message,) = said(wdjax.independent_decay(table), tree)
+    assert "weight: 'slow'. Keep" in message
+
+
+def test_layers_of_a_stack_are_warned_of_where_even_the_fastest_is_lost() -> None:
+    stack = {"Blocks": {"kernel": jnp.ones((4, 3, 3), jnp.bfloat16)}}
+
+    def decay(rate: float) -> Any:
+        return wdjax.independent_decay(rate * wdjax.by_depth("Blocks", 0.5, axis=0))
+
+    (message,) = said(decay(1e-3), stack)
+    assert "'Blocks/kernel'" in message
+    assert not said(decay(0.1), stack)
+
+
+def test_what_does_not_decay_is_not_warned_of() -> None:
+    tree = {"int": jnp.arange(3), "none": None, "key": jax.random.key(0), "wide": jnp.ones(2)}
+    assert not said(wdjax.independent_decay(1e-5), tree)
+
+
+# The decay in continuous time.
+
+
+def after(optimizer: Any, steps: int, start: Any) -> np.ndarray:
+    def step(carry: Any, _: Any) -> Any:
+        weights, state = carry
+        updates, state = optimizer.update(jnp.zeros_like(weights), state, weights)
+        return (weights + updates, state), weights + updates
+
+    weights = jnp.asarray(start)
+    return np.asarray(jax.jit(lambda: jax.lax.scan(step, (weights, optimizer.init(weights)), length=steps)[1])())
+
+
+START = [2.0, -3.0, 0.5]
+SCHEDULES: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray]]] = {
+    "constant": (0.05, lambda t: np.full(t.shape, 0.05)),
+    "falling": (lambda count: 0.05 * 0.99**count, lambda t: 0.05 * 0.99**t),
+    "warmup": (
+        lambda count: 0.05 * jnp.minimum(jnp.asarray(count, jnp.float64) / 100, 1.0),
+        lambda t: 0.05 * np.minimum(t / 100, 1),
+    ),
+}
+
+
+@pytest.mark.peers  # A schedule's own arithmetic.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_continuous_decay_is_the_exponential_of_the_sum_of_its_rates(schedule: str) -> None:
+    learning_rate, values = SCHEDULES[schedule]
+    optimizer = wdjax.continuous_decay(0.7, learning_rate=learning_rate)
+    got = after(optimizer, 1_000, np.array(START))
+    total = np.cumsum(values(np.arange(1_000.0)))
+    np.testing.assert_allclose(got, np.array(START) * np.exp(-0.7 * total)[:, None], rtol=1e-11)
+
+
+def test_continuous_decay_never_passes_its_anchor() -> None:
+    optimizer = wdjax.continuous_decay(20.0, learning_rate=0.5)  # 10 a step.
+    assert not said(optimizer, jnp.ones(3))
+    got = after(optimizer, 5, np.array(START, np.float32))
+    assert np.all(np.sign(got) * np.sign(START) >= 0)
+    np.testing.assert_allclose(got[0], np.array(START) * np.exp(-10), rtol=2e-2)  # p - p * (1 - 4.5e-5) in float32.
+    anchor = jnp.ones(3)
+    pulled = after(wdjax.continuous_decay(20.0, learning_rate=0.5, toward=anchor), 5, np.array(START, np.float32))
+    assert np.all((pulled - 1) * (np.array(START) - 1) >= 0)
+    # The decay of the same rate by its linear form.
+    with pytest.warns(UserWarning, match="10 a step"):
+        linear = after(wdjax.independent_decay(10.0), 1, np.array(START, np.float32))
+    np.testing.assert_allclose(linear[0], -9 * np.array(START), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_continuous_decay_does_not_mind_how_time_is_cut() -> None:
+    def once(rate: float, weights: Any) -> np.ndarray:
+        return after(wdjax.continuous_decay(1.0, learning_rate=rate), 1, weights)[0]
+
+    start = np.array(START)
+    np.testing.assert_allclose(once(0.3, once(0.9, start)), once(1.2, start), rtol=1e-14)
+    many = after(wdjax.continuous_decay(1.0, learning_rate=1.2 / 100), 100, start)[-1]
+    np.testing.assert_allclose(many, once(1.2, start), rtol=1e-12)
+    linear = after(wdjax.independent_decay(0.3), 1, after(wdjax.independent_decay(0.9), 1, start)[0])[0]
+    assert np.all(np.abs(linear / once(1.2, start)) < 0.5)  # 0.07 for 0.30.
+
+
+@pytest.mark.usefixtures("x64")
+def test_continuous_decay_agrees_with_decoupled_decay_to_first_order() -> None:
+    start = np.array(START)
+    for rate in (1e-2, 1e-3, 1e-4):
+        continuous = after(wdjax.continuous_decay(1.0, learning_rate=rate), 1, start)[0]
+        coupled = optax.chain(wdjax.decoupled_decay(1.0), optax.scale(-rate))
+        difference = continuous - after(coupled, 1, start)[0]
+        np.testing.assert_allclose(difference, start * rate**2 / 2, rtol=rate)
+
+
+def test_continuous_decay_of_a_tiny_rate_is_no_zero() -> None:
+    # 1 - exp(-1e-9) is 0 in float32, -expm1(-1e-9) is not.
+    optimizer = wdjax.continuous_decay(1e-6, learning_rate=1e-3)
+    for rate in (optimizer, wdjax.continuous_decay(jnp.array(1e-6), learning_rate=lambda count: jnp.array(1e-3))):
+        updates, _ = rate.update(jnp.zeros(1), rate.init(jnp.ones(1)), jnp.ones(1))
+        np.testing.assert_allclose(updates, -1e-9, rtol=1e-6)
