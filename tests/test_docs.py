@@ -1,6 +1,7 @@
 """Every Python block of the documentation runs, those of one page one after the other; links lead somewhere."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_the_code_on_the_page_runs_and_prints_what_it_says(page: Path, capsys: p
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
     printed = capsys.readouterr().out
+    for table in re.findall(r"^    path  (?:.*\n(?:    .*\n|\n(?=    ))*)", page.read_text(), re.M):
+        assert textwrap.dedent(table).strip() in printed
     for said in re.findall(r"^ *print\(.*\)  # (.+)$", "\n".join(blocks), re.M):
         assert said in printed
 

@@ -7,7 +7,9 @@
 
 Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); what that means for a model: `plan`
 (wdjax.plans). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around a finished optimizer: `with_decoupled_decay`,
-`freeze`. LoRA: `decoupled_lora_decay`. Whole optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+`freeze`. LoRA: `decoupled_lora_decay`. Narrow dtypes: wdjax.low_precision. What an optimizer really does: `audit`
+(wdjax.audits), and while training: `monitor` (wdjax.telemetry). Whole optimizers: wdjax.recipes. For your own tests:
+wdjax.testing.
 """
 
 from ._action import DecayState as DecayState
