@@ -34,7 +34,7 @@ def expected(row: Row, path: str) -> float:
     if np.isnan(rate) and row.walk is not None:
         zeros = jax.tree.map(np.zeros_like, probe())
         weights = Probes(
-            optax.with_extra_args_support(optax.identity()), zeros, {}, full_size=False, exact=True
+            optax.with_extra_args_support(optax.identity()), zeros, {}, longest=None, exact=True
         ).weights
         tree = {"Dense_0": dict(zip(("bias", "kernel"), weights, strict=True))}
         (after,) = row.walk(LEARNING_RATE, tree, 1)

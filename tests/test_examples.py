@@ -13,6 +13,11 @@ ROWS = {
     "train_digits": METHODS,
     "train_digits_nnx": METHODS,
     "train_digits_pmap": ("pmap", "one device", "Replicas of parameters and optimizer state (8): equal bit by bit."),
+    "monitor_equilibrium": tuple(
+        f"{group}, {run}"
+        for group in ("hidden", "head")
+        for run in ("learns, small start", "learns, large start", "random gradients")
+    ),
     "high_dimensional_regression": tuple(
         f"lambda = {lam}, in the {place}" for lam in (0, 3) for place in ("loss", "gradient", "update")
     ),

@@ -33,6 +33,7 @@ from ._report import Audited as Audited
 from ._report import Finding as Finding
 
 PyTree = Any
+K = TypeVar("K")
 R = TypeVar("R")
 _LONGEST_RUN = 8192  # Steps to see whether a decay survives rounding.
 
@@ -126,18 +127,21 @@ def _audit(
     wanted = None if expected is None else _expected(Action(where, {"expected": expected}, mask), params, leaves)
     kept_still = _chosen(where, frozen, params, leaves)
 
-    def probed(transformation: Any, full_size: bool, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
+    def probed(transformation: Any, longest: int | None, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
         transformation = optax.with_extra_args_support(transformation)
         with jax.enable_x64(True) if exact else contextlib.nullcontext():
-            probes = Probes(transformation, params, extra_args, full_size=full_size, exact=exact)
+            probes = Probes(transformation, params, extra_args, longest=longest, exact=exact)
             first, calls = probes.rhythm()
             return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
 
-    probes, first, calls, facts = _first_that_runs(lambda *kind: probed(finished, *kind), full_size)
+    longest = None if full_size else 128
+    # Trees and masks with shapes of their own do not fit small copies, and some optimizers do not run in float64.
+    kinds = ((longest, True), (longest, False), (None, True), (None, False))
+    probes, first, calls, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
     scales: dict[int, bool | None] = dict.fromkeys(facts)
     if is_function:
         halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
-        others = probed(build(halved), probes.full_size, probes.exact)[3]
+        others = probed(build(halved), probes.longest, probes.exact)[3]
         scales = {i: not np.isclose(facts[i].rate, others[i].rate, rtol=1e-2, atol=0) for i in facts}
     elif callable(learning_rate):
         values = [float(rate(step)) for step in steps]
@@ -165,9 +169,15 @@ def _audit(
                 found.name if found else "",
             )
         )
-    own = Probes(optax.with_extra_args_support(finished), params, extra_args, full_size=probes.full_size, exact=False)
-    drift = _drift(own)
-    rows = _with_kept(own, calls, rows, can_run=not drift)
+
+    def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str]:
+        transformation = optax.with_extra_args_support(finished)
+        own = Probes(transformation, params, extra_args, longest=longest, exact=False)
+        drift = _drift(own)
+        return _with_kept(own, calls, rows, can_run=not drift), drift
+
+    # Thousands of steps need no large arrays, where small ones will do.
+    rows, drift = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
     contexts = (
         Context(fact, None if wanted is None else wanted[row.path], row.path in kept_still)
         for row, fact in zip(rows, facts.values(), strict=True)
@@ -175,13 +185,12 @@ def _audit(
     return Audit(tuple(rows), findings_of(list(zip(rows, contexts, strict=True)), drift), calls, first)
 
 
-def _first_that_runs(run: Callable[[bool, bool], R], full_size: bool) -> R:
-    """Of small copies before arrays of full size, and of float64 before the parameters' own dtypes, what runs."""
-    # Trees and masks with shapes of their own do not fit small copies, and some optimizers do not run in float64.
-    for kind in ((full_size, True), (full_size, False), (True, True)):
+def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
+    """The result for the first of these that it runs with."""
+    for kind in kinds[:-1]:
         with contextlib.suppress(TypeError, ValueError):
-            return run(*kind)
-    return run(True, False)
+            return run(kind)
+    return run(kinds[-1])
 
 
 def _expected(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -222,7 +231,7 @@ def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -
     ends: Any = []
     start: Any = []
     if slowest is not None and can_run:
-        # Long enough for eight units in the last place of the narrowest: one step of many a writer does nothing.
+        # Long enough for four units in the last place of the narrowest: one step of many a writer does nothing.
         enough = (
             max(32 * smallest_fraction(row.dtype) for row, is_one in zip(rows, low, strict=True) if is_one) / slowest
         )

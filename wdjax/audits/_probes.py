@@ -16,7 +16,6 @@ from ..low_precision import apply_updates, is_low
 PyTree = Any
 Arrays = list[Any]  # A NumPy array for each leaf, None for what is no number.
 
-_LARGE, _LONGEST = 2**16, 128  # Leaves of more elements are probed with axes of at most so many.
 _MOST_CALLS = 64  # To wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -59,7 +58,7 @@ class Probes:
         params: PyTree,
         extra_args: Mapping[str, Any],
         *,
-        full_size: bool,
+        longest: int | None,
         exact: bool,
     ):
         self.optimizer = optimizer
@@ -69,10 +68,10 @@ class Probes:
         self.indices = [i for i, (_, leaf) in enumerate(found) if _leaves.is_decayable(leaf)]
         self._treedef = _leaves.structure(params)
         self._given = [leaf for _, leaf in found]
-        self.full_size = full_size
+        self.longest = longest
         self.exact = exact
         self.eps = 2.0 ** (-52 if exact else -23)
-        shapes = [leaf.shape if full_size else _small(leaf.shape) for leaf in self.leaves]
+        shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
         self._true_shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         self.is_small = any(shape != leaf.shape for shape, leaf in zip(shapes, self.leaves, strict=True))
         rng = np.random.default_rng(0)
@@ -212,8 +211,10 @@ def _is_key(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _small(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(min(size, _LONGEST) for size in shape) if math.prod(shape) > _LARGE else tuple(shape)
+def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
+    """The shape with no axis longer than this, for arrays that have more elements than four such squares."""
+    is_large = longest is not None and math.prod(shape) > 4 * longest**2
+    return tuple(min(size, longest) for size in shape) if is_large else tuple(shape)  # pyright: ignore[reportArgumentType]
 
 
 def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: float, most: float) -> np.ndarray:
