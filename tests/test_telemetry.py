@@ -202,6 +202,63 @@ def test_small_angles_are_precise() -> None:
         np.testing.assert_allclose(state.measured["undecayed"]["angular_update"], angle, rtol=1e-5)
 
 
+ETA, LAMBDA, M = 1e-2, 0.2, 0.9
+B1, B2 = 0.9, 0.99
+ANGLE = np.sqrt(2 * ETA * LAMBDA)
+LION = np.sqrt(np.pi / 2) * ANGLE * np.sqrt((1 - B1) ** 2 + B1**2 * (1 - B2) / (1 + B2))
+# An optimizer, the RMS of its weights and the angle of its steps in equilibrium, for noise of standard deviation 1.
+EQUILIBRIA: dict[str, tuple[Any, float, float]] = {
+    "sgdw": (wdjax.sgdw(ETA, LAMBDA), np.sqrt(ETA / (2 * LAMBDA)), ANGLE),
+    "sgdw, momentum": (
+        wdjax.sgdw(ETA, LAMBDA, momentum=M),
+        np.sqrt(ETA / (2 * LAMBDA)) / (1 - M),
+        ANGLE * np.sqrt((1 - M) / (1 + M)),
+    ),
+    "sgd_l2, momentum": (
+        wdjax.sgd_l2(ETA, LAMBDA, momentum=M),
+        np.sqrt(ETA / (2 * LAMBDA * (1 - M))),
+        ANGLE / np.sqrt(1 + M),
+    ),
+    "adamw": (
+        wdjax.adamw(ETA, LAMBDA, b1=B1),
+        np.sqrt(ETA / (2 * LAMBDA)),
+        ANGLE * np.sqrt((1 - B1) / (1 + B1)),
+    ),
+    "lion": (
+        wdjax.with_decoupled_decay(optax.lion(ETA, B1, B2, weight_decay=0.0), LAMBDA, learning_rate=ETA),
+        ETA / LION,
+        LION,
+    ),
+    "scale-invariant": (wdjax.sgdw(ETA, LAMBDA), (ETA / (2 * LAMBDA)) ** 0.25 * 1000**-0.25, ANGLE),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", EQUILIBRIA)
+def test_the_equilibria_of_the_documentation(name: str) -> None:
+    bare, rms, angle = EQUILIBRIA[name]
+    optimizer = monitor(bare, LAMBDA, learning_rate=ETA)
+
+    def step(carry: Any, t: Any) -> Any:
+        w, state = carry
+        grads = jax.random.normal(jax.random.key(t), w.shape)
+        if name == "scale-invariant":  # Then they are across the weights, and the smaller the larger these are.
+            grads = (grads - w * (grads @ w) / (w @ w)) / jnp.linalg.norm(w)
+        updates, state = optimizer.update(grads, state, w)
+        return (w + updates, state), scalars(state)
+
+    w = jnp.full(1000, rms)
+    _, history = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(6000)))((w, optimizer.init(w)))
+    mean = {key.partition("/")[2]: values[3000:].mean() for key, values in history.items()}
+    rtol = 0.1 if name == "lion" else 0.05  # Lion's is an approximation for a decay that is far slower than b2.
+    np.testing.assert_allclose(mean["weight_rms"], rms, rtol)
+    np.testing.assert_allclose(mean["angular_update"], angle, rtol)
+    np.testing.assert_allclose(mean["shrinkage"], mean["angular_update"] ** 2 / 2, rtol=0.3)
+    if name == "adamw":
+        np.testing.assert_allclose(mean["decay_to_update"], np.sqrt(ETA * LAMBDA * 19 / 2), rtol=0.05)
+        np.testing.assert_allclose(mean["update_norm"], ETA * np.sqrt(1000 / 19), rtol=0.05)
+
+
 # Groups.
 
 
@@ -322,6 +379,9 @@ def test_integers_keys_and_holes_are_not_counted() -> None:
     np.testing.assert_allclose(after.measured["all"]["weight_rms"], 13 / np.sqrt(3))
     np.testing.assert_allclose(after.measured["all"]["update_norm"], 1)
     chex.assert_trees_all_equal_structs(state, after)
+    for groups in (by_path({"w": "a"}, default="b"), lambda leaf: "a" if leaf.path == "w" else "b"):
+        by_name = monitor(optax.identity(), groups=groups)
+        assert set(by_name.init({**others, "w": numbers["w"]}).measured) == {"a"}
     assert monitor(optax.identity()).init({"int": jnp.arange(3)}).measured == {}
     empty = monitor(optax.identity())
     assert scalars(empty.update({"n": None}, empty.init({"n": None}), {"n": None})[1]) == {}
@@ -498,6 +558,13 @@ def test_nothing_changes_in_the_updates_nor_in_the_state_within() -> None:
                 chex.assert_trees_all_equal(updates, plain)
                 chex.assert_trees_all_equal(new_state.inner_state, new_plain_state)
             state, plain_state = new_state, new_plain_state
+
+
+def test_what_the_decay_within_warns_of_is_told_once() -> None:
+    tied = jnp.ones(2, jnp.bfloat16)
+    with pytest.warns(UserWarning) as told:
+        monitor(optax.chain(optax.sgd(LR), wdjax.independent_decay(1e-4)), 1e-4).init({"a": tied, "b": tied})
+    assert sorted(str(each.message).partition(":")[0] for each in told) == ["independent_decay"] * 2
 
 
 def test_extra_arguments_reach_the_optimizer() -> None:
