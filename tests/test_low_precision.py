@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
 
 import wdjax
-from wdjax import low_precision
+from wdjax.low_precision import _rounding
 
 # `optax.apply_updates` adds float32 to bfloat16, and Adam's bias correction mixes dtypes. What is ours alone is tested
 # under strict promotion in `test_nothing_of_ours_relies_on_implicit_promotion`.
@@ -326,7 +326,7 @@ def test_nearest_rounding_is_the_cast(dtype: Any) -> None:
     if dtype == jnp.bfloat16:
         # Below, spacings would be subnormal in float32 and are taken for 2^-126, the smallest that is not flushed.
         x = x[(np.abs(x) >= 2.0**-118) | (x == 0)]
-    got = np.asarray(jax.jit(lambda x: low_precision._rounded(x, dtype))(x))
+    got = np.asarray(jax.jit(lambda x: _rounding.rounded(x, dtype))(x))
     np.testing.assert_array_equal(got.view(np.uint32), x.astype(np.dtype(dtype)).astype(np.float32).view(np.uint32))
 
 
@@ -859,11 +859,14 @@ def test_multi_steps_around_a_writer() -> None:
 
 
 @every_writer
-def test_in_float32_around_a_writer_loses_the_decay(writer: str) -> None:
-    # The writer is shown float32 copies, and what it writes is rounded behind it.
-    params = tree()
+def test_in_float32_around_a_writer_is_refused(writer: str) -> None:
+    # The writer would be shown float32 copies, and what it writes be rounded behind it.
     around = wdjax.in_float32(optax.chain(wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY), WRITERS[writer]()))
-    assert same_bits(without_gradients(around, params, 100)[0], params)
+    with pytest.raises(
+        ValueError, match=r"in_float32: the optimizer holds a writer.*in_float32\(optimizer\), comp"
+    ):
+        around.init(tree())
+    around.init(jax.tree.map(lambda p: p.astype(jnp.float32), tree()))
 
 
 # In the training loops of libraries.

@@ -112,9 +112,13 @@ def same_shape(where: str, path: str, update: Any, param: Any) -> None:
 
 
 def warn(message: str) -> None:
-    """Warns at the line that called into wdjax, or into Optax around it."""
+    """Warns at the line that called into wdjax, or into Optax or JAX around it."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("wdjax", "optax"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "wdjax",
+        "optax",
+        "jax",
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

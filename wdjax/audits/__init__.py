@@ -19,7 +19,8 @@ import optax
 from .. import _checks, _leaves
 from .._action import Action, DecayState
 from .._hazards import smallest_fraction
-from ..low_precision import CompensatedState, is_low
+from ..low_precision import CompensatedState
+from ..low_precision._rounding import is_low
 from ..paths import Rules
 from ..paths._masks import booleans
 from ..paths._roles import role

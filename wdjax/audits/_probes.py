@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from .. import _leaves
-from ..low_precision import apply_updates, is_low
+from ..low_precision import apply_updates
+from ..low_precision._rounding import is_low
 
 PyTree = Any
 Arrays = list[Any]  # A NumPy array for each leaf, None for what is no number.

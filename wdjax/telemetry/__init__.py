@@ -20,7 +20,8 @@ import optax
 from .. import _checks, _leaves
 from .._action import Action, DecayState, _acts
 from .._steps import nodes, stepped
-from ..low_precision import WRITERS, CompensatedState, _is_compensated, is_low
+from ..low_precision import WRITERS, CompensatedState
+from ..low_precision._rounding import is_low, is_narrow
 from ..paths import Rules
 from ..paths._rules import Decision
 from ..plans import _asked, _planned
@@ -260,7 +261,7 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
 def _is_written(inner_state: Any) -> Callable[[Any], bool]:
     """Whether a writer of low precision in the optimizer decides where a parameter lands."""
     kinds = {type(node) for node in nodes(inner_state, WRITERS)}
-    return _is_compensated if CompensatedState in kinds else is_low if kinds else lambda leaf: False
+    return is_narrow if CompensatedState in kinds else is_low if kinds else lambda leaf: False
 
 
 def _measured(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._action import Term, away, cast, compute_dtype, product
-from ..low_precision import _rounded, is_low
+from ..low_precision._rounding import is_low, rounded
 
 METRICS = (
     "weight_norm",
@@ -112,5 +112,5 @@ def _as(x: jax.Array, dtype: Any) -> jax.Array:
     if jnp.iscomplexobj(x) or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
         return x
     if is_low(np.empty(0, dtype)):
-        return cast(_rounded(x.astype(jnp.float32), dtype), x.dtype)
+        return cast(rounded(x.astype(jnp.float32), dtype), x.dtype)
     return jax.lax.reduce_precision(x, 8, 23)

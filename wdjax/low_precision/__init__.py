@@ -1,0 +1,126 @@
+"""Parameters in bfloat16, float16 or float8: what must stand around a chain so that small steps are not rounded away.
+
+`optax.apply_updates` rounds params + update to the dtype of params. In bfloat16 a change of less than 2^-9 of a
+weight is rounded back (float16: 2^-12, float8_e4m3fn: 2^-5), and a decay is such a change in every step, so it never
+happens. Two things are lost, and each has its own remedy:
+
+- *Within* the optimizer the decay is a small number beside a large one. `in_float32` wraps the optimizer, so that its
+  arithmetic and its state are in float32, whatever the parameters are in.
+- *At the end* the step is a small number beside the weight. A writer stands last in the chain and gives
+  `optax.apply_updates` an update that lands on a number that it chose: one drawn at random with the right mean
+  (`stochastic_rounding`), the nearest to what was meant since the last step (`compensated`), or the nearest to a
+  float32 copy of the weights (`master_weights`).
+
+    optax.chain(in_float32(adamw(3e-4, 0.1, mask)), stochastic_rounding(seed=0))
+
+Nothing may follow a writer that changes the update: a decay behind it is rounded away again.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _checks, _leaves
+from .._steps import nodes
+from ._rounding import for_each, is_low
+from ._writers import WRITERS as WRITERS
+from ._writers import CompensatedState as CompensatedState
+from ._writers import MasterWeightsState as MasterWeightsState
+from ._writers import StochasticRoundingState as StochasticRoundingState
+from ._writers import compensated as compensated
+from ._writers import master_weights as master_weights
+from ._writers import stochastic_rounding as stochastic_rounding
+
+PyTree = Any
+
+
+@_checks.known_arguments
+def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer in float32 on gradients and parameters of lower precision.
+
+    In bfloat16 the sum of a direction and a decay loses the decay where it is less than 2^-9 of the direction, and a
+    second moment with b2 = 0.999 never moves. Here neither does.
+
+    Rule:   u <- optimizer's u for the gradients, the parameters and a state in float32; u stays in float32
+    Place:  around the optimizer, and behind it, last in the chain, a writer: `stochastic_rounding`, `compensated` or
+            `master_weights`.
+    Units:  none. The state has the size of that for float32 parameters: Adam keeps 8 bytes a parameter.
+    Source: ours; torchao's low-bit optimizers compute in float32 as well.
+
+    Args:
+        optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. Where
+        parameters and gradients have float32 or more, it changes nothing.
+
+    Raises:
+        TypeError: if `optimizer` is no optimizer.
+        ValueError: at `init`, if a writer is inside.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> optimizer = wdjax.in_float32(wdjax.adamw(0.01, 0.1))
+        >>> params = {"kernel": jnp.array([2.0], jnp.bfloat16)}
+        >>> updates, _ = optimizer.update({"kernel": jnp.zeros(1, jnp.bfloat16)}, optimizer.init(params), params)
+        >>> updates["kernel"].dtype, round(float(updates["kernel"][0]), 6)
+        (dtype('float32'), -0.002)
+    """
+    inner = _checks.finished("in_float32", optimizer, "in_float32(optax.adam(1e-3))")
+
+    def init_fn(params: PyTree) -> Any:
+        state = inner.init(_widened(params))
+        if nodes(state, WRITERS) and any(map(is_low, jax.tree.leaves(params))):
+            raise ValueError(
+                "in_float32: the optimizer holds a writer, which would see float32 parameters and write nothing. "
+                "Put it behind: optax.chain(in_float32(optimizer), compensated())."
+            )
+        return state
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        return inner.update(_widened(updates), state, _widened(params), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """Adds updates to parameters of any dtype: `optax.apply_updates`, for float8 as well.
+
+    Optax leaves the sum to JAX's promotion of dtypes, and of float8 and float32 there is none.
+
+    Rule:   p <- p + u, computed in at least float32, rounded to the nearest in the dtype of p
+    Place:  in the training step, in the place of `optax.apply_updates`; for other dtypes they do the same.
+    Units:  none.
+    Source: Optax.
+
+    Args:
+        params: a tree of parameters.
+        updates: a tree of the same structure.
+
+    Returns:
+        The new parameters, in the dtypes of the old. None stays None.
+
+    Raises:
+        ValueError: if the trees differ in structure.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.apply_updates(jnp.ones(2, jnp.float8_e4m3fn), jnp.array([0.1, 0.2])).tolist()
+        [1.125, 1.25]
+    """
+
+    def add(p: Any, u: Any) -> Any:
+        if p is None or u is None or not (_leaves.is_decayable(p) and _leaves.is_decayable(u)):
+            return optax.apply_updates(p, u)  # pyright: ignore[reportArgumentType]
+        dtype = jnp.promote_types(*(jnp.float32 if is_low(x) else jnp.result_type(x) for x in (p, u)))
+        return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(jnp.result_type(p))
+
+    return jax.tree.map(add, params, updates, is_leaf=lambda x: x is None)
+
+
+def _widened(tree: PyTree) -> PyTree:
+    return for_each(tree, is_low, lambda x: x.astype(jnp.float32), lambda x: x)
