@@ -348,6 +348,13 @@ def test_trees_that_fit_no_small_copies_are_probed_at_full_size() -> None:
     assert wdjax.audit(optimizer, params, full_size=True)["kernel"].decays
 
 
+def test_a_large_model_is_never_probed_at_full_size_unasked() -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}
+    with pytest.raises(ValueError, match=r"the pattern 'kernle' matches no parameter") as raised:
+        wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("kernle")), params)
+    assert "full_size=True" in raised.value.__notes__[0]
+
+
 def test_frameworks_and_leaves_that_are_no_numbers() -> None:
     class Model(nn.Module):
         @nn.compact

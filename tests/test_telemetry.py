@@ -139,10 +139,16 @@ DECAYS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]], dict[st
     ),
 }
 TOWARD = {"zero": None, "init": "init", "tree": "tree"}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.fixture(params=[8, 1], ids=["several devices", "one device"])
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to sum: with several devices, and with one CPU alone, as the monitor is told."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("toward", TOWARD)
 @pytest.mark.parametrize("name", DECAYS)
 def test_each_metric_is_that_of_the_oracle(name: str, toward: str, dtype: Any) -> None:
@@ -338,6 +344,7 @@ def test_groups_that_do_not_fit() -> None:
 # What is not measured, and what has no value.
 
 
+@pytest.mark.usefixtures("devices")
 def test_what_has_no_value_is_zero_and_never_nan() -> None:
     params = {"zero": jnp.zeros(3), "still": jnp.ones(3), "empty": jnp.zeros((0, 4))}
     optimizer = monitor(optax.sgd(LR), WD, only("zero", "empty"), groups=lambda leaf: leaf.path)
@@ -387,6 +394,7 @@ def test_integers_keys_and_holes_are_not_counted() -> None:
     assert scalars(empty.update({"n": None}, empty.init({"n": None}), {"n": None})[1]) == {}
 
 
+@pytest.mark.usefixtures("devices")
 def test_complex_weights() -> None:
     # Of one phase, so that the metrics are those of the moduli.
     w, g = (np.random.default_rng(0).normal(size=50) for _ in range(2))
@@ -402,7 +410,7 @@ def test_complex_weights() -> None:
     assert all(x.dtype == jnp.float32 and np.isreal(x) for x in results[1].values())
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "devices")
 @pytest.mark.parametrize("dtypes", [(jnp.float64, jnp.float64), (jnp.float32, jnp.float64)], ids=["both", "update"])
 def test_float64_is_summed_in_float64_and_the_metrics_are_float32(dtypes: Any) -> None:
     w, u = np.full(1000, 1 + 1e-9), np.full(1000, -1e-9)
@@ -449,6 +457,7 @@ def test_a_decay_lost_in_the_update_itself_is_rounded_away_as_well() -> None:
     assert (state.measured["all"]["rounded_away"], state.measured["all"]["decay_landed"]) == (1, 0)
 
 
+@pytest.mark.usefixtures("devices")
 def test_noise_that_dithers_lets_the_decay_land() -> None:
     # The decay is a 50th of the distance of two weights, so 98% of the weights don't see it in a step; but gradients
     # take each weight near the middle of two neighbours once in a while, and then the decay decides.
@@ -486,6 +495,7 @@ def test_behind_a_writer_nothing_is_rounded_away(writer: str) -> None:
     np.testing.assert_allclose(got, np.linalg.norm(wide(updates["low"])), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("devices")
 def test_float8_parameters() -> None:
     params = jnp.asarray(np.linspace(0.1, 400, 500), jnp.float8_e4m3fn)
     optimizer = monitor(wdjax.in_float32(sgd(0.0, wdjax.independent_decay(lambda count: jnp.float32(0.05)))), 0.05)
@@ -562,7 +572,7 @@ def test_nothing_changes_in_the_updates_nor_in_the_state_within() -> None:
 
 def test_what_the_decay_within_warns_of_is_told_once() -> None:
     tied = jnp.ones(2, jnp.bfloat16)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="independent_decay") as told:
         monitor(optax.chain(optax.sgd(LR), wdjax.independent_decay(1e-4)), 1e-4).init({"a": tied, "b": tied})
     assert sorted(str(each.message).partition(":")[0] for each in told) == ["independent_decay"] * 2
 
@@ -603,6 +613,7 @@ def test_one_trace_and_one_state_from_init_on() -> None:
     assert all(x.shape == () and x.dtype == jnp.float32 for x in jax.tree.leaves(states[0].measured))
 
 
+@pytest.mark.usefixtures("devices")
 def test_scan_vmap_donation_and_pmap() -> None:
     params = make_params()
 
@@ -647,7 +658,7 @@ def test_scan_vmap_donation_and_pmap() -> None:
     assert all(x.shape == (8,) and len(set(x.tolist())) == 1 for x in replicas.values())
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "devices")
 def test_the_metrics_are_constants_to_a_derivative() -> None:
     params = jnp.array([1.0, -2.0])
 
@@ -791,23 +802,48 @@ def big_sums(jaxpr: Any, size: int) -> int:
     [
         ({}, jnp.float32, 3),
         ({"weight_decay": WD}, jnp.float32, 6),
-        ({"weight_decay": SCHEDULE}, jnp.bfloat16, 8),
+        ({"weight_decay": SCHEDULE}, jnp.bfloat16, 7),
         ({"weight_decay": WD, "toward": "init"}, jnp.float32, 7),
     ],
     ids=["no decay", "decay", "bfloat16", "anchor"],
 )
 def test_each_array_is_summed_a_few_times_and_nothing_is_called_back(arguments: Any, dtype: Any, sums: int) -> None:
-    # These sums read the same arrays, so that XLA makes one loop of them on GPUs and TPUs.
+    # As plain sums: those of one array XLA makes one loop of on GPUs and TPUs, and one all-reduce of all.
     params = jnp.ones((257, 31), dtype)
     optimizer = monitor(optax.scale(-LR), **arguments)
     traced = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
     assert big_sums(traced.jaxpr, params.size) == sums
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_on_one_cpu_parameters_and_updates_are_read_once_more(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    params = {name: jnp.ones((500, 400), dtype) for name in "abc"}
+    bare = wdjax.adamw(LR, SCHEDULE)
+    costs = []
+    for optimizer in (bare, monitor(bare, SCHEDULE, learning_rate=LR)):
+
+        def step(params: Any, state: Any, optimizer: Any = optimizer) -> Any:
+            updates, state = optimizer.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(step).lower(params, optimizer.init(params)).compile()
+        array = params["a"].nbytes
+        cost: Any = compiled.cost_analysis()
+        memory: Any = compiled.memory_analysis()
+        costs.append((cost["bytes accessed"] / array / 3, memory.temp_size_in_bytes / array / 3))
+    # The update is written, and read by two loops, those of the sums and of the new parameters, not by one of both; so
+    # are the parameters. Without the monitor the update is never in memory at all.
+    assert costs[1][0] - costs[0][0] < 5.1
+    assert costs[1][1] < 1.1
+
+
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_ten_million_weights_are_summed_to_five_digits(dtype: Any) -> None:
     rng = np.random.default_rng(0)
-    params, grads = (jnp.asarray(rng.normal(size=(10_000_000,)) + 0.5, dtype) for _ in range(2))
+    params, grads = (jnp.asarray(rng.normal(size=10_000_019) + 0.5, dtype) for _ in range(2))
     optimizer = monitor(sgd(1e-3, wdjax.independent_decay(lambda count: jnp.float32(1e-3))), 1e-3)
     updates, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     part = Part(wide(params), wide(updates), np.float32(1e-3), 0.0, np.dtype(dtype), np.dtype(dtype))

@@ -37,6 +37,7 @@ PyTree = Any
 K = TypeVar("K")
 R = TypeVar("R")
 _LONGEST_RUN = 8192  # Steps to see whether a decay survives rounding.
+_SMALL_MODEL = 2**24  # Parameters: so many are probed at full size without being asked to.
 
 
 @_checks.known_arguments
@@ -135,10 +136,18 @@ def _audit(
             first, calls = probes.rhythm()
             return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
 
-    longest = None if full_size else 128
-    # Trees and masks with shapes of their own do not fit small copies, and some optimizers do not run in float64.
-    kinds = ((longest, True), (longest, False), (None, True), (None, False))
-    probes, first, calls, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
+    # Some optimizers do not run in float64, and trees and masks with shapes of their own do not fit small copies.
+    size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if _leaves.is_decayable(leaf))
+    sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
+    try:
+        kinds = [(longest, exact) for longest in sizes for exact in (True, False)]
+        probes, first, calls, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
+    except (TypeError, ValueError) as error:
+        if sizes == (128,):
+            error.add_note(
+                "audit probes large arrays by small copies; if that is why, write audit(..., full_size=True)."
+            )
+        raise
     scales: dict[int, bool | None] = dict.fromkeys(facts)
     if is_function:
         halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
@@ -147,29 +156,7 @@ def _audit(
     elif callable(learning_rate):
         values = [float(rate(step)) for step in steps]
         scales = {i: _follows(fact.rates, values) for i, fact in facts.items()}
-    shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
-    rows = []
-    for i, fact in facts.items():
-        leaf = probes.leaves[i]
-        found = role(parameter_at(leaf.path, shapes))
-        rows.append(
-            Audited(
-                leaf.path,
-                leaf.shape,
-                np.dtype(leaf.dtype).name,
-                fact.rate,
-                fact.least,
-                fact.most,
-                tuple(zip(steps, fact.rates, strict=False)),
-                fact.beside_gradient,
-                fact.place,
-                fact.kind,
-                fact.toward,
-                scales[i] if fact.kind != "none" else None,
-                1.0,
-                found.name if found else "",
-            )
-        )
+    rows = [_row(probes, i, fact, steps, scales[i]) for i, fact in facts.items()]
 
     def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str]:
         transformation = optax.with_extra_args_support(finished)
@@ -184,6 +171,27 @@ def _audit(
         for row, fact in zip(rows, facts.values(), strict=True)
     )
     return Audit(tuple(rows), findings_of(list(zip(rows, contexts, strict=True)), drift), calls, first)
+
+
+def _row(probes: Probes, i: int, fact: Facts, steps: Sequence[int], scales: bool | None) -> Audited:
+    leaf = probes.leaves[i]
+    found = role(parameter_at(leaf.path, {other.path: other.shape for other in probes.leaves}))
+    return Audited(
+        leaf.path,
+        leaf.shape,
+        np.dtype(leaf.dtype).name,
+        fact.rate,
+        fact.least,
+        fact.most,
+        tuple(zip(steps, fact.rates, strict=False)),
+        fact.beside_gradient,
+        fact.place,
+        fact.kind,
+        fact.toward,
+        scales if fact.kind != "none" else None,
+        1.0,
+        found.name if found else "",
+    )
 
 
 def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:

@@ -6,8 +6,7 @@ state is nested in, as a dictionary for TensorBoard, Weights & Biases or clu.
 
 What is known of an update is its sum, not its parts: how much of it is decay, the monitor is told, by the arguments
 that the decay itself got. All else is measured. Each array gives a handful of sums, of products of the parameter, the
-update and the decay; everything else is arithmetic on these scalars. So XLA can compute them in the loop that applies
-the update, and sharded arrays need one all-reduce of scalars.
+update and the decay, taken in one fused reduction (`_sums`); everything else is arithmetic on these scalars.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,8 @@ from ..low_precision._rounding import is_low, is_narrow
 from ..paths import Rules
 from ..paths._rules import Decision
 from ..plans import _asked, _planned
-from ._sums import METRICS, Sums, metrics, sums
+from ._sums import METRICS as METRICS
+from ._sums import Sums, metrics, sums
 
 PyTree = Any
 UNDECAYED = "undecayed"
@@ -57,7 +57,7 @@ def monitor(
 ) -> optax.GradientTransformationExtraArgs:
     """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
 
-    Rule:   u <- optimizer's u, bit for bit; measured are u, the weights p before the step, and the decay, which is
+    Rule:   u <- optimizer's u, untouched; measured are u, the weights p before the step, and the decay, which is
             d = learning_rate * weight_decay * (p - toward)
     Place:  around the whole optimizer, within `freeze`; behind it only `optax.apply_updates`.
     Units:  per step. For each group, as one vector:
@@ -127,7 +127,9 @@ def monitor(
 
     def init_fn(params: PyTree) -> MonitorState:
         labels = _labels(action, groups, params, _leaves.flatten_with_paths(params))
-        measured = {label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels if label}
+        measured = {
+            label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels if label is not None
+        }
         # Arrays that stand at two places are the decay's to warn of.
         return MonitorState(action.init(params, acts_on=lambda path: False), measured, inner.init(params))
 

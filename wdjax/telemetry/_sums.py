@@ -1,10 +1,13 @@
 """The sums of one array, and the metrics that the sums of a group of arrays make.
 
-Everything that reads an array is a plain sum here. Several in one reduction would read it once on a CPU too, but add up
-one number after the other (1% is lost in ten million), and are gathered where arrays are sharded; plain sums XLA adds
-up in trees, fuses with each other on GPUs and TPUs, and reduces over all shards at once.
+Whatever reads an array is one of a few sums over it, and they are taken together. On accelerators, and wherever there
+are several devices, each is a plain sum: XLA fuses those of one array, adds up in trees, and reduces all of them over
+all shards at once. On a single CPU it would make a loop of each; there they are one reduction of several operands
+(which shards would have to be gathered for).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,43 +71,81 @@ def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
-    """The sums of one array. Each is a plain sum: several in one reduction would lose digits, or be gathered."""
+    """The sums of one array.
+
+    Args:
+        update: what is added to it.
+        param: the array.
+        term: the decay in the update, None for none.
+        is_written: whether a writer of low precision decides where it lands, so that nothing is lost.
+    """
     dtype = compute_dtype(update, param)
+    real = jnp.finfo(dtype).dtype
     # Nothing here is to be differentiated, whoever differentiates the step.
     w, u = (jax.lax.stop_gradient(cast(x, dtype)) for x in (param, update))
     narrow, narrow_update = jnp.result_type(param), jnp.result_type(update)
     u = _as(u, narrow_update)  # XLA may hand on more digits than the dtype of the update has.
     after = _as(w + u, narrow)
-    square = _dot(u, u)
-    measured = Sums(w.size, _dot(w, w), square, square, _dot(u, w))
+    each = {"weight": _product(w, w), "update": _product(u, u), "along": _product(u, w)}
     if is_low(param):
         step = after - w
-        measured = measured._replace(step=_dot(step, step), along=_dot(step, w))
-    if term is None:
-        return measured
-    rate, axis = product(term.factors, dtype)
-    rate = jax.lax.stop_gradient(rate)
-    if axis is not None:
-        rate = rate.reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
-    pull = away(w, None if term.anchor is None else jax.lax.stop_gradient(cast(term.anchor, dtype)))
-    decay = rate * pull
-    distance = measured.weight if term.anchor is None else _dot(pull, pull)
-    size = rate**2 * distance if axis is None else _dot(decay, decay)
-    measured = measured._replace(away=distance, decay=size)
-    moving = (rate > 0) & (pull != 0)
-    if is_written:
-        return measured._replace(moving=_count(moving), landed=size)
-    without = _as(w + _as(u + decay, narrow_update), narrow)
-    lost = moving & (after == without)
-    return measured._replace(landed=_dot(without - after, decay), moving=_count(moving), lost=_count(lost))
+        each |= {"step": _product(step, step), "along": _product(step, w)}
+    rate = None
+    if term is not None:
+        rate, axis = product(term.factors, dtype)
+        rate = jax.lax.stop_gradient(rate)
+        if axis is not None:
+            rate = rate.reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
+        pull = away(w, None if term.anchor is None else jax.lax.stop_gradient(cast(term.anchor, dtype)))
+        decay = rate * pull
+        moving = (rate > 0) & (pull != 0)
+        each["moving"] = moving.astype(real)
+        if term.anchor is not None:
+            each["away"] = _product(pull, pull)
+        if axis is not None:
+            each["decay"] = _product(decay, decay)
+        if not is_written:
+            without = _as(w + _as(u + decay, narrow_update), narrow)
+            each["landed"] = _product(without - after, decay)
+            each["lost"] = (moving & (after == without)).astype(real)
+    total = dict(zip(each, _totals(tuple(each.values())), strict=True))
+    total.setdefault("step", total["update"])
+    if rate is not None:
+        total.setdefault("away", total["weight"])
+        total.setdefault("decay", rate**2 * total["away"])
+        total.setdefault("landed", total["decay"])
+    return Sums(w.size, **total)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum((a * jnp.conj(b)).real if jnp.iscomplexobj(a) else a * b)
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a * jnp.conj(b)).real if jnp.iscomplexobj(a) else a * b
 
 
-def _count(flags: jax.Array) -> jax.Array:
-    return jnp.sum(flags.astype(jnp.float32))
+def _totals(arrays: tuple[jax.Array, ...]) -> Sequence[jax.Array]:
+    """The sum of each of several arrays of one shape and dtype."""
+    if jax.device_count() > 1:
+        return _one_by_one(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=_in_one_loop, default=_one_by_one)
+
+
+def _one_by_one(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.sum(x) for x in arrays)
+
+
+def _in_one_loop(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums rows first: one number after the other, float32 would lose 1% of ten million."""
+    size = arrays[0].size
+    root = max(math.isqrt(size), 1)
+    width = next((width for width in range(root, 8 * root) if size % width == 0), root)
+    whole = size - size % width
+    zeros = (jnp.zeros([], arrays[0].dtype),) * len(arrays)
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(map(jax.lax.add, a, b))
+
+    rows = jax.lax.reduce(tuple(x.ravel()[:whole].reshape(-1, width) for x in arrays), zeros, add, (1,))
+    rest = jax.lax.reduce(tuple(x.ravel()[whole:] for x in arrays), zeros, add, (0,))
+    return tuple(jnp.sum(x) + y for x, y in zip(rows, rest, strict=True))
 
 
 def _as(x: jax.Array, dtype: Any) -> jax.Array:
