@@ -150,7 +150,7 @@ def test_rates_follow_the_schedule_at_every_count() -> None:
     # The first call has a learning rate of 0, and so the first step is the second call.
     assert audit.first_step == 1
     np.testing.assert_allclose(row.rate, float(SCHEDULE(1)) * WD, rtol=1e-5)
-    assert "0 (0) … 0.0005" in str(audit)
+    assert "0 (0) … 0.001 (100)" in str(audit)
 
 
 def test_the_decay_s_own_schedule() -> None:
@@ -350,9 +350,118 @@ def test_trees_that_fit_no_small_copies_are_probed_at_full_size() -> None:
 
 def test_a_large_model_is_never_probed_at_full_size_unasked() -> None:
     params = {"kernel": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}
-    with pytest.raises(ValueError, match=r"the pattern 'kernle' matches no parameter") as raised:
+    with pytest.raises(ValueError, match=r"the pattern 'kernle' matches no parameter"):
         wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("kernle")), params)
-    assert "full_size=True" in raised.value.__notes__[0]
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        if params["kernel"].shape != (2**20, 2**20):
+            raise ValueError("not my shape")
+        return updates, state
+
+    picky = optax.GradientTransformation(lambda params: (), update)
+    with pytest.raises(ValueError, match="not my shape") as raised:
+        wdjax.audit(optax.chain(picky, SGD), params)
+    assert any("full_size=True" in note for note in raised.value.__notes__)
+
+
+def test_what_the_optimizer_lacks_is_said_before_anything_is_run() -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((50_000, 5_000), jnp.float32)}
+    with pytest.raises(TypeError, match="value"):
+        wdjax.audit(optax.chain(wdjax.adamw(LR, WD), optax.contrib.reduce_on_plateau()), params)
+
+
+RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a long warm-up": (wdjax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-4, 2000, 100_000), 0.1, WEIGHTS), {}),
+    "the expected rate of a warm-up": (
+        wdjax.adamw(SCHEDULE, WD, WEIGHTS),
+        {"expected": lambda count: SCHEDULE(count) * WD, "mask": WEIGHTS, "learning_rate": SCHEDULE},
+    ),
+    "noise before": (optax.chain(optax.add_noise(0.1, 0.55, 0), wdjax.adamw(LR, WD, WEIGHTS)), {}),
+    "noise behind": (optax.chain(wdjax.adamw(LR, WD, WEIGHTS), optax.add_noise(1e-3, 0.55, 0)), {}),
+    "a decay at every fourth step": (
+        optax.chain(
+            optax.adam(LR),
+            optax.conditionally_transform(optax.add_decayed_weights(-WD, WEIGHTS.mask), lambda step: step % 4 == 0),
+        ),
+        {},
+    ),
+    "updates in bfloat16": (
+        optax.chain(
+            wdjax.adamw(LR, WD, WEIGHTS),
+            optax.stateless(lambda u, p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), u)),
+        ),
+        {"expected": LR * WD, "mask": WEIGHTS},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_is_let_alone(name: str) -> None:
+    optimizer, options = RIGHT[name]
+    audit = wdjax.audit(optimizer, make_params(), **options)
+    assert not audit.findings
+    kernel = audit["Dense_0/kernel"]
+    assert (kernel.place, kernel.kind, kernel.toward) == ("update", "L2", "zero")
+
+
+def test_right_chains_whose_first_moves_are_no_decay() -> None:
+    params = make_params()
+    empty = {**params, "empty": jnp.zeros((0, 3))}
+    weights = wdjax.all_but("bias", "scale")
+    assert not wdjax.audit(wdjax.adamw(LR, WD, weights), empty, LR * WD, weights).findings
+    snapped = optax.chain(
+        optax.adam(LR), optax.stateless(lambda u, p: jax.tree.map(lambda u, p: jnp.round((p + u) * 64) / 64 - p, u, p))
+    )
+    assert "grows" not in names(wdjax.audit(snapped, params))
+    lookahead = optax.lookahead(optax.adam(LR), 5, 0.5)
+    audit = wdjax.audit(lookahead, optax.LookaheadParams.init_synced(params))
+    assert names(audit) == {"no decay"}
+    weak = optax.stateless(lambda u, p: u)
+    averaging = optax.GradientTransformation(
+        lambda params: jnp.asarray(0.0), lambda u, s, p=None: (u, 0.9 * s + 0.1 * optax.tree.norm(u))
+    )
+    assert "state drifts" not in names(wdjax.audit(optax.chain(weak, averaging, wdjax.adamw(LR, WD, WEIGHTS)), params))
+
+
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
+def test_a_writer_that_would_need_more_steps_is_not_said_to_lose_the_decay() -> None:
+    for writer in (wdjax.compensated(), wdjax.master_weights(), wdjax.stochastic_rounding(0)):
+        audit = wdjax.audit(optax.chain(wdjax.in_float32(wdjax.adamw(2e-5, 0.01, WEIGHTS)), writer), BF16)
+        assert np.isnan(audit["Dense_0/kernel"].kept)
+        assert not audit.findings
+    assert "rounds to nothing" in names(wdjax.audit(wdjax.in_float32(wdjax.adamw(2e-5, 0.01, WEIGHTS)), BF16))
+
+
+def test_what_goes_wrong_only_in_low_precision() -> None:
+    # Adam's eps of 1e-8 is 0 in float16, and 0 / 0 without a gradient.
+    audit = wdjax.audit(wdjax.adamw(LR, WD, WEIGHTS), make_params(jnp.float16))
+    finding = audit.finding("not finite")
+    assert finding is not None
+    assert set(finding.paths) == {"Dense_0/kernel", "Dense_0/bias", "norm/scale"}
+    bare = optax.chain(optax.adamw(LR, weight_decay=WD, mask=WEIGHTS.mask), wdjax.compensated())
+    finding = wdjax.audit(bare, BF16).finding("lost beside gradients")
+    assert finding is not None
+    assert finding.harm == "wrong"
+    assert finding.remedy.startswith("Write optax.chain(in_float32(optimizer), compensated(...))")
+
+
+def test_a_decay_that_starts_later() -> None:
+    late = optax.chain(optax.adam(LR), wdjax.independent_decay(lambda count: jnp.where(count < 100, 0.0, WD), WEIGHTS))
+    audit = wdjax.audit(late, make_params())
+    row = audit["Dense_0/kernel"]
+    np.testing.assert_allclose(row.rates, [(0, 0.0), (10, 0.0), (100, WD), (1000, WD)], rtol=1e-5)
+    np.testing.assert_allclose(row.rate, WD, rtol=1e-5)
+    assert (row.place, row.kind, row.toward) == ("update", "L2", "zero")
+    assert not audit.findings
+
+
+def test_what_is_to_be_frozen_and_moves_without_decay() -> None:
+    frozen = wdjax.only("bias")
+    drifting = optax.stateless(lambda u, p: jax.tree.map(lambda x: x + 0.01, u))
+    audit = wdjax.audit(optax.chain(wdjax.freeze(optax.adam(LR), frozen), drifting), make_params(), frozen=frozen)
+    finding = audit.finding("decays frozen")
+    assert finding is not None
+    assert finding.paths == ("Dense_0/bias",)
 
 
 def test_frameworks_and_leaves_that_are_no_numbers() -> None:

@@ -862,9 +862,7 @@ def test_multi_steps_around_a_writer() -> None:
 def test_in_float32_around_a_writer_is_refused(writer: str) -> None:
     # The writer would be shown float32 copies, and what it writes be rounded behind it.
     around = wdjax.in_float32(optax.chain(wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY), WRITERS[writer]()))
-    with pytest.raises(
-        ValueError, match=r"in_float32: the optimizer holds a writer.*in_float32\(optimizer\), comp"
-    ):
+    with pytest.raises(ValueError, match=r"in_float32: the optimizer holds a writer.*in_float32\(optimizer\), comp"):
         around.init(tree())
     around.init(jax.tree.map(lambda p: p.astype(jnp.float32), tree()))
 

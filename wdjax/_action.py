@@ -61,6 +61,7 @@ class Action:
         toward: None, a tree like params, or "init".
         is_per_step: whether the rate is the fraction of a weight that a step takes, so that `init` can warn of rates
             that round to nothing or overshoot.
+        can_overshoot: whether a rate above 1 takes a weight past its anchor.
     """
 
     where: str
@@ -68,6 +69,7 @@ class Action:
     mask: Any = None
     toward: Any = None
     is_per_step: bool = False
+    can_overshoot: bool = True
 
     def __post_init__(self) -> None:
         checked = {
@@ -183,7 +185,7 @@ class Action:
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if _acts(row)
         )
-        _hazards.warn_of_rates(self.where, " * ".join(self.rates), decays)
+        _hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:

@@ -13,7 +13,9 @@ from . import _checks
 from .paths._rules import PerLayer
 
 
-def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Sequence[Any]]]) -> None:
+def warn_of_rates(
+    where: str, argument: str, decays: Iterable[tuple[str, Any, Sequence[Any]]], *, can_overshoot: bool
+) -> None:
     """Warns of fractions per step that round to nothing, and of those that overshoot or diverge.
 
     Args:
@@ -21,6 +23,7 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Se
         argument: what they are the product of, for the message.
         decays: for each parameter that decays its path, its dtype and the factors of its fraction per step. What has
             a factor without a value yet (a schedule, a traced rate) is left to `audit`.
+        can_overshoot: whether a large rate takes weights past their anchor.
     """
     lost: dict[tuple[str, float], list[str]] = {}
     beyond: dict[float, list[str]] = {}
@@ -31,7 +34,7 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Se
         fraction = float(np.max(fractions))
         if 0 < fraction < smallest_fraction(dtype):
             lost.setdefault((jnp.dtype(dtype).name, fraction), []).append(path)
-        elif fraction >= 1:
+        elif fraction >= 1 and can_overshoot:
             beyond.setdefault(fraction, []).append(path)
     if lost:
         (dtype, fraction), paths = next(iter(lost.items()))
@@ -39,29 +42,28 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Se
         _checks.warn(
             f"{where}: the decay rounds to nothing: {argument} is {fraction:g} a step, and optax.apply_updates keeps "
             f"no change of less than {least:.3g} (2**{math.log2(least):.0f}) of a {dtype} weight: "
-            f"{_named(paths, sum(map(len, lost.values())))}. {remedy(where, dtype)}"
+            f"{_named(paths, sum(map(len, lost.values())))}. {remedy(dtype)}"
         )
     if beyond:
         fraction = max(beyond)
         paths = beyond[fraction]
-        does = (
-            f"is {fraction:g} a step, 1 or more, so that each step takes weights past zero (or their anchor) to the "
-            "other side" + (", and 2 or more makes them grow without end" if fraction >= 2 else "")
-        )
+        does = "takes weights to zero (or their anchor) at once" if fraction == 1 else "takes weights past zero"
+        never_settles = ", and as far again or farther: they never settle" if fraction >= 2 else ""
         _checks.warn(
-            f"{where}: {argument} {does}: {_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? "
-            "If it is meant, continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
+            f"{where}: {argument} is {fraction:g} a step, which {does}{never_settles}: "
+            f"{_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? If it is meant, "
+            "continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
         )
 
 
-def remedy(where: str, dtype: Any) -> str:
+def remedy(dtype: Any) -> str:
     """What to do where a decay rounds to nothing in this dtype."""
     if jnp.finfo(dtype).bits < 32:
         return (
             "Keep the parameters in float32 and compute in a narrower dtype, or write "
-            f"optax.chain(in_float32(optimizer), compensated()) with {where} inside the optimizer."
+            "optax.chain(in_float32(optimizer), compensated()) with the decay inside."
         )
-    return f"Write optax.chain(optimizer, compensated()) with {where} inside the optimizer, or take a larger rate."
+    return "Take a larger rate, or write optax.chain(optimizer, compensated()), which this warning does not see."
 
 
 def smallest_fraction(dtype: Any) -> float:

@@ -108,6 +108,9 @@ def continuous_decay(
     Args, Returns, Raises: as `decoupled_decay`; learning_rate is the number or schedule that the optimizer has. A
     schedule is called with this transformation's own count of updates, from 0.
 
+    Warns:
+        UserWarning: at `init`, if learning_rate * weight_decay is known to round to nothing.
+
     Example:
 
         >>> import jax.numpy as jnp, optax, wdjax
@@ -117,7 +120,8 @@ def continuous_decay(
         >>> round(float(optax.apply_updates(params, updates)[0]), 6)  # 2 * exp(-3); 2 * (1 - 3) with decoupled_decay
         0.099574
     """
-    action = Action("continuous_decay", {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+    rates = {"weight_decay": weight_decay, "learning_rate": learning_rate}
+    action = Action("continuous_decay", rates, mask, toward, is_per_step=True, can_overshoot=False)
 
     def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
         # JAX's own also where the rate is a constant: NumPy's differs in the last bit.

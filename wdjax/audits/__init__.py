@@ -19,8 +19,9 @@ import optax
 from .. import _checks, _leaves
 from .._action import Action, DecayState
 from .._hazards import smallest_fraction
-from ..low_precision import CompensatedState
+from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low
+from ..low_precision._writers import NARROW_UPDATES
 from ..paths import Rules
 from ..paths._masks import booleans
 from ..paths._roles import role
@@ -69,7 +70,8 @@ def audit(
         optimizer: a finished `optax.GradientTransformation`, an `optax.MultiSteps`, or, to see what scales with the
             learning rate, a function that makes one from a learning rate: `lambda lr: optax.adamw(lr)`.
         params: a tree of arrays or `jax.ShapeDtypeStruct`s; structure, shapes and dtypes count.
-        expected: the rate that you expect of each parameter, a number or a `by_path` table; what differs is found.
+        expected: the rate that you expect of each parameter in the first real step, a number, a schedule or a
+            `by_path` table; what differs is found.
         mask: with `expected`: who decays at all; as the `mask` of any wdjax function.
         learning_rate: the number or schedule that the optimizer has: with a schedule, it is seen whether the decay
             follows it. For a function it is what the function gets (1e-3 if left out).
@@ -100,12 +102,15 @@ def audit(
         suspect [decays no weights]: a bias, a norm or another parameter that is no weight of a layer decays \
 ('Dense_0/bias'). Give mask=weights_only(), or its .mask to a function of Optax.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of rates that vanish and the like: the audit says so itself.
-        return _audit(optimizer, params, expected, mask, learning_rate, frozen, steps, extra_args or {}, full_size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # Of rates that vanish and the like: the audit says so itself.
+        return _audit(
+            caught, optimizer, params, expected, mask, learning_rate, frozen, steps, extra_args or {}, full_size
+        )
 
 
 def _audit(
+    caught: Sequence[warnings.WarningMessage],
     optimizer: Any,
     params: PyTree,
     expected: Any,
@@ -126,8 +131,11 @@ def _audit(
     build: Any = optimizer if is_function else lambda _: optimizer
     finished = _checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
     leaves = _leaves.flatten_with_paths(params)
-    wanted = None if expected is None else _expected(Action(where, {"expected": expected}, mask), params, leaves)
+    action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
+    action.init(params)  # Which says at once what does not fit.
     kept_still = _chosen(where, frozen, params, leaves)
+
+    _try_shapes(optax.with_extra_args_support(finished), params, extra_args)
 
     def probed(transformation: Any, longest: int | None, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
         transformation = optax.with_extra_args_support(transformation)
@@ -158,19 +166,32 @@ def _audit(
         scales = {i: _follows(fact.rates, values) for i, fact in facts.items()}
     rows = [_row(probes, i, fact, steps, scales[i]) for i, fact in facts.items()]
 
-    def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str]:
+    def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str, set[int]]:
         transformation = optax.with_extra_args_support(finished)
         own = Probes(transformation, params, extra_args, longest=longest, exact=False)
-        drift = _drift(own)
-        return _with_kept(own, calls, rows, can_run=not drift), drift
+        is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
+        drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
+        return _with_kept(own, calls, rows, can_run=not (drift or no_number)), drift, no_number
 
     # Thousands of steps need no large arrays, where small ones will do.
-    rows, drift = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
+    rows, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
+    facts |= {i: facts[i]._replace(is_finite=False) for i in no_number}
+    offset = max(first + 1 - calls, 0)
+    wanted = None if expected is None else _expected(action, params, leaves, offset // calls)
     contexts = (
-        Context(fact, None if wanted is None else wanted[row.path], row.path in kept_still)
+        Context(fact, None if wanted is None else wanted[row.path], row.path in kept_still, probes.tolerance)
         for row, fact in zip(rows, facts.values(), strict=True)
     )
-    return Audit(tuple(rows), findings_of(list(zip(rows, contexts, strict=True)), drift), calls, first)
+    narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
+    findings = findings_of(list(zip(rows, contexts, strict=True)), drift, narrow, offset + calls)
+    return Audit(tuple(rows), findings, calls, first)
+
+
+def _try_shapes(transformation: Any, params: PyTree, extra_args: Mapping[str, Any]) -> None:
+    """Raises what the optimizer raises of these parameters, before anything is computed."""
+    grads = params.fast if isinstance(params, optax.LookaheadParams) else params
+    state = jax.eval_shape(transformation.init, params)
+    jax.eval_shape(lambda *args: transformation.update(*args, **extra_args), grads, state, params)
 
 
 def _row(probes: Probes, i: int, fact: Facts, steps: Sequence[int], scales: bool | None) -> Audited:
@@ -202,9 +223,11 @@ def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
     return run(kinds[-1])
 
 
-def _expected(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> dict[str, tuple[float, float]]:
+def _expected(
+    action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]], count: int
+) -> dict[str, tuple[float, float]]:
     """The smallest and the largest rate that is expected of each parameter."""
-    terms = action.terms(params, leaves, DecayState(jnp.zeros([], jnp.int32)))
+    terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
     rates = {}
     for (path, _), term in zip(leaves, terms, strict=True):
         product: Any = 0.0 if term is None else 1.0
@@ -223,7 +246,7 @@ def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, A
 
 
 def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | None:
-    pairs = [(rate, lr) for rate, lr in zip(rates, learning_rates, strict=False) if lr > 0]
+    pairs = [(rate, lr) for rate, lr in zip(rates, learning_rates, strict=False) if lr > 1e-3 * max(learning_rates)]
     if not pairs or max(lr for _, lr in pairs) < 1.01 * min(lr for _, lr in pairs):
         return None
     ratios = [rate / lr for rate, lr in pairs]
@@ -234,31 +257,36 @@ def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | 
 
 def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -> list[Audited]:
     """The rows with the share of the decay that survives rounding."""
-    low = [row.decays and is_low(jax.ShapeDtypeStruct((), row.dtype)) for row in rows]
-    slowest = min((abs(row.rate) for row, is_one in zip(rows, low, strict=True) if is_one and row.rate), default=None)
-    wide: Any = []
-    ends: Any = []
-    start: Any = []
-    if slowest is not None and can_run:
-        # Long enough for four units in the last place of the narrowest: one step of many a writer does nothing.
-        enough = (
-            max(32 * smallest_fraction(row.dtype) for row, is_one in zip(rows, low, strict=True) if is_one) / slowest
-        )
-        length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(enough, 8))))
-        wide, ends = (own.trajectory(length, wide=wide) for wide in (True, False))
-        start = own.rounded_weights()
-    is_compensated = any(isinstance(node, CompensatedState) for node in _nodes(own.init(own.weights), CompensatedState))
-    kept = []
-    for i, row, is_one in zip(own.indices, rows, low, strict=True):
-        if not is_one:
-            kept.append(float(is_compensated or not 0 < abs(row.rate) < smallest_fraction(row.dtype)))
-        elif not can_run:
-            kept.append(math.nan)
-        else:
-            # Of all weights together: one by one they are rounded by more than they move.
-            meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
-            kept.append(moved / meant if meant else 1.0)
-    return [row._replace(kept=share) for row, share in zip(rows, kept, strict=True)]
+    state = own.init(own.weights, wide=False)
+    writers = {kind for kind in WRITERS if any(isinstance(node, kind) for node in _nodes(state, kind))}
+    low = [i for i, row in zip(own.indices, rows, strict=True) if row.decays and is_low(own.leaves[i])]
+    seen = _kept_by_many_steps(own, calls, [rows[own.indices.index(i)] for i in low], bool(writers)) if can_run else []
+    shares = dict(zip(low, seen, strict=True)) if can_run else dict.fromkeys(low, math.nan)
+    for i, row in zip(own.indices, rows, strict=True):
+        largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
+        is_lost = 0 < largest < smallest_fraction(row.dtype) and CompensatedState not in writers
+        shares.setdefault(i, float(not is_lost))
+    return [row._replace(kept=shares[i]) for i, row in zip(own.indices, rows, strict=True)]
+
+
+def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_written: bool) -> list[float]:
+    """The shares for parameters of low precision: one step of many does nothing, if a writer stands behind them."""
+    rates = [abs(row.rate) for row in rows if row.rate]
+    if not rates:
+        return [1.0] * len(rows)
+    # Four units in the last place of the narrowest, if that is no more than some thousand steps.
+    narrowest = max(smallest_fraction(row.dtype) for row in rows)
+    length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(16 * narrowest / min(rates), 8))))
+    wide, ends = (own.trajectory(length, wide=wide) for wide in (True, False))
+    start, places = own.rounded_weights(), {own.leaves[i].path: i for i in own.indices}
+    shares = []
+    for row in rows:
+        i = places[row.path]
+        # Of all weights together: one by one they are rounded by more than they move.
+        meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
+        is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
+        shares.append(math.nan if is_written and not is_seen else moved / meant if meant else 1.0)
+    return shares
 
 
 def _nodes(state: PyTree, kind: type) -> list[Any]:
@@ -283,5 +311,4 @@ def _drift(own: Probes) -> str:
 
 
 def _type(leaf: Any) -> str:
-    weak = " (weak)" if getattr(leaf, "weak_type", False) else ""
-    return f"{leaf.dtype}{list(leaf.shape)}{weak}"
+    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -19,11 +19,13 @@ class Context(NamedTuple):
         facts: what was measured.
         expected: the smallest and the largest rate that is expected; None if nothing is.
         is_frozen: whether it is said to be.
+        tolerance: what rates may differ by, relatively.
     """
 
     facts: Facts
     expected: tuple[float, float] | None
     is_frozen: bool
+    tolerance: float
 
 
 class _Check(NamedTuple):
@@ -35,15 +37,17 @@ class _Check(NamedTuple):
 
 
 def _is_twice(row: Audited, context: Context) -> bool:
-    return row.decays and context.expected is not None and _is_times(row, context.expected, 2.0)
+    return row.decays and context.expected is not None and _is_times(row, context, 2.0)
 
 
 def _is_other(row: Audited, context: Context) -> bool:
-    return context.expected is not None and not (_is_twice(row, context) or _is_times(row, context.expected, 1.0))
+    return context.expected is not None and not (_is_twice(row, context) or _is_times(row, context, 1.0))
 
 
-def _is_times(row: Audited, expected: tuple[float, float], factor: float) -> bool:
-    return bool(np.allclose((row.least, row.most), np.multiply(expected, factor), rtol=2e-3, atol=1e-12))
+def _is_times(row: Audited, context: Context, factor: float) -> bool:
+    expected = np.multiply(context.expected or 0.0, factor)
+    is_empty = 0 in row.shape
+    return is_empty or bool(np.allclose((row.least, row.most), expected, rtol=context.tolerance, atol=1e-12))
 
 
 def _compared(row: Audited, context: Context) -> str:
@@ -74,12 +78,12 @@ _CHECKS = (
         "weights grow where they should decay",
         "The decay stands on the wrong side of the learning rate: decoupled_decay and optax.add_decayed_weights come "
         "before it, independent_decay after it.",
-        lambda row, context: row.rate < 0,
+        lambda row, context: context.facts.grows,
     ),
     _Check(
         "wrong",
         "diverges",
-        "the rate is 2 or more a step: weights grow without end",
+        "the rate is 2 or more a step: weights never settle",
         "Is a factor missing, the learning rate say?",
         lambda row, context: row.most >= 2,
     ),
@@ -89,7 +93,7 @@ _CHECKS = (
         "what is frozen, or what no gradient moves, moves",
         "freeze(optimizer, mask) around the whole optimizer keeps every bit.",
         lambda row, context: (
-            (context.is_frozen and context.facts.moves)
+            (context.is_frozen and context.facts.is_touched)
             or (row.decays and (context.is_frozen or not context.facts.moves))
         ),
     ),
@@ -125,7 +129,7 @@ _CHECKS = (
     _Check(
         "suspect",
         "overshoots",
-        "the rate is 1 or more a step: weights jump past zero",
+        "the rate is 1 or more a step: weights land on zero or jump past it",
         "continuous_decay and proximal_step(L2(), ...) never overshoot.",
         lambda row, context: 1 <= row.most < 2,
     ),
@@ -140,7 +144,7 @@ _CHECKS = (
         "suspect",
         "seen by the moments",
         "the decay is scaled with the gradient: L2 regularization, no weight decay",
-        "If weight decay is meant, write decoupled_decay after the scaling: adamw instead of adam_l2.",
+        "If weight decay is meant, put decoupled_decay after the scaling, as adamw does.",
         lambda row, context: row.place == "gradient" and not context.facts.rescaled,
     ),
     _Check(
@@ -159,12 +163,13 @@ _CHECKS = (
     ),
 )
 _DRIFTS = "state drifts"
+_NARROW = "lost beside gradients"
 _NOTHING = "no decay"
-NAMES = (_DRIFTS, *(check.name for check in _CHECKS), _NOTHING)
+NAMES = (_DRIFTS, _NARROW, *(check.name for check in _CHECKS), _NOTHING)
 
 
-def findings_of(pairs: Sequence[tuple[Audited, Context]], drift: str) -> tuple[Finding, ...]:
-    """The findings: what every parameter shows, and how the state changes its types, if it does."""
+def findings_of(pairs: Sequence[tuple[Audited, Context]], drift: str, narrow: str, calls: int) -> tuple[Finding, ...]:
+    """The findings: what every parameter shows, how the state changes its types, what a writer warned of."""
     found = []
     if drift:
         remedy = (
@@ -172,11 +177,21 @@ def findings_of(pairs: Sequence[tuple[Audited, Context]], drift: str) -> tuple[F
             "in_float32(optimizer) keeps the state in float32 from the start."
         )
         found.append(Finding("wrong", _DRIFTS, drift, remedy))
+    if narrow:
+        message, _, remedy = narrow.partition(". ")
+        found.append(Finding("wrong", _NARROW, message, remedy))
     for check in _CHECKS:
         those = [(row, context) for row, context in pairs if check.applies(row, context)]
         if those:
             message = check.message + (_compared(*those[0]) if check.applies is _is_other else "")
             found.append(Finding(check.harm, check.name, message, check.remedy, tuple(row.path for row, _ in those)))
     if pairs and not any(row.decays for row, _ in pairs):
-        found.append(Finding("note", _NOTHING, "nothing decays", "If that is not meant, look at masks and rates."))
+        found.append(
+            Finding(
+                "note",
+                _NOTHING,
+                f"nothing decays, in the first {calls} calls and at the counts tried",
+                "If that is not meant, look at masks and rates.",
+            )
+        )
     return tuple(found)

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._probes import Arrays, Probes, Step, positions_of_counters, with_counters_at, with_counters_of
-
-_SAME = 2e-3  # Relative: what float32 leaves of a difference of updates.
+from ._probes import Arrays, Probes, Step, positions_of_counters, positions_of_keys, with_counters_at, with_counters_of
 
 
 class Facts(NamedTuple):
@@ -27,7 +25,9 @@ class Facts(NamedTuple):
         moves: whether gradients move it.
         is_raw: whether its update is its gradient.
         is_finite: whether its updates are.
-        is_repeated: whether it decays in calls that make no step.
+        is_touched: whether anything moves it, gradients or not.
+        grows: whether all weights grow that are pulled at.
+        is_repeated: whether it decays in more than one call of a step.
         rescaled: whether the decay is parallel to the weights beside a gradient, and of another size.
     """
 
@@ -42,6 +42,8 @@ class Facts(NamedTuple):
     moves: bool
     is_raw: bool
     is_finite: bool
+    is_touched: bool
+    grows: bool
     is_repeated: bool
     rescaled: bool
 
@@ -53,9 +55,9 @@ class _Runs(NamedTuple):
         plus, minus, double, tiny, still: from 1, -1, 2, 1e-6 and 0 times the probe weights, with zero gradient.
         plus_grad, minus_grad: from 1 and -1 times the probe weights, with a gradient.
         second, fresh: from where `plus` arrived, with zero gradient: with its state, and with a new one at its count.
-        still_second, still_fresh: the same after `still`, with a gradient.
+        minus_second, minus_fresh, still_second, still_fresh: the same after these; the last two with a gradient.
         foreign: from the probe weights, with zero gradient and the state of `still`.
-        later: as `plus`, at other counts.
+        later: as `plus` and `minus`, at other counts.
     """
 
     plus: Step
@@ -67,24 +69,32 @@ class _Runs(NamedTuple):
     minus_grad: Step
     second: Step
     fresh: Step
+    minus_second: Step
+    minus_fresh: Step
     still_second: Step
     still_fresh: Step
     foreign: Step
-    later: list[Step]
+    later: list[tuple[Step, Step]]
 
 
 def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> dict[int, Facts]:
     """The facts of every leaf that is a number."""
-    runs = _run(probes, offset, calls, steps, None)
+    runs = _run(probes, offset, calls, steps)
     if _is_nan_without_gradient(probes, runs):
-        runs = _run(probes, offset, calls, steps, None, probes.gradients)
+        runs = _run(probes, offset, calls, steps, nudge=probes.gradients)
         return {i: _facts(probes, runs, i, None, nudged=True) for i in probes.indices}
     facts = {i: _facts(probes, runs, i, None) for i in probes.indices}
+    # What does not decay in the first step may do so later.
+    for at_count in steps if runs.later else ():
+        late = [i for i in facts if facts[i].kind == "none" and dict(zip(steps, facts[i].rates, strict=True))[at_count]]
+        if late:
+            runs = _run(probes, offset, calls, steps, at_count=at_count)
+            facts |= {i: _facts(probes, runs, i, None) for i in late}
     if all(each.kind != "none" for each in facts.values()):
         return facts
     # Nothing pulls these to zero. Away from where the optimizer was initialized something may pull them back, and so
     # it does if it keeps weights of its own: those pull all the way, a decay takes a fraction.
-    moved = _run(probes, offset, calls, steps, probes.origin)
+    moved = _run(probes, offset, calls, steps, origin=probes.origin)
     for i, fact in facts.items():
         back = _facts(probes, moved, i, probes.origin)
         if fact.kind == "none" and back.kind != "none" and back.rate < 0.5:
@@ -99,9 +109,16 @@ def _is_nan_without_gradient(probes: Probes, runs: _Runs) -> bool:
 
 
 def _run(
-    probes: Probes, offset: int, calls: int, steps: tuple[int, ...], origin: Arrays | None, nudge: Arrays | None = None
+    probes: Probes,
+    offset: int,
+    calls: int,
+    steps: tuple[int, ...],
+    *,
+    origin: Arrays | None = None,
+    nudge: Arrays | None = None,
+    at_count: int | None = None,
 ) -> _Runs:
-    """The steps; with a nudge, that is the gradient where there is none otherwise, and twice that where there is."""
+    """The steps, the first of them at a count; with a nudge, that is the gradient where there would be none."""
     zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
     gradients = probes.gradients if nudge is None else probes.scaled(nudge, 2.0)
 
@@ -109,37 +126,43 @@ def _run(
         weights = probes.scaled(probes.weights, factor)
         return weights if origin is None else _sum(weights, origin)
 
-    def step(weights: Arrays, gradients: Arrays = zeros, to_count: Callable[[Any], Any] = lambda state: state) -> Step:
+    def step(weights: Arrays, gradients: Arrays = zeros, to_count: Callable[[Any], Any] | None = None) -> Step:
         """The first real step from a new state."""
         state = probes.init(weights if origin is None else origin)
         if offset:
             before = probes.steps(weights, zeros, state, offset)
             weights, state = before.end(), before.after
-        return probes.steps(weights, gradients, to_count(state), calls)
+        if to_count is None and at_count is not None:
+            state = with_counters_at(state, counters, at_count)
+        return probes.steps(weights, gradients, state if to_count is None else to_count(state), calls)
 
-    plus, still = step(at(1.0)), step(at(0.0))
-    counters = positions_of_counters(plus.before, plus.after, calls)
+    counters: list[int] = []
+    first = step(at(1.0))
+    counters += positions_of_counters(first.before, first.after, calls)
+    plus, minus, still = (step(at(factor)) for factor in (1.0, -1.0, 0.0))
 
     def to_second(state: Any) -> Any:
-        return with_counters_of(state, plus.after, counters)
+        return with_counters_of(state, plus.after, [*counters, *positions_of_keys(state)])
+
+    def later(factor: float, count: int) -> Step:
+        return step(at(factor), to_count=lambda state: with_counters_at(state, counters, count)).bare()
 
     return _Runs(
-        plus,
-        minus=step(at(-1.0)),
-        double=step(at(2.0)),
-        tiny=step(at(1e-6)),
-        still=still,
-        plus_grad=step(at(1.0), gradients),
-        minus_grad=step(at(-1.0), gradients),
-        second=probes.steps(plus.end(), zeros, plus.after, calls),
-        fresh=step(plus.end(), to_count=to_second),
-        still_second=probes.steps(still.end(), probes.gradients, still.after, calls),
-        still_fresh=step(still.end(), probes.gradients, to_second),
-        foreign=probes.steps(plus.start, zeros, still.after, calls),
-        later=[
-            step(at(1.0), to_count=lambda state, count=count: with_counters_at(state, counters, count))
-            for count in (steps if counters else ())
-        ],
+        plus.bare(),
+        minus.bare(),
+        double=step(at(2.0)).bare(),
+        tiny=step(at(1e-6)).bare(),
+        still=still.bare(),
+        plus_grad=step(at(1.0), gradients).bare(),
+        minus_grad=step(at(-1.0), gradients).bare(),
+        second=probes.steps(plus.end(), zeros, plus.after, calls).bare(),
+        fresh=step(plus.end(), to_count=to_second).bare(),
+        minus_second=probes.steps(minus.end(), zeros, minus.after, calls).bare(),
+        minus_fresh=step(minus.end(), to_count=to_second).bare(),
+        still_second=probes.steps(still.end(), probes.gradients, still.after, calls).bare(),
+        still_fresh=step(still.end(), probes.gradients, to_second).bare(),
+        foreign=probes.steps(plus.start, zeros, still.after, calls).bare(),
+        later=[(later(1.0, count), later(-1.0, count)) for count in (steps if counters else ())],
     )
 
 
@@ -156,40 +179,47 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged
     rest = {
         "moves": moves,
         "is_raw": moves and not nudged and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
+        "is_touched": bool(np.any(plus != 0) or np.any(plus_grad != 0)),
         "is_finite": bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
     }
     odd, even = (plus - minus) / 2, (plus + minus) / 2
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i]))
+    later = tuple(_late_rate(pair, i, w, 8 * probes.eps * scale) for pair in runs.later)
     if w.size == 0 or not np.all(np.isfinite(plus)) or _is_noise(odd, w, 8 * probes.eps * scale):
-        return Facts(0.0, 0.0, 0.0, (), 0.0, "none", "none", "", **rest, is_repeated=False, rescaled=False)
+        return Facts(
+            0.0, 0.0, 0.0, later, 0.0, "none", "none", "", **rest, grows=False, is_repeated=False, rescaled=False
+        )
     beside = (plus_grad - minus_grad) / 2
     kind = _kind(odd, runs.double.total(i) - even, w)
-    noise = 64 * probes.eps * (np.abs(plus_grad) + scale)
+    noise = 64 * probes.eps * (np.abs(plus_grad) + scale) + 2 * probes.update_eps * np.abs(plus_grad)
     place, rescaled = "update", False
     if kind != "L2" and _lands_on_zero(runs.tiny, i):
         place = "weights"
     elif not nudged and _is_remembered(runs, i, 64 * probes.eps * scale):
         place = "gradient"
-    elif not _same(beside - _along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise):
-        if _same(2 * beside, odd, 2 * noise):
+    elif not _same(beside - _along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance):
+        if _same(2 * beside, odd, 2 * noise, probes.tolerance):
             kind = f"cautious {kind}"
         else:
             place, rescaled = "gradient", _cosine(beside, odd) > 0.9
     is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + 8 * probes.eps * scale)
+    if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays; noise is drawn again.
+        is_odd = not _same(runs.second.total(i) - odd / w * runs.plus.end()[i], even, 64 * probes.eps * scale, 0.05)
     toward = "init" if origin is not None else "zero" if is_odd else "a tree" if kind.endswith("L2") else ""
-    rate = _rate(odd, w)
-    ratios = -np.real(odd / w) if kind.endswith("L2") else rate
+    rate, ratios = _rate(odd, w), -np.real(odd / w)
+    least, most = (np.min(ratios), np.max(ratios)) if kind.endswith("L2") else (rate, rate)
     return Facts(
         rate,
-        float(np.min(ratios)),
-        float(np.max(ratios)),
-        tuple(_rate(later.total(i) - even, w) for later in runs.later),
+        float(least),
+        float(most),
+        later,
         _rate(beside, w, mean=True),
         kind,
         place,
         toward,
         **rest,
-        is_repeated=not nudged and any(np.any(call[i] != 0) for call in runs.plus.moved[:-1]),
+        grows=bool(np.all(ratios <= 0)),
+        is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in runs.plus.moved) > 1,
         rescaled=rescaled,
     )
 
@@ -200,7 +230,8 @@ def _is_remembered(runs: _Runs, i: int, noise: Any) -> bool:
     own = _rate(runs.foreign.total(i), runs.plus.start[i] - runs.still.start[i])
     if 0.5 < own < 1.5:
         return False
-    second, fresh = runs.second.total(i), runs.fresh.total(i)
+    second = (runs.second.total(i) - runs.minus_second.total(i)) / 2
+    fresh = (runs.fresh.total(i) - runs.minus_fresh.total(i)) / 2
     if not np.all(np.isfinite(second)):
         return False
     # A step size that changed by itself changes what gradients do as well.
@@ -218,6 +249,11 @@ def _lands_on_zero(tiny: Step, i: int) -> bool:
     return bool(np.any(moved) and np.all((moved == 0) | (moved == -tiny.start[i])))
 
 
+def _late_rate(pair: tuple[Step, Step], i: int, w: np.ndarray, rounding: np.ndarray) -> float:
+    odd = (pair[0].total(i) - pair[1].total(i)) / 2
+    return 0.0 if w.size == 0 or _is_noise(odd, w, rounding) else _rate(odd, w)
+
+
 def _rate(moved: np.ndarray, weights: np.ndarray, *, mean: bool = False) -> float:
     if mean:
         return -float(np.real(np.vdot(weights, moved))) / float(np.real(np.vdot(weights, weights)))
@@ -232,7 +268,7 @@ def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return share * b if b.size > 4 or abs(share) < 0.5 else np.zeros_like(b)
 
 
-def _same(a: np.ndarray, b: np.ndarray, noise: Any, tolerance: float = _SAME) -> bool:
+def _same(a: np.ndarray, b: np.ndarray, noise: Any, tolerance: float = 2e-3) -> bool:
     return bool(np.all(np.abs(a - b) <= tolerance * np.minimum(np.abs(a), np.abs(b)) + noise))
 
 

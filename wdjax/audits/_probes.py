@@ -38,6 +38,10 @@ class Step(NamedTuple):
         """What the step added to a leaf."""
         return np.sum([call[i] for call in self.moved], axis=0)
 
+    def bare(self) -> "Step":
+        """Without the states, which are large."""
+        return self._replace(before=None, after=None)
+
     def end(self) -> Arrays:
         """The weights after."""
         return [None if start is None else start + self.total(i) for i, start in enumerate(self.start)]
@@ -51,6 +55,7 @@ class Probes:
         indices: which of them are numbers.
         weights, origin, gradients: probe values: of either sign and of magnitudes from 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps: the relative rounding of what is measured.
+        update_eps: the relative rounding of the updates, in the dtype in which they come out.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Probes:
         self.longest = longest
         self.exact = exact
         self.eps = 2.0 ** (-52 if exact else -23)
+        self.update_eps = 0.0
         shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
         self._true_shapes = {leaf.path: leaf.shape for leaf in self.leaves}
         self.is_small = any(shape != leaf.shape for shape, leaf in zip(shapes, self.leaves, strict=True))
@@ -82,7 +88,16 @@ class Probes:
             return [_values(rng, s, leaf.dtype, least, most) if i in self.indices else None for i, (s, leaf) in leaves]
 
         self.weights, self.origin, self.gradients = drawn(0.1, 2.0), drawn(0.1, 2.0), drawn(2.0, 4.0)
+        if isinstance(params, optax.LookaheadParams):  # Else the synchronization of the two looks like a decay.
+            half = len(found) // 2
+            for arrays in (self.weights, self.origin):
+                arrays[half:] = arrays[:half]
         self._jitted = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params, **extra_args))
+
+    @property
+    def tolerance(self) -> float:
+        """What rates may differ by, relatively: float32 may have been at work within."""
+        return max(2e-3, 4 * self.update_eps)
 
     def tree(self, arrays: Arrays, *, wide: bool = True, zeros: bool = False) -> PyTree:
         """A tree like params with these values; with `wide`, in float64, or low precision at least in float32."""
@@ -125,6 +140,8 @@ class Probes:
         start, before, moved = self._numbers(params), state, []
         for _ in range(calls):
             updates, state = self.update(grads, state, params)
+            dtypes = (x.dtype for x in jax.tree.leaves(updates) if _leaves.is_decayable(x))
+            self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
             moved.append(self._numbers(updates))
             params = apply_updates(params, updates)
         return Step(start, moved, before, state)
@@ -179,6 +196,16 @@ class Probes:
         grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=False, zeros=True))
         with self._asked_of_true_shapes():
             return jax.eval_shape(lambda: self.optimizer.update(grads, state, params, **self.extra_args)[1])
+
+    def without_a_number(self) -> set[int]:
+        """Which leaves get updates that are not finite, in their own dtypes, with zero gradients or with others."""
+        params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
+        found: set[int] = set()
+        for factor in (0.0, 1.0):
+            grads = _gradients(self.tree(self.scaled(self.gradients, factor), wide=False, zeros=True))
+            moved = self._numbers(self.update(grads, state, params)[0])
+            found |= {i for i in self.indices if not np.all(np.isfinite(moved[i]))}
+        return found
 
     def rounded_weights(self) -> Arrays:
         """The probe weights in their own dtypes."""
@@ -238,6 +265,15 @@ def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int
         if is_integer and int(new) - int(old) in (1, calls):
             found.append(i)
     return found
+
+
+def positions_of_keys(state: PyTree) -> list[int]:
+    """Which leaves of a state are random keys, typed or raw."""
+    return [
+        i
+        for i, leaf in enumerate(jax.tree.leaves(state))
+        if _is_key(leaf) or (getattr(leaf, "dtype", None) == jnp.uint32 and jnp.shape(leaf)[-1:] == (2,))
+    ]
 
 
 def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyTree:

@@ -20,7 +20,8 @@ class Audited(NamedTuple):
         path: its canonical path.
         shape, dtype: of the parameter; the dtype by its name.
         rate: the fraction of a weight that the first real step takes away with zero gradient (the median, where it is
-            not the same for all): 0.0 where nothing decays, negative where weights grow.
+            not the same for all); if that step decays nothing, the first of those at `steps` that does. 0.0 where
+            nothing decays, negative where weights grow.
         least, most: the smallest and the largest of an array with a rate for each layer; else both the rate.
         rates: pairs of a count and the rate at that count; empty for an optimizer that counts nothing.
         beside_gradient: the same fraction where there is a gradient.
@@ -31,7 +32,8 @@ class Audited(NamedTuple):
         toward: "zero"; "init": the weights that the optimizer was initialized with; "a tree": others; "" for no decay.
         scales_with_learning_rate: whether another learning rate makes another rate; None where that was not to be seen.
         kept: the share of the decay that is left after rounding to the parameter's dtype; 1.0 where it all is; NaN
-            where the state changes its dtypes, so that many steps can't be run.
+            where it can't be seen: the state changes its dtypes, updates are no numbers, or a writer would need more
+            steps than were run.
         role: what the parameter is by its name and shape, as `weights_only` tells it: "kernel", "bias", "norm", ...;
             "" where nothing tells.
     """
@@ -145,8 +147,11 @@ def _cells(row: Audited) -> tuple[str, ...]:
 
 
 def _rates(row: Audited) -> str:
-    """The rate; the smallest and the largest; or the first and the last of those measured at different counts."""
-    shown = [f"{row.rate:.3g}", *(f"{rate:.3g}" for _, rate in row.rates)]
+    """The rate; the smallest and the largest; or, if it changes with the count, the first and the largest or last."""
     if f"{row.least:.3g}" != f"{row.most:.3g}":
         return f"{row.least:.3g} to {row.most:.3g}"
-    return shown[0] if len(set(shown)) == 1 else f"{shown[1]} ({row.rates[0][0]}) … {shown[-1]} ({row.rates[-1][0]})"
+    if len({f"{rate:.3g}" for rate in (row.rate, *(rate for _, rate in row.rates))}) == 1:
+        return f"{row.rate:.3g}"
+    (count, first), largest = row.rates[0], max(row.rates, key=lambda pair: abs(pair[1]))
+    other_count, other = row.rates[-1] if largest == row.rates[0] else largest
+    return f"{first:.3g} ({count}) … {other:.3g} ({other_count})"

@@ -13,6 +13,7 @@ from ._rounding import for_each, is_low, is_narrow, remainder, rounded, spacing_
 
 PyTree = Any
 _STATELESS = object()
+NARROW_UPDATES = "a decay that is small beside the gradient's part is rounded away before it gets here"
 
 
 class StochasticRoundingState(NamedTuple):
@@ -63,7 +64,8 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
     Args:
         seed: an integer or 0-d integer array (traced is fine). The same seed and count give the same random numbers
             on any number of devices, whatever the sharding, and on every replica of `pmap`. Inside `shard_map` a
-            device sees its shard only: there add `jax.lax.axis_index` of the axes that params are sharded over.
+            device sees its shard only: there add `jax.lax.axis_index` of the axes that params are sharded over. Under
+            `vmap` all members draw alike, unless the seed is one of what it maps.
 
     Returns:
         An `optax.GradientTransformation` with a `StochasticRoundingState`; its `update` needs `params`. The updates of
@@ -123,7 +125,7 @@ def compensated() -> optax.GradientTransformation:
         as they came in.
 
     Raises:
-        ValueError: at `update`, if params are left out or have other dtypes than at `init`.
+        ValueError: at `update`, if params are left out, or the state has nothing for one of them.
 
     Warns:
         UserWarning: at `update`, if updates come in with less than float32: what was lost before, stays lost.
@@ -177,8 +179,8 @@ def master_weights() -> optax.GradientTransformation:
     Returns:
         An `optax.GradientTransformation` with a `MasterWeightsState`, 4 bytes a parameter; its `update` needs
         `params`. The updates of parameters below float32 come out in float32, all others as they came in. Whatever
-        else changes the parameters (a restored checkpoint of the weights alone) is undone by the copy: make a new
-        state then.
+        else changes the parameters (a restored checkpoint of the weights alone) is undone by the copy, and an update
+        of NaN stays in it: make a new state then.
 
     Raises:
         ValueError: at `update`, if params are left out.
@@ -244,8 +246,7 @@ def _written(
     if narrow:
         path, dtype = next(iter(narrow.items()))
         _checks.warn(
-            f"{where}: the update of {path!r} comes in {dtype} (and {len(narrow) - 1} more like it): a decay that is "
-            "small beside the gradient's part is rounded away before it gets here. "
+            f"{where}: the update of {path!r} comes in {dtype} (and {len(narrow) - 1} more like it): {NARROW_UPDATES}. "
             f"Write optax.chain(in_float32(optimizer), {where}(...))."
         )
     if states is _STATELESS:
