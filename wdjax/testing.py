@@ -138,8 +138,8 @@ def assert_only_decays(
     be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it, for an
     optimizer that computes the update as a difference of weights); after `optax.apply_updates` some bit must have
     changed. Where `expected` is 0, none may. It is the first step that is tested: a learning rate that warms up from 0
-    does nothing there, so test the optimizer with a constant one. `assert_audit` sees later steps, `MultiSteps`, gradients
-    and chains that end in `stochastic_rounding` or `compensated`, which move a weight once in many steps.
+    does nothing there, so test the optimizer with a constant one. `assert_audit` sees later steps, gradients,
+    `MultiSteps`, and chains that end in `stochastic_rounding` or `compensated`, which move weights once in many steps.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
