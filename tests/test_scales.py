@@ -366,6 +366,8 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
             chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
+@pytest.mark.filterwarnings("ignore:.*independent_decay")
 @every_decay
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:

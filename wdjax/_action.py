@@ -177,7 +177,9 @@ class Action:
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
         leaves = _leaves.flatten_with_paths(params)
-        self._warn_of_rates(leaves, self._factors(params, leaves))
+        dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if _leaves.is_decayable(leaf)}
+        if not _hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
+            self._warn_of_rates(leaves, self._factors(params, leaves))
 
     def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> None:
         decays = (

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from . import _checks
+from .paths import Rules
 from .paths._rules import PerLayer
 
 
@@ -54,6 +55,15 @@ def warn_of_rates(
             f"{_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? If it is meant, "
             "continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
         )
+
+
+def is_harmless(rates: Iterable[Any], dtypes: Iterable[Any]) -> bool:
+    """Whether rates that are the same for all parameters are of no harm to any of these dtypes, or not known yet."""
+    rates = list(rates)
+    if any(isinstance(rate, Rules) for rate in rates):
+        return False
+    fraction = _known(rates)
+    return fraction is None or all(smallest_fraction(dtype) <= fraction < 1 for dtype in dtypes)
 
 
 def remedy(dtype: Any) -> str:
