@@ -19,10 +19,11 @@ import optax
 from .. import _checks, _leaves
 from .._action import Action, DecayState
 from .._hazards import smallest_fraction
+from .._steps import nodes
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low
 from ..low_precision._writers import NARROW_UPDATES
-from ..paths import Rules
+from ..paths import Leaf, Rules
 from ..paths._masks import booleans
 from ..paths._roles import role
 from ..paths._rules import PerLayer
@@ -134,7 +135,6 @@ def _audit(
     action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
     action.init(params)  # Which says at once what does not fit.
     kept_still = _chosen(where, frozen, params, leaves)
-
     _try_shapes(optax.with_extra_args_support(finished), params, extra_args)
 
     def probed(transformation: Any, longest: int | None, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
@@ -164,7 +164,8 @@ def _audit(
     elif callable(learning_rate):
         values = [float(rate(step)) for step in steps]
         scales = {i: _follows(fact.rates, values) for i, fact in facts.items()}
-    rows = [_row(probes, i, fact, steps, scales[i]) for i, fact in facts.items()]
+    shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
+    rows = [_row(probes.leaves[i], shapes, fact, steps, scales[i]) for i, fact in facts.items()]
 
     def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str, set[int]]:
         transformation = optax.with_extra_args_support(finished)
@@ -194,9 +195,10 @@ def _try_shapes(transformation: Any, params: PyTree, extra_args: Mapping[str, An
     jax.eval_shape(lambda *args: transformation.update(*args, **extra_args), grads, state, params)
 
 
-def _row(probes: Probes, i: int, fact: Facts, steps: Sequence[int], scales: bool | None) -> Audited:
-    leaf = probes.leaves[i]
-    found = role(parameter_at(leaf.path, {other.path: other.shape for other in probes.leaves}))
+def _row(
+    leaf: Leaf, shapes: Mapping[str, tuple[int, ...]], fact: Facts, steps: Sequence[int], scales: bool | None
+) -> Audited:
+    found = role(parameter_at(leaf.path, shapes))
     return Audited(
         leaf.path,
         leaf.shape,
@@ -258,7 +260,7 @@ def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | 
 def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -> list[Audited]:
     """The rows with the share of the decay that survives rounding."""
     state = own.init(own.weights, wide=False)
-    writers = {kind for kind in WRITERS if any(isinstance(node, kind) for node in _nodes(state, kind))}
+    writers = {type(node) for node in nodes(state, WRITERS)}
     low = [i for i, row in zip(own.indices, rows, strict=True) if row.decays and is_low(own.leaves[i])]
     seen = _kept_by_many_steps(own, calls, [rows[own.indices.index(i)] for i in low], bool(writers)) if can_run else []
     shares = dict(zip(low, seen, strict=True)) if can_run else dict.fromkeys(low, math.nan)
@@ -287,10 +289,6 @@ def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_wri
         is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
         shares.append(math.nan if is_written and not is_seen else moved / meant if meant else 1.0)
     return shares
-
-
-def _nodes(state: PyTree, kind: type) -> list[Any]:
-    return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
 
 
 def _drift(own: Probes) -> str:

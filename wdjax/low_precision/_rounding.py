@@ -16,6 +16,7 @@ def is_low(leaf: Any) -> bool:
 
 
 def is_narrow(leaf: Any) -> bool:
+    """Whether the leaf is real, floating and has less than 64 bits."""
     dtype = getattr(leaf, "dtype", None)
     is_floating = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.floating)
     return is_floating and jnp.finfo(dtype).bits < 64
@@ -27,6 +28,8 @@ def for_each(
     leaf_fn: Callable[[Any], Any],
     other_fn: Callable[[Any], Any] = lambda x: None,
 ) -> PyTree:
+    """The tree with `leaf_fn` of what it acts on, arrays or their shapes, and `other_fn` of all else."""
+
     def act(x: Any) -> Any:
         if not acts(x):
             return other_fn(x)
@@ -42,6 +45,7 @@ def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def remainder(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """a + b - total, exactly, for a total next to their sum."""
     part = total - a
     return (a - (total - part)) + (b - part)
 
