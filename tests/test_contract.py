@@ -142,12 +142,13 @@ def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
 @pytest.mark.usefixtures("x64")
 def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
     params, updates = make_params(), make_updates()
-    for rate in (RATE, np.float64(RATE), lambda count: jnp.asarray(RATE, jnp.float64)):
+    scheduled = [lambda count, dtype=dtype: jnp.asarray(RATE, dtype) for dtype in (jnp.float64, jnp.float32)]
+    for rate, in_float32 in ((RATE, RATE), (np.float64(RATE), RATE), scheduled):
         optimizer = row.build(rate)
         new, new_state = optimizer.update(updates, optimizer.init(params), params)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
         with jax.enable_x64(False):
-            plain = row.build(RATE)
+            plain = row.build(in_float32)
             reference, state = plain.update(updates, plain.init(params), params)
         chex.assert_trees_all_equal(new, reference)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)

@@ -1,34 +1,38 @@
 """What every place does alike: bring a rate, a mask and an anchor to each parameter, and act there in safe arithmetic.
 
-A place is an `Action` (how strong, on which parameters, toward what) and a rule for one leaf, a function
-`rule(update, param, anchor, rate) -> update` on arrays of one dtype. The action keeps the promises for all of them:
+A place is an `Action` (how strong, on which parameters, toward what) and a rule for one parameter (see `_arithmetic`).
+The action keeps the promises for all of them:
 
 - The rule runs in at least float32, and in float64 where the update or the parameter is; the update comes back in the
   dtype it came in with. The rate is brought to that dtype before anything is multiplied.
 - Where the decay is off for good (rate 0, mask False, integers, holes), the update is returned as it came and nothing
   is computed. A rate that happens to be 0 in this step (a schedule, a traced rate) leaves the same bits, but for
   denormal updates on hardware that flushes them to zero wherever it adds.
-- Each distinct rate is computed once a step, however many parameters share it.
+- Each schedule is evaluated once a step, however many parameters share it, and a rule is traced and compiled once for
+  all parameters of one shape, whatever their rates are.
+
+`wdjax.leafwise` runs a whole chain on one parameter alone, where no rule by path can be asked. It asks beforehand,
+with all parameters at hand, and tells each action what it does to that one.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from . import _checks, _hazards, _leaves
+from ._arithmetic import Rule, act, as_arguments, compute_dtype, strength
 from .paths import Rules
 from .paths._masks import booleans
-from .paths._rules import PerLayer, check_stack
+from .paths._rules import check_stack
 
 PyTree = Any
-Rule = Callable[[jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
-Scalar = Any  # A NumPy scalar where the rate is known while tracing, else a 0-d array.
 
 
 class DecayState(NamedTuple):
@@ -48,6 +52,15 @@ class Term(NamedTuple):
 
     factors: tuple[Any, ...]
     anchor: Any
+
+
+class Told(NamedTuple):
+    """What acts on one parameter, as `_arithmetic.act` takes it."""
+
+    axis: int | None
+    anchor: Any
+    number: Any
+    arrays: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,14 +100,25 @@ class Action:
                 f"Write {self.where}(..., toward='init') for the values at init."
             )
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the choice of parameters is the same for all trees of one structure, shapes and dtypes."""
+        return self.mask is None or isinstance(self.mask, Rules) or not callable(self.mask)
+
+    @property
+    def keeps_anchor(self) -> bool:
+        return isinstance(self.toward, str)
+
     def init(self, params: PyTree, acts_on: Callable[[str], bool] = lambda path: True) -> DecayState:
         """The state, after a check that rules, mask and anchor fit the parameters.
 
         A warning is given of one array at two places that `acts_on`, a function of the path, both are acted on.
         """
+        if isinstance(params, _leaves.Alone):
+            return DecayState(Owner(self), params if self.keeps_anchor else None)  # pyright: ignore[reportArgumentType]
         leaves = _leaves.flatten_with_paths(params)
         anchor = None
-        if isinstance(self.toward, str):
+        if self.keeps_anchor:
             # A copy: the state must not hold the buffers of params, or both could not be donated.
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
         rows = self._factors(params, leaves)
@@ -108,33 +132,52 @@ class Action:
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
         """The updates after `rule` acted on every leaf that is not off; `gates` are further factors of the rate."""
         _checks.params_given(self.where, params)
+        if isinstance(params, _leaves.Alone):
+            return _apply_as_told(_told.get()[self], rule, updates, state, params, gates)
         leaves = _leaves.flatten_with_paths(params)
-        terms = self.terms(params, leaves, state)
-        rates: dict[Any, tuple[Any, int | None]] = {}
+        paths = [path for path, _ in leaves]
+        given: list[Any] = [None] * len(leaves)
 
-        def act(update: Any, i: int) -> Any:
-            (path, param), term = leaves[i], terms[i]
-            if term is None:
+        def note(update: Any, i: int) -> Any:
+            given[i] = update
+            return update
+
+        _leaves.map_with_params(note, self.where, updates, params, paths)
+        told = self.told(given, params, leaves, state)
+
+        def act_on(update: Any, i: int) -> Any:
+            (path, param), what = leaves[i], told[i]
+            if what is None:
                 return update
             _checks.same_shape(self.where, path, update, param)
-            dtype = compute_dtype(update, param)
-            factors = (*term.factors, *gates)
-            key = (dtype, *map(id, factors))
-            if key not in rates:
-                rates[key] = product(factors, dtype)
-            rate, axis = rates[key]
-            if _is_known(rate) and rate == 0:  # So small that it is nothing in this dtype.
-                return update
-            anchor = None if term.anchor is None else cast(term.anchor, dtype)
-            by_layer = rule
-            if axis is not None:
-                by_layer = jax.vmap(rule, (axis, axis, None if anchor is None else axis, 0), axis)
-            new = by_layer(cast(update, dtype), cast(param, dtype), anchor, rate)
-            return cast(new, jnp.result_type(update))
+            return act(rule, what.axis, update, param, what.anchor, what.number, (*what.arrays, *gates))
 
-        # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
-        with jax.numpy_dtype_promotion("standard"):
-            return _leaves.map_with_params(act, self.where, updates, params, [path for path, _ in leaves])
+        return _leaves.map_with_params(act_on, self.where, updates, params, paths)
+
+    def told(
+        self, updates: Sequence[Any], params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState
+    ) -> list[Told | None]:
+        """What acts on each leaf in this step; None where the decay is off for good.
+
+        Args:
+            updates: the update of each leaf, None where there is none to act on.
+            params, leaves, state: as `terms`.
+        """
+        parted: dict[tuple[int, ...], Any] = {}
+        told: list[Told | None] = []
+        for update, (_, param), term in zip(updates, leaves, self.terms(params, leaves, state), strict=True):
+            if update is None or term is None:
+                told.append(None)
+                continue
+            key = tuple(map(id, term.factors))
+            if key not in parted:
+                parted[key] = strength(term.factors)
+            number, arrays, axis = parted[key]
+            number = jnp.finfo(compute_dtype(update, param)).dtype.type(number)
+            # It may be so small that it is nothing in this dtype.
+            told.append(None if number == 0 else Told(axis, term.anchor, number, arrays))
+        numbers = iter(as_arguments([what.number for what in told if what], updates))
+        return [what and what._replace(number=next(numbers)) for what in told]
 
     def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
         """What acts on each leaf in this step; None where the decay is off for good."""
@@ -176,6 +219,8 @@ class Action:
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
+        if isinstance(params, _leaves.Alone):
+            return
         leaves = _leaves.flatten_with_paths(params)
         dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if _leaves.is_decayable(leaf)}
         if not _hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
@@ -205,12 +250,12 @@ class Action:
         """Each leaf's anchor, None for zero; found by canonical path, and needed only where there is a decay."""
         if self.toward is None or not leaves:
             return [None] * len(leaves)
-        if isinstance(self.toward, str) and initial is None:
+        if self.keeps_anchor and initial is None:
             raise ValueError(
                 f"{self.where}: toward='init', and the state holds no anchor: it comes from an optimizer without one. "
                 "Make a new state, optimizer.init(params), and take over the rest of the old one."
             )
-        given = dict(_leaves.flatten_with_paths(initial if isinstance(self.toward, str) else self.toward))
+        given = dict(_leaves.flatten_with_paths(initial if self.keeps_anchor else self.toward))
         holes = tuple(path + "/" for path, leaf in leaves if _leaves.is_hole(leaf))
         paths = {path for path, _ in leaves}
         pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row)]
@@ -230,6 +275,36 @@ class Action:
         return [given.get(path) for path, _ in leaves]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Owner:
+    """Stands for the count in the state of a parameter alone, and says whose state it is."""
+
+    action: Action
+
+
+_told: contextvars.ContextVar[Mapping[Action, Told | None]] = contextvars.ContextVar("told")
+
+
+@contextlib.contextmanager
+def telling(told: Mapping[Action, Told | None]) -> Iterator[None]:
+    """Tells the actions what they do to a parameter alone."""
+    token = _told.set(told)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def _apply_as_told(
+    what: Told | None, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, gates: tuple[jax.Array, ...]
+) -> PyTree:
+    if what is None:
+        return updates
+    anchor = what.anchor if state.anchor is None else state.anchor.leaf
+    new = act(rule, what.axis, updates.leaf, params.leaf, anchor, what.number, (*what.arrays, *gates))
+    return _leaves.Alone(new)
+
+
 def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:
     """The gradient transformation that acts once an update and counts its updates."""
 
@@ -240,86 +315,9 @@ def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:
     return optax.GradientTransformation(action.init, update_fn)
 
 
-def cast(x: Any, dtype: Any) -> jax.Array:
-    """The array in this dtype: itself if it is that already, which traces faster than a conversion that is none."""
-    return x if isinstance(x, jax.Array) and x.dtype == dtype else jnp.asarray(x, dtype)
-
-
-def compute_dtype(*leaves: Any) -> Any:
-    """The dtype to compute in: at least float32, float64 if a leaf is, complex if a leaf is."""
-    dtypes = [jnp.result_type(leaf) for leaf in leaves]
-    wide = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
-    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
-        return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
-
-
-def product(factors: Sequence[Any], dtype: Any) -> tuple[Any, int | None]:
-    """The product of Python floats, 0-d arrays and `PerLayer`s, in the real dtype that belongs to `dtype`.
-
-    Returns:
-        The rate, and None; or where a `PerLayer` is among the factors, the rate of each layer, of shape (layers,), and
-        the axis that counts the layers.
-    """
-    real = jnp.finfo(dtype).dtype
-    number, arrays, axes = 1.0, [], set()
-    for factor in factors:
-        if isinstance(factor, float):
-            number *= factor
-        elif isinstance(factor, PerLayer):
-            axes.add(factor.axis)
-            arrays.append(jnp.asarray(factor.values, real))
-        else:
-            arrays.append(jnp.asarray(factor, real))
-    result: Any = real.type(number)
-    for array in arrays:
-        result = result * array
-    return result, axes.pop() if axes else None
-
-
-def _is_known(rate: Scalar) -> bool:
-    # A rate that is known while tracing is not zero when a rule gets it: those leaves are off for good.
-    return isinstance(rate, np.generic)
-
-
 def _acts(row: Sequence[tuple[str, Any]] | None) -> bool:
     return row is not None and not any(_is_zero(factor) for _, factor in row)
 
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, float) and value == 0
-
-
-def plus(update: jax.Array, rate: Scalar, pull: jax.Array) -> jax.Array:
-    """update + rate * pull; the same bits as the update where the rate is 0."""
-    return minus(update, rate, -pull)
-
-
-def minus(update: jax.Array, rate: Any, pull: jax.Array) -> jax.Array:
-    """update - rate * pull; the same bits as the update where the rate is 0.
-
-    There what is subtracted is +0.0, which changes no number, and the derivative with respect to the rate is still
-    that of the rule, so that a rate can be learned away from 0. An infinite pull is out of both, or 0 * inf is NaN.
-    """
-    if _is_known(rate):
-        return update - rate * pull
-    off = rate == 0
-    step = rate * jax.lax.select_n(off, pull, _finite(pull))
-    return update - jax.lax.select_n(off, step, step - jax.lax.stop_gradient(step))
-
-
-def unless_off(rate: Scalar, off: jax.Array, on: jax.Array) -> jax.Array:
-    """`off` where the rate is 0, else `on`, with the derivative of `on` in both."""
-    if _is_known(rate):
-        return on
-    finite = _finite(on)
-    return jax.lax.select_n(rate == 0, on, off - (jax.lax.stop_gradient(finite) - finite))
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jax.lax.select(jnp.isfinite(x), x, jnp.zeros_like(x))
-
-
-def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:
-    """How far a parameter is from its anchor, None for zero."""
-    return p if anchor is None else p - anchor

@@ -10,6 +10,7 @@ The other two are *holes*: places that a rule may speak of but that hold nothing
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -73,6 +74,19 @@ def _hidden(remembered: _Remembered, _: Any) -> Hidden:
     return place
 
 
+class Alone:
+    """A parameter alone, or a few, without their paths: what `leafwise` runs a chain on."""
+
+    def __init__(self, *leaves: Any):
+        self.leaves = leaves
+
+    @property
+    def leaf(self) -> Any:
+        (leaf,) = self.leaves
+        return leaf
+
+
+jax.tree_util.register_pytree_node(Alone, lambda alone: (alone.leaves, None), lambda _, leaves: Alone(*leaves))
 jax.tree_util.register_pytree_node(Hidden, lambda place: ((), _Remembered(place.shape, place.dtype)), _hidden)
 
 
@@ -98,6 +112,11 @@ def is_decayable(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     if is_hole(leaf) or dtype is None:
         return isinstance(leaf, (float, complex))
+    return _is_inexact(dtype)
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
     # A `Leaf` has the type of what is no array for its dtype.
     is_python = type(dtype) is type and not issubclass(dtype, np.generic)
     return dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)
@@ -105,6 +124,11 @@ def is_decayable(leaf: Any) -> bool:
 
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
+    if isinstance(tree, Alone):
+        raise ValueError(
+            "something in it chooses parameters by path, and a parameter alone has none. Put it around: "
+            "freeze(leafwise(optimizer), mask), monitor(leafwise(optimizer), ...)."
+        )
     boxes = _box_types()
     walked = _walk(tree, (), lambda x: is_hole(x) or isinstance(x, boxes))
     found = [("/".join(keys), leaf) for keys, leaf in walked]
@@ -143,6 +167,10 @@ def shapes_taken_for(shapes: _Shapes) -> Iterator[None]:
         yield
     finally:
         _shapes_taken.reset(token)
+
+
+def shapes_are_taken() -> bool:
+    return _shapes_taken.get() is not None
 
 
 def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:

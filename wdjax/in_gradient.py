@@ -13,7 +13,8 @@ from typing import Any
 import optax
 
 from . import _checks
-from ._action import Action, away, plus, transformation
+from ._action import Action, transformation
+from ._arithmetic import away, plus
 from .penalties import L1, L2, Penalty, checked_kind
 
 PyTree = Any

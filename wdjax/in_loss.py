@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _action, _checks, _leaves
+from . import _arithmetic, _checks, _leaves
 from ._action import Action
 from .penalties import L1, L2, Penalty, checked_kind
 
@@ -107,14 +107,14 @@ def _penalty(where: str, name: str, params: PyTree, kind: Penalty, rate: Any, ma
     action = Action(where, {name: rate}, mask, toward)
     leaves = _leaves.flatten_with_paths(params)
     terms = action.terms(params, leaves, None)
-    dtype = jnp.finfo(_action.compute_dtype(*(leaf for _, leaf in leaves if _leaves.is_decayable(leaf)))).dtype
+    dtype = jnp.finfo(_arithmetic.compute_dtype(*(leaf for _, leaf in leaves if _leaves.is_decayable(leaf)))).dtype
     total = jnp.zeros([], dtype)
     for (_, param), term in zip(leaves, terms, strict=True):
         if term is not None:
-            wide = _action.compute_dtype(param)
+            wide = _arithmetic.compute_dtype(param)
             anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
-            far = _action.away(jnp.asarray(param, wide), anchor)
-            rate, axis = _action.product(term.factors, wide)
+            far = _arithmetic.away(jnp.asarray(param, wide), anchor)
+            rate, axis = _arithmetic.product(term.factors, wide)
             with jax.numpy_dtype_promotion("standard"):  # Of complex weights, a real norm meets the complex.
                 value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
             total = total + jnp.sum(rate * value).astype(dtype)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _leaves
-from ._action import Action, DecayState, away, cast, compute_dtype, minus, plus, transformation
+from ._action import Action, DecayState, transformation
+from ._arithmetic import Rate, away, cast, compute_dtype, minus, plus
 
 PyTree = Any
 
@@ -58,7 +59,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         {'bias': 2.0, 'kernel': 1.9}
     """
     action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, lambda update, p, a, rate: plus(update, rate, away(p, a)))
+    return transformation(action, _decoupled)
 
 
 @_checks.known_arguments
@@ -89,7 +90,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward, is_per_step=True)
-    return transformation(action, lambda update, p, a, rate: minus(update, rate, away(p, a)))
+    return transformation(action, _independent)
 
 
 @_checks.known_arguments
@@ -122,12 +123,19 @@ def continuous_decay(
     """
     rates = {"weight_decay": weight_decay, "learning_rate": learning_rate}
     action = Action("continuous_decay", rates, mask, toward, is_per_step=True, can_overshoot=False)
+    return transformation(action, _continuous)
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
-        # JAX's own also where the rate is a constant: NumPy's differs in the last bit.
-        return minus(update, -jnp.expm1(-rate), away(p, a))
 
-    return transformation(action, rule)
+def _decoupled(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+    return plus(update, rate, away(p, a))
+
+
+def _independent(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+    return minus(update, rate, away(p, a))
+
+
+def _continuous(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+    return minus(update, rate._replace(value=-jnp.expm1(-rate.value)), away(p, a))
 
 
 @_checks.known_arguments

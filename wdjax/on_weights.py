@@ -12,7 +12,8 @@ import jax
 import optax
 
 from . import _checks
-from ._action import Action, away, transformation, unless_off
+from ._action import Action, transformation
+from ._arithmetic import Rate, away, unless_off
 from .penalties import Penalty, checked_kind
 
 PyTree = Any
@@ -60,8 +61,8 @@ def proximal_step(
     checked_kind(where, kind)
     action = Action(where, {"strength": strength, "learning_rate": learning_rate}, mask, toward)
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
-        new = kind.prox(away(p + update, a), rate)
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+        new = kind.prox(away(p + update, a), rate.value)
         return unless_off(rate, update, (new if a is None else a + new) - p)
 
     return transformation(action, rule)

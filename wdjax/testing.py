@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from . import _checks, _leaves
-from ._action import Action, DecayState, compute_dtype
+from ._action import Action, DecayState
+from ._arithmetic import compute_dtype
 from .audits import Audit, audit
 from .audits._findings import NAMES
 from .paths._rules import PerLayer

@@ -27,7 +27,8 @@ from jax.experimental.shard_alike import shard_alike
 from optax import contrib
 
 from . import _checks, _leaves
-from ._action import Action, DecayState, away, compute_dtype, minus
+from ._action import Action, DecayState
+from ._arithmetic import Rate, away, compute_dtype, minus
 from ._steps import SKIPPING, nodes, stepped
 from .paths import Rules
 from .paths._masks import booleans
@@ -98,9 +99,6 @@ def with_decoupled_decay(
     inner = _checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Any) -> jax.Array:
-        return minus(update, rate, away(p, a))
-
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
         state = inner.init(params)
         _refuse_what_undoes_it(state)
@@ -116,7 +114,7 @@ def with_decoupled_decay(
         shares = _shares(before, after)
 
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
-            return action.apply(rule, tree, state.decay, params, *factors)
+            return action.apply(_subtract, tree, state.decay, params, *factors)
 
         def subtract_from_iterate(node: Any) -> Any:
             return node._replace(z=subtract(node.z, *flags)) if _is_schedule_free(node) else node
@@ -129,6 +127,10 @@ def with_decoupled_decay(
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _subtract(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+    return minus(update, rate, away(p, a))
 
 
 @_checks.known_arguments

@@ -28,7 +28,8 @@ import numpy as np
 import optax
 
 from .. import _checks, _leaves
-from .._action import Action, DecayState, Term, cast, compute_dtype, plus, product
+from .._action import Action, DecayState, Term
+from .._arithmetic import Rate, cast, compute_dtype, plus, product
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
 from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
@@ -151,7 +152,7 @@ def decoupled_lora_decay(
             w0, left, right = (cast(x, dtype) for x in (w0, left, right))
             of_w0, of_product = _pull(w0, left, right, is_left=path == pair.left)
             pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
-            new = plus(cast(update, dtype), rate, pull)
+            new = plus(cast(update, dtype), Rate(rate, is_known=isinstance(rate, np.generic)), pull)
             return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
 
         # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._action import Term, away, cast, compute_dtype, product
+from .._action import Term
+from .._arithmetic import away, cast, compute_dtype, product
 from ..low_precision._rounding import is_low, rounded
 
 METRICS = (
