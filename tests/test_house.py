@@ -19,10 +19,11 @@ FLOORS = [
     {"_checks"},
     {"_leaves"},
     {"penalties", "paths"},
-    {"_hazards"},
+    {"_hazards", "_arithmetic"},
     {"_action", "_steps"},
+    {"_dependence"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
-    {"audits"},
+    {"audits", "leafwise"},
     {"recipes", "wrappers", "telemetry", "testing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
