@@ -13,6 +13,12 @@ ROWS = {
     "train_digits": METHODS,
     "train_digits_nnx": METHODS,
     "train_digits_pmap": ("pmap", "one device", "Replicas of parameters and optimizer state (8): equal bit by bit."),
+    "train_on_processes": (
+        "2 processes  ",
+        "2 processes, restored",
+        "one process",
+        "Restored after 10 of 20 steps: ends equal to the uninterrupted run, bit by bit.",
+    ),
     "monitor_equilibrium": tuple(
         f"{group}, {run}"
         for group in ("hidden", "head")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from . import _checks, _leaves
 from ._action import Action, DecayState
@@ -273,7 +274,7 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
 
 
 def _fault_if_touched(before: Any, after: Any) -> str | None:
-    old, new = np.asarray(before), np.asarray(after)
+    old, new = _whole(before), _whole(after)
     if old.dtype == new.dtype and old.tobytes() == new.tobytes():
         return None
     return f"must stay bit-identical under zero gradients, and one step moved it: from {old.flat[0]} to {new.flat[0]}."
@@ -305,8 +306,15 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, a
 
 
 def _as_float64(x: Any) -> np.ndarray:
-    array = np.asarray(x)
+    array = _whole(x)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def _whole(x: Any) -> np.ndarray:
+    """The values of an array, also of one whose other parts are on other processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def _moved_from_zero(param: Any) -> Any:
