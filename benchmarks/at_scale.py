@@ -1,0 +1,269 @@
+"""The update of a model of 70 billion parameters on 256 devices, compiled and looked into, with nothing allocated.
+
+    python -m benchmarks.at_scale
+    python -m benchmarks.at_scale --topology v5p:4x8x8  # by the compiler for TPUs; needs libtpu, and no TPU
+
+The parameters of Llama 3 70B are shapes, cut over a mesh by FSDP x tensor parallelism. For each optimizer the step
+(gradients, state and parameters in, state and parameters out, both donated) is traced, lowered and compiled for the
+whole mesh, and the program for one device is asked what it communicates and what memory it takes. Beside it stands
+what it should take, computed by hand from shapes and the mesh alone.
+
+The devices are CPU devices that are emulated, or those of a TPU topology, which `jax.experimental.topologies` describes
+to the compiler. Compiling for either needs no such machine.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import wdjax
+
+PyTree = Any
+
+# Llama 3 70B: https://huggingface.co/meta-llama/Meta-Llama-3-70B/blob/main/config.json
+VOCABULARY, WIDTH, HIDDEN, LAYERS = 128_256, 8_192, 28_672, 80
+KEYS = 8 * 128  # 8 heads of 128 for keys and values; 64 for queries
+
+# How each array is cut: matrices along both axes of the mesh, as Megatron's pairs of layers want it, vectors by both.
+LAYOUT = wdjax.by_path({"scale": "vector", "embedding": "out", "o": "out", "down": "out", "kernel": "in"})
+SPECS = {"in": P("fsdp", "tensor"), "out": P("tensor", "fsdp"), "vector": P(("fsdp", "tensor"))}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "reduce-scatter")
+
+
+def llama(layers: int = LAYERS, *, stacked: bool, dtype: Any = jnp.float32) -> PyTree:
+    """The shapes of the parameters, 70.55 billion; the layers one by one, or stacked as `scan` over them wants them."""
+
+    def kernel(*shape: int) -> dict[str, Any]:
+        return {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+
+    def norm() -> dict[str, Any]:
+        return {"scale": jax.ShapeDtypeStruct((WIDTH,), dtype)}
+
+    def layer() -> dict[str, Any]:
+        q, k, v, o = kernel(WIDTH, WIDTH), kernel(WIDTH, KEYS), kernel(WIDTH, KEYS), kernel(WIDTH, WIDTH)
+        gate, up, down = kernel(WIDTH, HIDDEN), kernel(WIDTH, HIDDEN), kernel(HIDDEN, WIDTH)
+        return {
+            "attention_norm": norm(),
+            "attention": {"q": q, "k": k, "v": v, "o": o},
+            "mlp_norm": norm(),
+            "mlp": {"gate": gate, "up": up, "down": down},
+        }
+
+    if stacked:
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape), leaf.dtype), layer())
+        blocks = {"layers": stack}
+    else:
+        blocks = {f"layer_{i}": layer() for i in range(layers)}
+    embed = {"embedding": jax.ShapeDtypeStruct((VOCABULARY, WIDTH), dtype)}
+    return {"embed": embed, **blocks, "final_norm": norm(), "head": kernel(WIDTH, VOCABULARY)}
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+    """FSDP times tensor parallelism over 8 devices."""
+    return Mesh(np.array(devices).reshape(-1, 8), ("fsdp", "tensor"))
+
+
+def cut(params: PyTree, mesh: Mesh) -> PyTree:
+    """The shapes with their shardings; the axis of stacked layers stays whole."""
+
+    def place(leaf: jax.ShapeDtypeStruct, way: str) -> jax.ShapeDtypeStruct:
+        spec = SPECS[way]
+        spec = P(*[None] * (leaf.ndim - len(spec)), *spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, params, LAYOUT.values(params))
+
+
+def state_of(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
+    """The shapes of the optimizer's state, each array that is like a parameter cut as this one, the rest everywhere."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    everywhere = NamedSharding(mesh, P())
+    return optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        shapes,
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    )
+
+
+def step_of(optimizer: optax.GradientTransformation) -> Any:
+    """The compiled step, without the model: gradients come in."""
+
+    def step(grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = optimizer.update(grads, state, params)
+        return wdjax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(1, 2))
+
+
+def on_a_device(params: PyTree, mesh: Mesh) -> list[tuple[int, ...]]:
+    """By hand: the shape of each array's part on one device, from LAYOUT and the shape of the mesh."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    divisors = {"in": (fsdp, tensor), "out": (tensor, fsdp), "vector": (fsdp * tensor,)}
+    parts = []
+    for leaf, way in zip(jax.tree.leaves(params), jax.tree.leaves(LAYOUT.values(params)), strict=True):
+        last = len(divisors[way])
+        pairs = list(zip(leaf.shape[-last:], divisors[way], strict=True))
+        assert all(size % divisor == 0 for size, divisor in pairs)
+        parts.append((*leaf.shape[:-last], *(size // divisor for size, divisor in pairs)))
+    return parts
+
+
+class Case(NamedTuple):
+    """An optimizer on the model.
+
+    Attributes:
+        optimizer: what is compiled.
+        params: shapes, not cut yet.
+        bytes_each: of every parameter, by hand: for the parameter itself, its gradient, and the state.
+        counters: how many 32-bit counters the state holds.
+    """
+
+    optimizer: optax.GradientTransformation
+    params: PyTree
+    bytes_each: tuple[int, int, int]
+    counters: int
+
+
+def cases(layers: int = LAYERS) -> dict[str, Case]:
+    """What is compared."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 2_000, 500_000)
+    weights = wdjax.weights_only()
+    stacked, listed = (llama(layers, stacked=is_stacked) for is_stacked in (True, False))
+    narrow = llama(layers, stacked=True, dtype=jnp.bfloat16)
+    adamw = wdjax.adamw(schedule, 0.1, weights)
+    peer = optax.adamw(schedule, weight_decay=0.1, mask=weights.mask)
+    master = optax.chain(wdjax.in_float32(adamw), wdjax.master_weights())
+    # The weights of an output are a group: its norm goes over inputs that are on many devices.
+    group = wdjax.proximal_step(wdjax.GroupLasso(axis=-2), 0.1, wdjax.only("kernel"), learning_rate=schedule)
+    return {
+        "wdjax.adamw": Case(adamw, stacked, (4, 4, 8), 3),
+        "optax.adamw": Case(peer, stacked, (4, 4, 8), 2),
+        'wdjax.adamw, toward="init"': Case(wdjax.adamw(schedule, 0.1, weights, toward="init"), stacked, (4, 4, 12), 3),
+        "wdjax.adamw, bfloat16, master_weights": Case(master, narrow, (2, 2, 12), 3),
+        "wdjax.adamw, proximal_step(GroupLasso)": Case(optax.chain(adamw, group), stacked, (4, 4, 8), 4),
+        "wdjax.adamw, layers listed": Case(adamw, listed, (4, 4, 8), 3),
+        "optax.adamw, layers listed": Case(peer, listed, (4, 4, 8), 2),
+    }
+
+
+def collectives(program: str) -> dict[str, dict[str, int]]:
+    """How often a compiled program communicates, and how many bytes that makes on a device, by operation."""
+    found: dict[str, dict[str, int]] = {}
+    for results, name in re.findall(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
+        entry = found.setdefault(name, {"times": 0, "bytes": 0})
+        entry["times"] += 1
+        entry["bytes"] += sum(size * math.prod(shape) for size, shape in arrays(results))
+    return found
+
+
+def arrays(program: str) -> list[tuple[int, tuple[int, ...]]]:
+    """The bytes of a number and the shape of every array that a program names."""
+    found = re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]", program)
+    return [
+        (int(re.sub(r"\D", "", dtype) or 8) // 8, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in found
+    ]
+
+
+def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """Compiles one case: the seconds it takes, what the program says of one device, and the same by hand."""
+    params = cut(case.params, mesh)
+    eval_shape, _ = timed(lambda: jax.eval_shape(lambda p: case.optimizer.init(p), params))
+    state = state_of(case.optimizer, params, mesh)
+    trace, traced = timed(lambda: step_of(case.optimizer).trace(params, state, params))
+    lower, lowered = timed(traced.lower, repeat=1)
+    compiling, compiled = timed(lowered.compile, repeat=1)
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    outputs = zip(jax.tree.leaves(compiled.output_shardings), jax.tree.leaves((params, state)), strict=True)
+    parts, counters = on_a_device(params, mesh), 4 * case.counters
+    numbers = sum(map(math.prod, parts))
+    # On CPUs a program also returns a pointer to each array.
+    pointers = 8 * len(jax.tree.leaves((params, state))) if mesh.devices.flat[0].platform == "cpu" else 0
+    of_param, of_gradient, of_state = case.bytes_each
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "arrays": len(parts),
+        "collectives": collectives(program),
+        "layout kept": all(sharding.is_equivalent_to(leaf.sharding, leaf.ndim) for sharding, leaf in outputs),
+        "largest array": max(math.prod(shape) for _, shape in arrays(program)),
+        "largest array, by hand": max(map(math.prod, parts)),
+        "arguments": memory.argument_size_in_bytes,
+        "arguments, by hand": numbers * (of_param + of_gradient + of_state) + counters,
+        "outputs": memory.output_size_in_bytes - pointers,
+        "outputs, by hand": numbers * (of_param + of_state) + counters,
+        "donated": memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "seconds": {"eval_shape": eval_shape, "trace": trace, "lower": lower, "compile": compiling},
+    }
+
+
+def timed(function: Callable[[], Any], repeat: int = 3) -> tuple[float, Any]:
+    """The least seconds of a few calls, and the result of the last."""
+    seconds, result = [], None
+    for _ in range(repeat):
+        start = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
+
+
+def print_tables(results: dict[str, dict[str, Any]]) -> None:
+    """Prints what is compared: bytes on one device, communication, and seconds."""
+    left = max(map(len, results))
+    columns = ("arguments", "arguments, by hand", "outputs", "outputs, by hand", "donated", "temporary")
+    print("\nbytes on one device\n" + " " * left + "".join(f"{column:>20}" for column in columns))
+    for name, result in results.items():
+        print(f"{name:{left}}" + "".join(f"{result[column]:>20,}" for column in columns))
+    print(
+        "\n" + f"{'seconds':{left}}" + "".join(f"{c:>12}" for c in ("eval_shape", "trace", "lower", "compile")), end=""
+    )
+    print("    layout kept    collectives")
+    for name, result in results.items():
+        seconds = "".join(f"{value:>12.3f}" for value in result["seconds"].values())
+        said = ", ".join(f"{c['times']} {op} ({c['bytes']:,} bytes)" for op, c in result["collectives"].items())
+        print(f"{name:{left}}{seconds}    {'yes' if result['layout kept'] else 'NO':11}    {said or 'none'}")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compiles each case, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=256, help="emulated CPU devices, a multiple of 8")
+    parser.add_argument("--topology", help="a TPU topology instead, such as v5p:4x8x8")
+    parser.add_argument("--out", type=Path, default=Path("out") / "at_scale.json")
+    options = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    if options.topology:
+        from jax.experimental import topologies
+
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask where it is.
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
+    else:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+        devices = jax.devices()
+    mesh = mesh_of(devices)
+    results = {name: examine(case, mesh) for name, case in cases().items()}
+    print(f"{len(devices)} x {devices[0].device_kind}, {dict(mesh.shape)}")
+    print_tables(results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2))
+    print(f"\nAll of it: {options.out}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
