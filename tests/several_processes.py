@@ -54,6 +54,13 @@ def assert_is_part_of(tree: Any, wholes: Any, tolerance: float = 0.0) -> None:
                 assert got.tobytes() == want.tobytes()
 
 
+def assert_is_cut(state: Any) -> None:
+    """Asserts that what has the shape of the kernel is cut as the kernel is."""
+    like_kernel = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8, 4)]
+    assert like_kernel
+    assert all(leaf.sharding.spec == P("d") for leaf in like_kernel)
+
+
 def stepped(optimizer: Any) -> Callable[[Any, Any], Any]:
     def step(params: Any, state: Any) -> Any:
         updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
@@ -86,13 +93,12 @@ def _compare_steps(optimizer: Any, mesh: Mesh) -> tuple[Any, Any]:
     assert not ours["Dense_0"]["kernel"].is_fully_addressable
     my_state, our_state, step = optimizer.init(mine), optimizer.init(ours), stepped(optimizer)
     for _ in range(2):
+        assert_is_cut(our_state)
         mine, my_state = step(mine, my_state)
         ours, our_state = step(ours, our_state)
+    assert_is_cut(our_state)
     assert_is_part_of(ours, mine)
     assert np.asarray(ours["norm"]["scale"]).tobytes() != whole(jnp.bfloat16)["norm"]["scale"].tobytes()
-    shaped = [leaf for leaf in jax.tree.leaves(our_state) if leaf.shape == (8, 4)]
-    assert shaped
-    assert all(leaf.sharding.spec == P("d") for leaf in shaped)
     # What a monitor measured is sums over all processes, equal to rounding only.
     assert_is_part_of(*(getattr(state, "inner_state", state) for state in (our_state, my_state)))
     return my_state, our_state

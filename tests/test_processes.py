@@ -91,7 +91,7 @@ def test_processes_that_take_too_long_are_ended(run_together: Callable[..., None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cuda")
         with pytest.raises(TimeoutError, match=r"not done in time.\nprocess 0:\n0 2 cpu 2\nprocess 1:\n1 2 cpu 2"):
-            run_together(path, 2, [str(tmp_path)], limit=3)
+            run_together(path, 2, [str(tmp_path)], limit=6)
     assert_ended(tmp_path)
 
 
