@@ -104,9 +104,11 @@ def kernels(text: str) -> Counter[str]:
             assert operation is not None, line
             if operation[1] in ("call", "while", "conditional"):
                 # A GPU's command buffer is a call, too: of all kernels that one launch submits.
-                for names in re.findall(r"(?:to_apply|body|branch_computations|\w+_computation)=\{?([^,}]+)", line):
-                    for name in names.split():
-                        count(name.lstrip("%"))
+                called = re.findall(r"(?:to_apply|body|\w+_computation)=%?([\w.\-]+)", line)
+                for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                    called += re.findall(r"[\w.\-]+", branches)
+                for name in called:
+                    count(name)
             elif operation[1] not in FREE and not operation[1].endswith("-done"):
                 counts[operation[1]] += 1
 

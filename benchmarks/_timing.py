@@ -76,12 +76,17 @@ def staged(runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -
 
 def _turns(names: list[str], rounds: int) -> Iterator[str]:
     rng = random.Random(0)
-    for _ in range(rounds):
-        rng.shuffle(names)
-        for name in names:
-            gc.collect()
-            time.sleep(0.01)  # In which the threads of the last one go to sleep.
-            yield name
+    gc.collect()
+    gc.freeze()  # What is there already is not searched for garbage at every turn.
+    try:
+        for _ in range(rounds):
+            rng.shuffle(names)
+            for name in names:
+                gc.collect()
+                time.sleep(0.01)  # In which the threads of the last one go to sleep.
+                yield name
+    finally:
+        gc.unfreeze()
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
