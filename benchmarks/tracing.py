@@ -49,22 +49,21 @@ def programs(quick: bool) -> Table:
         "Seconds of jit(...).trace, of trace and lower together, and of compile, and the size of the program in "
         "StableHLO; with a new optimizer each time and JAX's caches cleared before. `n × less` is Optax's number over "
         "that of the row. `update` is `optimizer.update` alone, `step` also applies the updates.",
-        rows_for(chosen, lambda tree: _programs_of(tree, quick)),
+        rows_for(chosen, _programs_of),
     )
 
 
-def _programs_of(tree: trees.Tree, quick: bool) -> list[Row]:
+def _programs_of(tree: trees.Tree) -> list[Row]:
     ways = optimizers(tree)
     if tree.arrays == 10_000:
-        del ways["control"]  # Half a minute each; the control of 1,000 arrays shows the noise.
-    rounds = 2 if tree.arrays == 10_000 else 3 if quick else 5
+        ways = {name: ways[name] for name in ("Optax", "wdjax")}  # A minute each: 1,000 arrays show the noise.
     rows: list[Row] = []
-    for what in ("update", "step") if tree.arrays <= 1000 else ("update",):
+    for what in ("update", "step") if tree.arrays < 1000 else ("update",):
         build = functools.partial(build_program, update_only=what == "update")
         small = trees.small_arrays(20)
         build(optimizers(small)["Optax"](), small)  # The first one of a process is slower.
         runs = {name: lambda way=way, build=build: build(way(), tree) for name, way in ways.items()}
-        stages = staged(runs, rounds)
+        stages = staged(runs, rounds=2 if tree.arrays == 10_000 else 3)
         for name in ways:
             row: dict[str, Any] = {"tree": tree.name, "of": what, "optimizer": name}
             for stage, unit in (("trace", "s"), ("trace + lower", "s"), ("StableHLO", "bytes"), ("compile", "s")):
@@ -90,7 +89,7 @@ def again(quick: bool) -> Table:
         second = build_program(build(), tree, update_only=True, keep_caches=True)
         return {"first": first["trace"], "second": second["trace"]}
 
-    stages = staged({name: lambda way=way: twice(way) for name, way in ways.items()}, 3 if quick else 5)
+    stages = staged({name: lambda way=way: twice(way) for name, way in ways.items()}, 3)
     rows = []
     for name in ways:
         row: Row = {"tree": tree.name, "optimizer": name}
