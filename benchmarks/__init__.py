@@ -17,7 +17,7 @@ arrays, and a ratio is the median over rounds of the quotients within a round, w
 table of times has a control, the same thing as the first row built and compiled once more: what its ratio differs from
 1.00 is noise. Bytes are those of XLA's own cost analysis of the optimized program, kernels the instructions that it
 runs; both are exact, and tests hold them (tests/test_cost.py). `met` is yes, no, or noise where the quartiles have the
-target between them.
+target between them; "1.00 ± noise" is met by a median below the upper quartile of the control.
 
 To add comparisons: a module in this folder, without "_" before its name, with a function
 `comparisons(quick: bool) -> list[Callable[[], Table]]`. Each function makes one `_tables.Table`; `run` finds the module

@@ -95,7 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start = time.perf_counter()
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    results: dict[str, Any] = {"date": date, "quick": options.quick, "surroundings": {}, "tables": {}, "failures": []}
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    results: dict[str, Any] = {
+        "date": date,
+        "quick": options.quick,
+        "surroundings": {"load before": load},
+        "tables": {},
+        "failures": [],
+    }
     sections = []
     for name in options.only:
         print(f"[{time.perf_counter() - start:4.0f} s] {name}", file=sys.stderr, flush=True)
