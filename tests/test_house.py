@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
     {"_checks"},
-    {"_leaves"},
+    {"_axes", "_leaves"},
     {"penalties", "paths"},
     {"_hazards", "_arithmetic"},
     {"_action", "_steps"},

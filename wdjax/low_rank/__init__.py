@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _checks, _leaves
+from .. import _axes, _checks, _leaves
 from .._action import Action, DecayState, Term
 from .._arithmetic import Rate, cast, compute_dtype, plus, product
 from ..paths._roles import ADAPTER, role
@@ -70,6 +70,10 @@ def decoupled_lora_decay(
     sizes tell them apart, or `in` and `out` split into several axes. Factors of an (out, in) weight as PyTorch's,
     where W = W0 + scale * lora_B @ lora_A, are named in the order of the product:
     pairs={"X/weight": ("X/lora_B/weight", "X/lora_A/weight")}.
+
+    Within `shard_map` W0 may be split with one of the factors, along `in` with A or along `out` with B, while the other
+    factor is the same on all devices: what pulls on that is then summed over them. With check_vma=False nothing is
+    known of that, and all three must be whole.
 
     Products run at the highest matrix precision, in at least float32, whatever the device's default is: each step
     reads W0 twice, widened to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
@@ -152,6 +156,9 @@ def decoupled_lora_decay(
             w0, left, right = (cast(x, dtype) for x in (w0, left, right))
             of_w0, of_product = _pull(w0, left, right, is_left=path == pair.left)
             pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
+            # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
+            split = sorted(_axes.varying(pull) - _axes.varying(param), key=str)
+            pull = _axes.total(pull, tuple(split))
             new = plus(cast(update, dtype), Rate(rate, is_known=isinstance(rate, np.generic)), pull)
             return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
 

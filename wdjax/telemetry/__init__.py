@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _leaves
+from .. import _axes, _checks, _leaves
 from .._action import Action, DecayState, _acts
 from .._steps import nodes, stepped
 from ..low_precision import WRITERS, CompensatedState
@@ -54,6 +54,7 @@ def monitor(
     learning_rate: Any = 1.0,
     toward: Any = None,
     groups: Any = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
 
@@ -95,11 +96,13 @@ def monitor(
         groups: None for one group for each rule that lets parameters decay, as `plan` names it, and "undecayed" for
             the rest; or `Rules` whose values are texts; or a function of a `Leaf` that gives one, such as
             `lambda leaf: leaf.path`. A checkpoint of the state restores into monitors of the same groups.
+        axis_name: within `shard_map`, the mesh axis, or a tuple of them, that splits parameters: the whole of them is
+            measured then, on every device. What is known to be the same on all devices of the axis counts once; with
+            check_vma=False nothing is known, and all are taken to be split. Under `jit` and `pmap` leave it out.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `MonitorState`; its `update` needs `params`. In a mini-step
-        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics stay as they were. In `pmap`
-        every replica measures the same; within `shard_map` each device measures its own shard.
+        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics stay as they were.
 
     Raises:
         TypeError: if `optimizer` is no optimizer, or the groups are no texts.
@@ -124,6 +127,7 @@ def monitor(
     inner = _checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
     _check_groups(where, groups)
+    axes = _axes.names(where, axis_name)
 
     def init_fn(params: PyTree) -> MonitorState:
         labels = _labels(action, groups, params, _leaves.flatten_with_paths(params))
@@ -136,7 +140,7 @@ def monitor(
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
         _checks.params_given(where, params)
         updates, after = inner.update(updates, state.inner_state, params, **extra_args)
-        measured = _measured(action, groups, updates, state.decay, params, _is_written(after))
+        measured = _measured(action, groups, updates, state.decay, params, _is_written(after), axes)
         flags = jnp.array(stepped(state.inner_state, after), bool)
         count = state.decay.count
         next_count = optax.safe_increment(count)
@@ -273,6 +277,7 @@ def _measured(
     state: DecayState,
     params: PyTree,
     is_written: Callable[[Any], bool],
+    axes: _axes.Names,
 ) -> dict[str, dict[str, jax.Array]]:
     leaves = _leaves.flatten_with_paths(params)
     labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state)
@@ -284,16 +289,24 @@ def _measured(
         return update
 
     _leaves.map_with_params(note, action.where, updates, params, [path for path, _ in leaves])
-    rows: dict[str, list[Sums]] = {}
+    rows: dict[_axes.Names, dict[str, list[Sums]]] = {}  # By the mesh axes that arrays are split over, and by group.
     # What is left to promote are real rates beside complex weights.
     with jax.numpy_dtype_promotion("standard"):
         for i, label in enumerate(labels):
             if label is not None:
                 p = leaves[i][1]
                 update = moves[i] if i in moves else jnp.zeros_like(p)
-                rows.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
-    if not rows:
+                groups_of = rows.setdefault(_axes.split_over(action.where, p, axes), {})
+                groups_of.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
+    names = list(dict.fromkeys(label for label in labels if label is not None))
+    if not names:
         return {}
-    totals = [[jnp.asarray(sum(x), jnp.float32) for x in zip(*row, strict=True)] for row in rows.values()]
-    values = metrics(Sums(*(jnp.stack(column) for column in zip(*totals, strict=True))))
-    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(rows)}
+
+    def stacked(row: list[list[Sums]]) -> Sums:
+        totals = [[jnp.asarray(sum(x), jnp.float32) for x in zip(*group, strict=True)] for group in row]
+        return Sums(*(jnp.stack(column) for column in zip(*totals, strict=True)))
+
+    nothing = [Sums(*[0.0] * len(Sums._fields))]
+    parts = [_axes.total(stacked([row.get(name, nothing) for name in names]), split) for split, row in rows.items()]
+    values = metrics(Sums(*(sum(column) for column in zip(*parts, strict=True))))
+    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(names)}

@@ -1,0 +1,54 @@
+"""Within `shard_map`, where a rule sees the part of an array that one device has: what the other devices have of it.
+
+Under `jit` an array is whole, however it is sharded, and XLA adds the communication. Within `shard_map` the name of the
+mesh axis that arrays are split over must be said, and `split_over` tells which arrays really are: the present
+`shard_map` knows of each array whether it is the same on all devices of an axis (with `check_vma`, its default).
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+Names = tuple[Hashable, ...]
+
+
+def names(where: str, axis_name: Any) -> Names:
+    """The names of mesh axes as a tuple: of None none, of a tuple each."""
+    found = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
+    # What else can be hashed may be a name, but an integer is an axis of an array.
+    if not all(
+        isinstance(name, Hashable) and not isinstance(name, (int, tuple)) and name is not None for name in found
+    ):
+        raise TypeError(
+            f"{where}: axis_name must be the name of a mesh axis, or a tuple of names, got {axis_name!r}. Write "
+            f"{where}(..., axis_name='data') within shard_map, and leave it out under jit."
+        )
+    return found
+
+
+def varying(x: Any) -> frozenset[Any]:
+    """The mesh axes along which an array is known to differ: none outside `shard_map` and with check_vma=False."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def split_over(where: str, x: Any, axes: Names) -> Names:
+    """Those of the mesh axes along which the devices have different parts of an array, not each the whole."""
+    split = []
+    for name in axes:
+        try:
+            index = jax.lax.axis_index(name)
+        except NameError:
+            raise ValueError(
+                f"{where}: there is no mesh axis {name!r} here. axis_name is for what runs within shard_map or pmap; "
+                f"under jit an array is whole, however it is sharded: leave axis_name out."
+            ) from None
+        # An index differs by nature: if it is not known to, nothing is, and the user's word is taken.
+        if name in varying(x) or name not in varying(index):
+            split.append(name)
+    return tuple(split)
+
+
+def total(x: Any, axes: Names) -> Any:
+    """The sum over all devices of some mesh axes, of arrays or trees of them."""
+    return jax.lax.psum(x, axes) if axes else x
