@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import _leaves
+
 PyTree = Any
 
 
@@ -28,14 +30,21 @@ def for_each(
     leaf_fn: Callable[[Any], Any],
     other_fn: Callable[[Any], Any] = lambda x: None,
 ) -> PyTree:
-    """The tree with `leaf_fn` of what it acts on, arrays or their shapes, and `other_fn` of all else."""
+    """The tree with `leaf_fn` of what it acts on, arrays or their shapes, and `other_fn` of all else.
+
+    Of a box whose content is gone None is left: Flax would ask it for the sharding of what it holds.
+    """
+    boxes = _leaves._box_types()
 
     def act(x: Any) -> Any:
+        if isinstance(x, boxes):
+            new = jax.tree.map(act, x)
+            return None if jax.tree.leaves(x) and not jax.tree.leaves(new) else new
         if not acts(x):
             return other_fn(x)
         return jax.eval_shape(leaf_fn, x) if isinstance(x, jax.ShapeDtypeStruct) else leaf_fn(jnp.asarray(x))
 
-    return jax.tree.map(act, tree)
+    return jax.tree.map(act, tree, is_leaf=lambda x: isinstance(x, boxes))
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -130,10 +130,7 @@ def monitor(
     axes = _axes.names(where, axis_name)
 
     def init_fn(params: PyTree) -> MonitorState:
-        labels = _labels(action, groups, params, _leaves.flatten_with_paths(params))
-        measured = {
-            label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels if label is not None
-        }
+        measured = _nothing_measured(action, groups, params)
         # Arrays that stand at two places are the decay's to warn of.
         return MonitorState(action.init(params, acts_on=lambda path: False), measured, inner.init(params))
 
@@ -214,6 +211,15 @@ def _monitors(state: PyTree) -> list[Any]:
 def _is_monitor(node: Any) -> bool:
     # NNX and checkpoints make mappings of named tuples.
     return isinstance(node, MonitorState) or (isinstance(node, Mapping) and set(node) == set(MonitorState._fields))
+
+
+def _nothing_measured(action: Action, groups: Any, params: PyTree) -> Any:
+    leaves = _leaves.flatten_with_paths(params)
+    if not leaves:
+        # `optax.tree.map_params` asks with a tree of nothing where parameters are in the state: a leaf is any groups.
+        return jnp.zeros([], jnp.float32)
+    labels = dict.fromkeys(label for label in _labels(action, groups, params, leaves) if label is not None)
+    return {label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels}
 
 
 def _check_groups(where: str, groups: Any) -> None:
@@ -300,7 +306,7 @@ def _measured(
                 groups_of.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
     names = list(dict.fromkeys(label for label in labels if label is not None))
     if not names:
-        return {}
+        return _nothing_measured(action, groups, params)
 
     def stacked(row: list[list[Sums]]) -> Sums:
         totals = [[jnp.asarray(sum(x), jnp.float32) for x in zip(*group, strict=True)] for group in row]
