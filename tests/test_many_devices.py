@@ -65,7 +65,8 @@ def make_params(seed: int = 0, dtype: Any = np.float64) -> Any:
 
 def make_batches(dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
-    return tuple(rng.normal(size=(STEPS, BATCH, 8)).astype(dtype) for _ in range(2))
+    x, y = (rng.normal(size=(STEPS, BATCH, 8)).astype(dtype) for _ in range(2))
+    return x, y
 
 
 def loss(params: Any, x: Any, y: Any) -> Any:
