@@ -24,7 +24,7 @@ FLOORS = [
     {"_dependence"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
     {"audits", "leafwise"},
-    {"recipes", "wrappers", "telemetry", "testing"},
+    {"recipes", "wrappers", "telemetry", "testing", "sweeps"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 # What chooses parameters has no rule, place and units of its own.

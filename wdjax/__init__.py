@@ -8,8 +8,8 @@
 Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); what that means for a model: `plan`
 (wdjax.plans). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around a finished optimizer: `with_decoupled_decay`,
 `freeze`. LoRA: `decoupled_lora_decay`. Narrow dtypes: wdjax.low_precision. What an optimizer really does: `audit`
-(wdjax.audits), and while training: `monitor` (wdjax.telemetry). Whole optimizers: wdjax.recipes. For your own tests:
-wdjax.testing.
+(wdjax.audits), and while training: `monitor` (wdjax.telemetry). Which rate is best: `sweep` (wdjax.sweeps). Whole
+optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from ._action import DecayState as DecayState
@@ -62,6 +62,9 @@ from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
+from .sweeps import Best as Best
+from .sweeps import Sweep as Sweep
+from .sweeps import sweep as sweep
 from .telemetry import MonitorState as MonitorState
 from .telemetry import monitor as monitor
 from .telemetry import scalars as scalars

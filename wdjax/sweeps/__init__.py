@@ -1,0 +1,203 @@
+"""Many trainings that differ in weight decay and learning rate, compiled once: which rate is best, and how surely?
+
+The rates are data of the compiled program, so one compilation serves every run. A program trains a chunk of runs at a
+time on each device, and is called until all are done: memory is bounded by the chunk, progress can be shown between
+calls, and devices share the runs without a word between them.
+
+A sweep answers with a set, not with a number. Seeds differ in their best rate, and what a validation loss over a few
+seeds can tell is which settings are worse than another one; the rest may be the best (`Best`).
+
+Hypergradients need nothing from here: a training function that can be swept can be differentiated by its rates.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from ._found import Best as Best
+from ._found import Sweep as Sweep
+
+_WRITE = "sweep(train, weight_decay=[0.0, 0.01, 0.1], learning_rate=[1e-3], seeds=5)"
+_RATES = ("weight_decay", "strength", "learning_rate", "wd", "lam", "lr")
+
+
+def sweep(
+    train: Callable[..., Any],
+    *,
+    seeds: int | Sequence[int] = 1,
+    chunk: int | None = None,
+    devices: Sequence[Any] | None = None,
+    progress: Callable[[range], Iterable[int]] = iter,
+    **values: Any,
+) -> Sweep:
+    """Trains once for each combination of values and each seed, with one compilation for all.
+
+    Rule:   result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
+    Place:  around a whole training function that `jax.jit` can trace: it makes the data's order, the parameters and the
+            optimizer itself, loops with `jax.lax.scan`, and returns what is measured at the end.
+    Units:  those of `train`. Every value is a traced 0-d array of JAX's default float dtype, and every seed a traced
+            key, so that other values, seeds, and as many more as fill whole chunks, compile nothing.
+    Source: ours. For the uncertainty of the best setting see `Best`.
+
+    Every setting gets the same seeds, hence the same initial weights and batches if `train` draws them from its key:
+    settings are compared on equal terms.
+
+    Args:
+        train: `train(key, **values)`, which returns a scalar loss, or a dictionary with the loss and whatever else is
+            to be kept: scalars, curves, parameters. Give the same function again and nothing is compiled again.
+        seeds: how many, counted from 0, or the seeds themselves.
+        chunk: how many runs each device trains at once, under `jax.vmap`. None for one on CPUs, where a run is then bit
+            for bit what it is alone, and for all on GPUs and TPUs. Memory grows with it. Small networks gain from 4 or
+            8 on CPUs too; large ones lose.
+        devices: the devices that share the runs, of this process; None for JAX's default device.
+        progress: what wraps the loop over calls of the program: `progress=tqdm.tqdm`.
+        **values: for each argument of `train` by which the runs differ, a list of finite numbers; those that are
+            called as rates are in wdjax must not be negative. All combinations are tried. For settings that are not a
+            grid, sweep over `trial=range(n)` and let `train` look the rates up.
+
+    Returns:
+        A `Sweep`: `.results` as NumPy arrays of shape (values of the first name, ..., seeds), `.best()` and `.table()`.
+
+    Raises:
+        TypeError: if `train` cannot be called with these names, or returns neither a scalar nor a dictionary.
+        ValueError: for values that are none, not finite, negative rates or not one-dimensional; for no seeds, no
+            devices, devices of another process, or a chunk < 1.
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, optax, wdjax
+        >>> def train(key, weight_decay, learning_rate):
+        ...     optimizer = wdjax.sgdw(learning_rate, weight_decay)
+        ...     params = jax.random.normal(key, (3,))
+        ...     def step(carry, _):
+        ...         params, state = carry
+        ...         updates, state = optimizer.update(params - 1.0, state, params)  # of a loss |params - 1|^2 / 2
+        ...         return (optax.apply_updates(params, updates), state), None
+        ...     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=200)
+        ...     return jnp.sum((params - 0.5) ** 2)  # of a validation loss, which 1 / (1 + weight_decay) minimizes
+        >>> found = wdjax.sweep(train, weight_decay=[0.0, 0.5, 1.0, 2.0], learning_rate=[0.1], seeds=4)
+        >>> found.results["loss"].shape
+        (4, 1, 4)
+        >>> found.best().values
+        {'weight_decay': 1.0, 'learning_rate': 0.1}
+    """
+    tried = {name: _checked_values(name, given) for name, given in values.items()}
+    if not tried:
+        raise ValueError(f"sweep: there is nothing to try. Write {_WRITE}.")
+    _check_call(train, tried)
+    numbers = _checked_seeds(seeds)
+    shared = _checked_devices(devices)
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"sweep: chunk must be a whole number of runs > 0, got {chunk!r}. Write chunk=8, or leave it.")
+
+    grid = np.meshgrid(*tried.values(), numbers, indexing="ij")
+    *columns, of_seeds = (axis.ravel() for axis in grid)
+    total = of_seeds.size
+    share = -(-total // len(shared))
+    at_once = min(share, chunk or (1 if shared[0].platform == "cpu" else share))
+    # As few runs as can be are computed only to fill the last call.
+    calls = -(-share // at_once)
+    size = -(-share // calls) * len(shared)
+
+    outputs: list[Any] = []
+    for call in progress(range(calls)):
+        rows = np.minimum(np.arange(call * size, (call + 1) * size), total - 1)
+        arguments = {name: column[rows] for name, column in zip(tried, columns, strict=True)}
+        outputs.append(_call(train, shared, of_seeds[rows].astype(np.uint32), arguments))
+        # The device has its next work before the host waits for the last; results don't pile up there.
+        outputs[-2:-1] = jax.device_get(outputs[-2:-1])
+
+    shape = (*map(len, tried.values()), len(numbers))
+    results = jax.tree.map(
+        lambda *parts: np.concatenate(parts)[:total].reshape(*shape, *parts[0].shape[1:]), *jax.device_get(outputs)
+    )
+    return Sweep(tried, numbers, results)
+
+
+@functools.partial(jax.jit, static_argnames=("train", "devices"))
+def _call(train: Any, devices: tuple[Any, ...], seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
+    """The results of as many runs as there are seeds, shared by the devices."""
+
+    def one(seed: jax.Array, values: dict[str, jax.Array]) -> dict[str, Any]:
+        return _checked_result(train(jax.random.key(seed), **values))
+
+    def on_one_device(seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
+        if len(seeds) > 1:
+            return jax.vmap(one)(seeds, values)
+        # Not even a vmap over one: the same operations as in a run alone, and so the same bits.
+        result = one(seeds[0], {name: value[0] for name, value in values.items()})
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+    runs = PartitionSpec("runs")
+    # Of what `train` does nothing is known but that runs don't meet; so nothing is checked of what varies over devices.
+    sharded = jax.shard_map(
+        on_one_device, mesh=Mesh(np.array(devices), ("runs",)), in_specs=runs, out_specs=runs, check_vma=False
+    )
+    return sharded(seeds, values)
+
+
+def _checked_values(name: str, given: Any) -> np.ndarray:
+    write = f"{name}=[0.0, 0.01, 0.1]" if name in _RATES else f"{name}=[0.0, 1.0]"
+    try:
+        values = np.asarray(list(given) if isinstance(given, range) else given).astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"sweep: {name} must be a list of numbers, got {given!r}. Write {write}.") from None
+    if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}; what all runs share "
+            "belongs into train."
+        )
+    wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
+    if wrong.size:
+        raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
+    return values
+
+
+def _check_call(train: Any, values: dict[str, np.ndarray]) -> None:
+    call = f"train(key, {', '.join(f'{name}=...' for name in values)})"
+    if not callable(train):
+        raise TypeError(f"sweep: train must be a function that can be called as {call}, got {train!r}. Write {_WRITE}.")
+    try:
+        inspect.signature(train).bind(None, **values)
+    except TypeError as error:
+        raise TypeError(f"sweep: {call} does not fit the training function: {error}.") from None
+
+
+def _checked_seeds(seeds: Any) -> np.ndarray:
+    is_count = isinstance(seeds, (int, np.integer)) and not isinstance(seeds, bool)
+    numbers = np.arange(max(seeds, 0)) if is_count else np.asarray(seeds)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+        raise ValueError(f"sweep: seeds must be how many, or a list of whole numbers, got {seeds!r}. Write seeds=5.")
+    if len(set(numbers.tolist())) < numbers.size or numbers.min() < 0 or numbers.max() >= 2**32:
+        raise ValueError(f"sweep: seeds must differ and lie from 0 to 2**32 - 1, got {seeds!r}. Write seeds=5.")
+    return numbers
+
+
+def _checked_devices(devices: Any) -> tuple[Any, ...]:
+    if devices is None:
+        return tuple(jnp.zeros([]).devices())
+    found = tuple(devices)
+    if not found or any(device.process_index != jax.process_index() for device in found):
+        raise ValueError(
+            f"sweep: devices must be at least one device of this process, got {devices!r}. Write "
+            "devices=jax.local_devices(), and give each process values or seeds of its own."
+        )
+    return found
+
+
+def _checked_result(result: Any) -> dict[str, Any]:
+    if isinstance(result, dict) and result and all(isinstance(name, str) for name in result):
+        return result
+    if isinstance(result, (int, float, np.ndarray, np.generic, jax.Array)) and jnp.shape(result) == ():
+        return {"loss": result}
+    shown = f"an array of shape {jnp.shape(result)}" if isinstance(result, jax.Array) else type(result).__name__
+    raise TypeError(
+        f"sweep: train must return a scalar, or a dictionary of arrays by name, and returned {shown}. "
+        'Write return loss, or return {"loss": loss, "curve": losses}.'
+    )
