@@ -1,0 +1,487 @@
+"""Sweeps against plain loops and NumPy statistics; hypergradients against finite differences and closed forms."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+from tqdm import tqdm
+
+import wdjax
+from wdjax import sweeps
+from wdjax.sweeps import _found
+
+DECAYS, RATES, SEEDS = [0.0, 0.03, 0.3], [0.05, 0.2], [0, 7, 4]
+X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+Y = np.sin(X.sum(axis=1))
+
+
+def loss_of(params: Any, x: Any, y: Any) -> jax.Array:
+    return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["head"] - y) ** 2) / 2
+
+
+def train(key: jax.Array, weight_decay: Any, learning_rate: Any) -> dict[str, Any]:
+    """A few steps of SGD with decay from weights of the key; the last loss, the curve and the weights."""
+    optimizer = wdjax.sgdw(learning_rate, weight_decay, wdjax.only("hidden"), momentum=0.5)
+    hidden, head = jax.random.split(key)
+    params = {"hidden": jax.random.normal(hidden, (3, 4)), "head": jax.random.normal(head, (4,))}
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        value, grads = jax.value_and_grad(loss_of)(params, X[:8], Y[:8])
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    (params, _), curve = jax.lax.scan(step, (params, optimizer.init(params)), length=6)
+    return {"loss": loss_of(params, X[8:], Y[8:]), "curve": curve, "weights": params}
+
+
+def swept(**options: Any) -> wdjax.Sweep:
+    return wdjax.sweep(train, weight_decay=DECAYS, learning_rate=RATES, **({"seeds": SEEDS} | options))
+
+
+def settings() -> list[Any]:
+    return list(itertools.product(DECAYS, RATES, SEEDS))
+
+
+def stacked(results: list[Any]) -> Any:
+    return jax.tree.map(lambda *x: np.stack(x).reshape(3, 2, 3, *x[0].shape), *jax.device_get(results))
+
+
+def test_a_run_is_bit_for_bit_what_it_is_alone() -> None:
+    alone = jax.jit(lambda seed, *rates: train(jax.random.key(seed), *rates))
+    expected = stacked([alone(np.uint32(s), np.float32(wd), np.float32(lr)) for wd, lr, s in settings()])
+    jax.tree.map(np.testing.assert_array_equal, swept().results, expected)
+
+
+def test_rates_as_data_are_the_same_as_rates_baked_in() -> None:
+    found = swept().results
+    for i in (0, 4, 11, 17):
+        weight_decay, learning_rate, seed = settings()[i]
+        baked = jax.jit(lambda wd=weight_decay, lr=learning_rate, s=seed: train(jax.random.key(s), wd, lr))()
+        for name in ("loss", "curve"):
+            np.testing.assert_allclose(found[name].reshape(18, -1)[i], np.ravel(baked[name]), rtol=2e-6)
+    assert len(np.unique(found["loss"])) == 18
+
+
+@pytest.mark.parametrize(
+    ("chunk", "devices"), [(None, 8), (None, 5), (1, 3), (3, 1), (4, 2), (7, 3), (100, 1), (100, 8)]
+)
+def test_chunks_and_devices_change_nothing(chunk: int | None, devices: int) -> None:
+    found = swept(chunk=chunk, devices=jax.devices()[:devices]).results
+    if chunk in (None, 1):
+        jax.tree.map(np.testing.assert_array_equal, found, swept().results)
+    # A vmap sums in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, swept().results)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_devices_do_not_communicate(chunk: int) -> None:
+    runs = 8 * chunk
+    rates = {"weight_decay": np.zeros(runs), "learning_rate": np.zeros(runs)}
+    program = sweeps._call.lower(train, tuple(jax.devices()), np.zeros(runs, np.uint32), rates).compile()
+    text = program.as_text()
+    assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "permute", "reduce-scatter"))
+    sharded = jax.tree.leaves(program.output_shardings)
+    assert all(len(s.device_set) == 8 and not s.is_fully_replicated for s in sharded)
+
+
+def test_nothing_compiles_for_other_values_and_seeds() -> None:
+    traces = []
+
+    def counted(key: jax.Array, weight_decay: Any, learning_rate: Any) -> jax.Array:
+        traces.append(1)
+        return train(key, weight_decay, learning_rate)["loss"]
+
+    wdjax.sweep(counted, weight_decay=[0.1], learning_rate=[0.1])
+    once = len(traces)
+    wdjax.sweep(counted, weight_decay=[0.2, 0.0, 3], learning_rate=(1, 2), seeds=[9, 5])
+    assert len(traces) == once
+    wdjax.sweep(counted, weight_decay=[0.2, 0.0], learning_rate=[0.1], seeds=4, chunk=4)
+    chunked = len(traces)
+    assert chunked > once
+    wdjax.sweep(counted, weight_decay=[0.5], learning_rate=np.array([0.3, 0.2], np.float32), seeds=8, chunk=4)
+    assert len(traces) == chunked
+
+
+def test_axes_seeds_and_dtypes(x64: None) -> None:
+    def told(key: jax.Array, b: Any, a: Any) -> Any:
+        assert b.dtype == jnp.float64
+        assert b.shape == ()
+        drawn = jax.random.key_data(key)[-1].astype(jnp.int32)
+        return {"all": jnp.stack([a, b]), "seed": drawn, "low": b.astype(jnp.bfloat16), "known": 3.0, "sure": a > 1}
+
+    found = wdjax.sweep(told, a=[1.5, 2.5], b=range(3), seeds=4)
+    assert list(found.values) == ["a", "b"]
+    assert found.results["all"].shape == (2, 3, 4, 2)
+    assert found.results["all"].dtype == np.float64
+    np.testing.assert_array_equal(found.results["all"][1, 2, 3], [2.5, 2.0])
+    np.testing.assert_array_equal(found.results["seed"], np.broadcast_to(np.arange(4), (2, 3, 4)))
+    np.testing.assert_array_equal(found.seeds, np.arange(4))
+    assert found.results["low"].dtype == jnp.bfloat16
+    assert found.results["sure"].dtype == bool
+    np.testing.assert_array_equal(found.results["known"], np.full((2, 3, 4), 3.0))
+    assert found.best("low").values == {"a": 1.5, "b": 0.0}
+    assert repr(found) == "Sweep(a: 2, b: 3, seeds: 4; results: all, known, low, seed, sure)"
+
+
+def test_progress_wraps_the_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def noted(steps: range) -> Any:
+        calls.append(len(steps))
+        yield from steps
+
+    np.testing.assert_array_equal(swept(progress=noted).results["loss"], swept(progress=tqdm).results["loss"])
+    swept(progress=noted, chunk=4)
+    swept(progress=noted, chunk=4, devices=jax.devices()[:2])
+    assert calls == [18, 5, 3]
+    assert "18/18" in capsys.readouterr().err
+
+
+# What may be the best.
+
+
+def of_losses(losses: Any, **values: Any) -> wdjax.Sweep:
+    losses = np.asarray(losses, np.float64)
+    values = values or {"weight_decay": np.arange(len(losses)) / 10}
+    return wdjax.Sweep(
+        {k: np.asarray(v, float) for k, v in values.items()}, np.arange(losses.shape[-1]), {"loss": losses}
+    )
+
+
+@pytest.mark.parametrize("freedom", range(1, 12))
+def test_the_tail_of_students_t(freedom: int) -> None:
+    t = np.array([-np.inf, -4.0, -0.3, 0.0, 0.5, 2.0, 9.0, np.inf])
+    np.testing.assert_allclose(_found.upper_tail_of_t(t, freedom), stats.t.sf(t, freedom), rtol=1e-9, atol=1e-15)
+
+
+def test_best_and_what_may_be_as_good() -> None:
+    rng = np.random.default_rng(3)
+    quality = np.array([[0.5, 0.30, 0.31], [0.9, 0.302, 0.6]])
+    losses = quality[..., None] + rng.normal(size=6) + 0.01 * rng.normal(size=(2, 3, 6))  # Seeds have much in common.
+    found = of_losses(losses, weight_decay=[0.0, 1.0], learning_rate=[0.1, 0.2, 0.3])
+    flat = losses.reshape(6, 6)
+    others = [np.delete(flat, i, axis=0) for i in range(6)]
+    p = [[stats.ttest_rel(flat[i], b, alternative="greater").pvalue for b in others[i]] for i in range(6)]
+
+    def expected_of(confidence: float) -> np.ndarray:
+        return (np.array(p) >= (1 - confidence) / 5).all(axis=1).reshape(2, 3)
+
+    for confidence in (0.5, 0.95, 0.9999):
+        np.testing.assert_array_equal(found.best(confidence=confidence).alike, expected_of(confidence))
+    assert [expected_of(c).sum() for c in (0.5, 0.95, 0.9999)] == [1, 2, 3]
+    best = found.best()
+    means = losses.mean(axis=-1)
+    assert best.index == np.unravel_index(means.argmin(), (2, 3))
+    assert best.alike[best.index]
+    assert best.values == {"weight_decay": [0.0, 1.0][best.index[0]], "learning_rate": [0.1, 0.2, 0.3][best.index[1]]}
+    np.testing.assert_allclose(best.mean, means.min())
+    np.testing.assert_allclose(best.standard_error, stats.sem(losses[best.index]))
+    may = expected_of(0.95)
+    for axis, (name, tried) in enumerate(found.values.items()):
+        among = [value for i, value in enumerate(tried) if may.take(i, axis).any()]
+        assert best.interval[name] == (min(among), max(among))
+    assert found.table().count("may be the best") == best.alike.sum() - 1
+
+
+def test_the_confidence_is_kept_where_all_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    kept = 0
+    for _ in range(400):
+        losses = rng.normal(size=(8, 5)) + rng.normal(size=5) + np.array([0, *[1e-9] * 7])[:, None]
+        kept += bool(of_losses(losses).best().alike[0])
+    assert kept >= 0.95 * 400  # The bound is not sharp.
+    assert kept < 400  # But neither is it idle.
+
+
+def test_one_seed_rules_nothing_out_and_equal_seeds_leave_no_doubt() -> None:
+    best = of_losses([[3.0], [1.0], [2.0]]).best()
+    assert best.index == (1,)
+    assert best.alike.all()
+    assert math.isnan(best.standard_error)
+    assert best.interval == {"weight_decay": (0.0, 0.2)}
+    best = of_losses([[3.0, 4.0], [1.0, 2.0], [1.0, 2.0]]).best()
+    np.testing.assert_array_equal(best.alike, [False, True, True])
+    assert of_losses([[3.0, 4.0]]).best().alike.all()
+
+
+def test_the_ends_of_what_was_tried() -> None:
+    assert of_losses([[1.0], [2.0]]).best().at_end == ()  # Nothing is below 0.
+    assert of_losses([[2.0], [1.0]]).best().at_end == ("weight_decay",)
+    assert of_losses([[2.0], [1.0], [3.0]]).best().at_end == ()
+    assert of_losses([[2.0], [1.0]], lr=[0.2, 0.1]).best().at_end == ("lr",)
+    assert of_losses([[2.0]], lr=[0.2]).best().at_end == ()
+    assert "weight_decay is at the end of what was tried" in str(of_losses([[2.0], [1.0]]).best())
+
+
+def test_failed_runs_are_reported_and_never_the_best() -> None:
+    losses = [[np.nan, 0.1], [1.0, 2.0], [-np.inf, 0.0], [np.nan, np.nan]]
+    best = of_losses(losses).best()
+    assert best.index == (1,)
+    np.testing.assert_array_equal(best.alike, [False, True, False, False])
+    lines = of_losses(losses).table().splitlines()
+    assert lines[2].endswith("1 of 2 failed")
+    assert lines[3].endswith("best")
+    assert lines[5].split() == ["0.3", "-", "nan", "2", "of", "2", "failed"]
+    with pytest.raises(ValueError, match="in every setting a run's 'loss' is NaN or infinite"):
+        of_losses(losses[2:]).best()
+    assert "failed" in of_losses(losses[2:]).table()
+
+
+def test_a_diverging_rate_is_seen_in_a_sweep() -> None:
+    found = wdjax.sweep(train, weight_decay=[0.1], learning_rate=[0.1, 1e30], seeds=2)
+    assert found.best().values["learning_rate"] == np.float64(0.1)
+    assert "2 of 2 failed" in found.table()
+
+
+def test_results_of_other_names() -> None:
+    assert swept().best("loss").index == swept().best().index
+    for name in ("los", "curve", "weights"):
+        with pytest.raises(KeyError, match=rf"no scalar of the name '{name}'; it returned the scalars \['loss'\]"):
+            swept().best(name)
+    with pytest.raises(ValueError, match=r"confidence must be between 0 and 1, got 95\. Write confidence=0\.95"):
+        swept().best(confidence=95)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, ValueError, r"nothing to try\. Write sweep\(train, weight_decay="),
+        ({"weight_decay": []}, ValueError, r"weight_decay must be a list of at least one number, got \[\]"),
+        (
+            {"weight_decay": 0.1},
+            ValueError,
+            r"at least one number, got 0\.1\. Write weight_decay=\[0\.0, 0\.01, 0\.1\]",
+        ),
+        ({"weight_decay": "much"}, ValueError, r"must be a list of numbers, got 'much'"),
+        ({"weight_decay": [0.1, None]}, ValueError, r"must be finite .* got nan"),
+        ({"weight_decay": [0.1, -0.1]}, ValueError, r"weight_decay must be finite and not negative, got -0\.1"),
+        ({"learning_rate": [np.inf]}, ValueError, r"learning_rate must be finite and not negative, got inf"),
+        ({"seeds": 0}, ValueError, r"seeds must be how many, or a list of whole numbers, got 0\. Write seeds=5"),
+        ({"seeds": []}, ValueError, r"got \[\]\. Write seeds=5"),
+        ({"seeds": True}, ValueError, r"got True"),
+        ({"seeds": 2.5}, ValueError, r"got 2\.5"),
+        ({"seeds": [1, 1]}, ValueError, r"seeds must differ and lie from 0 to 2\*\*32 - 1, got \[1, 1\]"),
+        ({"seeds": [-1]}, ValueError, r"seeds must differ and lie from 0"),
+        ({"chunk": 0}, ValueError, r"chunk must be a whole number of runs > 0, got 0\. Write chunk=8"),
+        ({"devices": []}, ValueError, r"at least one device of this process, got \[\]\. Write devices=jax.local"),
+        ({"lr": [0.1]}, TypeError, r"train\(key, .*lr=\.\.\.\) does not fit the training function: .*'lr'"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    given = {"weight_decay": [0.1], "learning_rate": [0.1]} | arguments if arguments else {}
+    with pytest.raises(error, match=words):
+        wdjax.sweep(train, **given)
+
+
+def test_values_that_are_no_rates_may_be_negative() -> None:
+    found = wdjax.sweep(lambda key, log_decay: log_decay, log_decay=[-2.0, 1.0])
+    assert found.best().values == {"log_decay": -2.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda: None, "returned NoneType"),
+        (lambda: jnp.ones(3), r"returned an array of shape \(3,\)"),
+        (lambda: (jnp.ones([]), jnp.ones([])), "returned tuple"),
+        (dict, "returned dict"),
+        (lambda: {1: jnp.ones([])}, "returned dict"),
+    ],
+)
+def test_what_a_training_function_must_not_return(result: Callable[[], Any], words: str) -> None:
+    with pytest.raises(TypeError, match=f"train must return a scalar, or a dictionary of arrays by name, and {words}"):
+        wdjax.sweep(lambda key, weight_decay: result(), weight_decay=[0.1])
+    with pytest.raises(
+        TypeError, match=r"train must be a function that can be called as train\(key, a=\.\.\.\), got 3"
+    ):
+        wdjax.sweep(3, a=[0.1])
+
+
+# Hypergradients. A validation loss after k steps, differentiated by the decay and the learning rate.
+
+WEIGHTS = wdjax.only("hidden", "head")
+STEPS = 15
+OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {
+    "sgd_l2": lambda wd, lr: wdjax.sgd_l2(lr, wd, WEIGHTS, momentum=0.9),
+    "sgdw": lambda wd, lr: wdjax.sgdw(lr, wd, WEIGHTS, momentum=0.9, nesterov=True),
+    "sgdw toward init": lambda wd, lr: wdjax.sgdw(lr, wd, WEIGHTS, toward="init"),
+    "adam_l2": lambda wd, lr: wdjax.adam_l2(lr, wd, WEIGHTS),
+    "adamw": lambda wd, lr: wdjax.adamw(lr, wd, WEIGHTS),
+    "independent_decay": lambda wd, lr: optax.chain(optax.adam(lr), wdjax.independent_decay(wd, WEIGHTS)),
+    "continuous_decay": lambda wd, lr: optax.chain(
+        optax.adam(lr), wdjax.continuous_decay(wd, WEIGHTS, learning_rate=lr)
+    ),
+    "with_decoupled_decay": lambda wd, lr: wdjax.with_decoupled_decay(optax.adam(lr), wd, WEIGHTS, learning_rate=lr),
+    "l2_penalty": lambda wd, lr: optax.sgd(lr, momentum=0.9),
+    "l2_penalty, adam": lambda wd, lr: optax.adam(lr),
+    "proximal_step[L2]": lambda wd, lr: optax.chain(
+        optax.adam(lr), wdjax.proximal_step(wdjax.L2(), wd, WEIGHTS, learning_rate=lr)
+    ),
+    "proximal_step[L1]": lambda wd, lr: optax.chain(
+        optax.sgd(lr), wdjax.proximal_step(wdjax.L1(), wd, WEIGHTS, learning_rate=lr)
+    ),
+    "cautious": lambda wd, lr: optax.chain(
+        optax.scale_by_adam(), wdjax.cautious(wdjax.decoupled_decay(wd, WEIGHTS)), optax.scale_by_learning_rate(lr)
+    ),
+    "two layers": lambda wd, lr: wdjax.adamw(lr, wdjax.by_path({"hidden": wd, "head": wd**2}, default=0.0)),
+    "scheduled": lambda wd, lr: wdjax.adamw(
+        lambda count: lr / (1.0 + 0.1 * count), lambda count: wd * (1.0 - count / 20.0), WEIGHTS
+    ),
+}
+
+
+def validation_loss(name: str, rates: jax.Array, steps: int = STEPS) -> jax.Array:
+    """The loss on validation data after the steps, as a function of (weight decay, learning rate)."""
+    rng = np.random.default_rng(1)
+    params = {
+        "hidden": jnp.array(rng.normal(size=(3, 4))),
+        "head": jnp.array(rng.normal(size=4)),
+        "bias": jnp.zeros(()),
+    }
+    optimizer = OPTIMIZERS[name](rates[0], rates[1])
+
+    def loss(params: Any, x: Any, y: Any) -> jax.Array:
+        return loss_of(params, x, y - params["bias"])
+
+    def trained(params: Any) -> jax.Array:
+        penalty = wdjax.l2_penalty(params, rates[0], WEIGHTS) if name.startswith("l2_penalty") else jnp.zeros(())
+        return loss(params, X[:8].astype(np.float64), Y[:8].astype(np.float64)) + penalty
+
+    @jax.checkpoint
+    def step(carry: Any, _: Any) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(trained)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+    return loss(params, X[8:].astype(np.float64), Y[8:].astype(np.float64))
+
+
+def slopes_and_differences(name: str, points: Any, mode: str = "reverse") -> tuple[np.ndarray, np.ndarray]:
+    """For each point the derivatives by (weight decay, learning rate), by JAX and by central differences."""
+
+    def value_and_slope(rates: jax.Array) -> Any:
+        if mode == "reverse":
+            return jax.value_and_grad(lambda rates: validation_loss(name, rates))(rates)
+        slope, value = jax.jacfwd(lambda rates: (validation_loss(name, rates),) * 2, has_aux=True)(rates)
+        return value, slope
+
+    points, step = np.array(points), 1e-6
+    nudged = points[:, None, None] + step * np.array([[[1, 0], [-1, 0]], [[0, 1], [0, -1]]])
+    program = jax.jit(jax.vmap(value_and_slope), compiler_options={"xla_backend_optimization_level": 0})
+    values, slopes = program(np.concatenate([points, nudged.reshape(-1, 2)]))
+    losses = np.array(values)[len(points) :].reshape(len(points), 2, 2)
+    return np.array(slopes)[: len(points)], (losses[..., 0] - losses[..., 1]) / (2 * step)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hypergradients_are_finite_differences(name: str, x64: None) -> None:
+    points = [[0.3, 0.05], [0.03, 0.02]]
+    # A decay that is off can still be learned. (These have a corner there, or are asked below.)
+    if name not in ("proximal_step[L1]", "cautious", "proximal_step[L2]"):
+        points.append([0.0, 0.05])
+    slopes, expected = slopes_and_differences(name, points)
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6, atol=1e-8)
+    assert (np.abs(expected[:2]) > 1e-4).all()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["adamw", "proximal_step[L2]"])
+def test_hypergradients_in_forward_mode(name: str, x64: None) -> None:
+    slopes, expected = slopes_and_differences(name, [[0.3, 0.05]], "forward")
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
+@pytest.mark.peers
+@pytest.mark.xfail(reason="Where a proximal step is off, the derivative by the update counts twice.", strict=True)
+def test_hypergradients_of_a_proximal_step_that_is_off(x64: None) -> None:
+    slopes, expected = slopes_and_differences("proximal_step[L2]", [[0.0, 0.05]])
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
+@pytest.mark.peers
+def test_adam_needs_eps_root_where_a_gradient_is_zero(x64: None) -> None:
+    def end(weight_decay: Any, eps_root: float) -> jax.Array:
+        params, target = jnp.array([1.0, 1.0]), jnp.array([0.5, 0.0])
+        optimizer = wdjax.adamw(0.1, weight_decay, eps_root=eps_root)
+        state = optimizer.init(params)
+        for _ in range(3):
+            grads = (params - target) * jnp.array([1.0, 0.0])  # The second weight meets no data.
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum((params - target) ** 2)
+
+    assert jnp.isnan(jax.grad(end)(0.1, 0.0))  # The derivative of sqrt(0), times 0.
+    slope = (end(0.1 + 1e-6, 1e-16) - end(0.1 - 1e-6, 1e-16)) / 2e-6
+    np.testing.assert_allclose(jax.grad(end)(0.1, 1e-16), slope, rtol=1e-7)
+
+
+def ridge(name: str, lam: Any, eta: float, steps: int, w0: np.ndarray, a: np.ndarray, c: np.ndarray) -> jax.Array:
+    """Gradient descent on w.a.w / 2 - c.w and the penalty, in the place of this name."""
+    optimizer = {
+        "loss": lambda: optax.sgd(eta),
+        "gradient": lambda: wdjax.sgd_l2(eta, lam),
+        "gradient, momentum": lambda: wdjax.sgd_l2(eta, lam, momentum=0.5),
+        "update": lambda: wdjax.sgdw(eta, lam),
+        "weights": lambda: optax.chain(optax.sgd(eta), wdjax.proximal_step(wdjax.L2(), lam, learning_rate=eta)),
+    }[name]()
+
+    def step(carry: Any, _: Any) -> tuple[Any, None]:
+        w, state = carry
+        grads = a @ w - c
+        if name == "loss":
+            grads = grads + jax.grad(wdjax.l2_penalty)(w, lam)
+        updates, state = optimizer.update(grads, state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    w = jnp.array(w0)
+    return jax.lax.scan(step, (w, optimizer.init(w)), length=steps)[0][0]
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient", "gradient, momentum", "update", "weights"])
+def test_hypergradients_of_ridge_regression(name: str, x64: None) -> None:
+    rng = np.random.default_rng(0)
+    x, y, x_val, y_val, w0 = (rng.normal(size=s) for s in ((20, 4), 20, (30, 4), 30, 4))
+    a, c, lam, eta = x.T @ x / 20, x.T @ y / 20, 0.3, 0.2
+    s, v = np.linalg.eigh(a)
+
+    def through(steps: int) -> Any:
+        def loss(lam: Any) -> jax.Array:
+            return jnp.mean((x_val @ ridge(name, lam, eta, steps, w0, a, c) - y_val) ** 2) / 2
+
+        return jax.jit(jax.grad(loss))(lam)
+
+    def slope(w: np.ndarray, dw: np.ndarray) -> float:
+        return float((x_val @ w - y_val) @ (x_val @ dw) / 30)
+
+    # At the end of training: the ridge path, whose derivative is -(A + lam)^-1 w.
+    w = np.linalg.solve(a + lam * np.eye(4), c)
+    np.testing.assert_allclose(through(600), slope(w, -np.linalg.solve(a + lam * np.eye(4), w)), rtol=1e-9)
+
+    # On the way: in the eigenbasis of A each weight is a geometric sum.
+    if name in ("loss", "gradient", "update"):
+        k, h, u, b = 7, s + lam, v.T @ w0, v.T @ c
+        power, dpower = (1 - eta * h) ** k, -k * eta * (1 - eta * h) ** (k - 1)
+        w, dw = (1 - power) * b / h + power * u, -dpower * b / h - (1 - power) * b / h**2 + dpower * u
+        np.testing.assert_allclose(through(k), slope(v @ w, v @ dw), rtol=1e-12)
+
+
+def test_hypergradients_within_a_sweep() -> None:
+    def slope(key: jax.Array, weight_decay: Any) -> jax.Array:
+        return jax.jacfwd(lambda decay: train(key, decay, jnp.float32(0.1))["loss"])(weight_decay)
+
+    def loss(key: jax.Array, weight_decay: Any) -> jax.Array:
+        return train(key, weight_decay, jnp.float32(0.1))["loss"]
+
+    slopes = wdjax.sweep(slope, weight_decay=[0.1, 0.5], seeds=2).results["loss"]
+    up, down = (wdjax.sweep(loss, weight_decay=[0.1 + d, 0.5 + d], seeds=2).results["loss"] for d in (0.01, -0.01))
+    np.testing.assert_allclose(slopes, (up - down) / 0.02, rtol=1e-2, atol=1e-4)
