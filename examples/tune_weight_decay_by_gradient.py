@@ -1,0 +1,162 @@
+"""Weight decay tuned by gradient: the derivative of the validation loss through all steps of training.
+
+    python examples/tune_weight_decay_by_gradient.py
+
+The rates of wdjax may be traced, so the loss on validation data after training is a differentiable function of them.
+Here a small network learns 100 digits by SGD with momentum and L2 in the gradient. The strength follows the derivative
+of the mean validation loss of several seeds, in its logarithm, from far too strong and from far too weak. The same is
+swept over a grid, and the script raises if gradient and grid disagree: if either end is no strength that, by the sweep,
+may be the best, or if the derivative is not the difference quotient.
+
+Then each layer gets a strength of its own, a `by_path` table of traced numbers, where a grid would be a square. Data
+that neither the training nor the tuning has seen say what it was good for.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from _common import COLORS, arguments, digits, print_table, save
+from tqdm import tqdm
+
+import wdjax
+
+DATA = digits(train_size=100)
+VALIDATION = 400
+HIDDEN, BATCH_SIZE, STEPS, LEARNING_RATE = 32, 20, 300, 0.05
+
+
+def loss_of(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    hidden = jax.nn.gelu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    logits = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train(key: jax.Array, hidden: jax.Array, head: jax.Array) -> dict[str, jax.Array]:
+    """Trains with a strength for each layer; the losses on training, validation and fresh data."""
+    for_hidden, for_head, for_rows = jax.random.split(key, 3)
+    params = {
+        "hidden": {"kernel": jax.random.normal(for_hidden, (64, HIDDEN)) / 64**0.5, "bias": jnp.zeros(HIDDEN)},
+        "head": {"kernel": jax.random.normal(for_head, (HIDDEN, 10)) / HIDDEN**0.5, "bias": jnp.zeros(10)},
+    }
+    strengths = wdjax.by_path({"hidden/kernel": hidden, "head/kernel": head}, default=0.0)
+    optimizer = wdjax.sgd_l2(LEARNING_RATE, strengths, momentum=0.9)
+
+    def step(carry: Any, rows: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        grads = jax.grad(loss_of)(params, DATA.train_images[rows], DATA.train_labels[rows])
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    rows = jax.random.randint(for_rows, (STEPS, BATCH_SIZE), 0, len(DATA.train_labels))
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)
+    return {
+        "train": loss_of(params, DATA.train_images, DATA.train_labels),
+        "validation": loss_of(params, DATA.test_images[:VALIDATION], DATA.test_labels[:VALIDATION]),
+        "fresh": loss_of(params, DATA.test_images[VALIDATION:], DATA.test_labels[VALIDATION:]),
+    }
+
+
+@partial(jax.jit, static_argnames="seeds")
+def hypergradient(logs: jax.Array, seeds: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The derivative of the seeds' mean validation loss by the logarithms of both strengths, and all mean losses.
+
+    Forward mode: it carries the derivatives along with the training and keeps no step, so that its memory does not grow
+    with the steps; its time grows with the number of strengths, which is two.
+    """
+
+    def mean_losses(logs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden, head = jnp.exp(logs)
+        keys = jax.vmap(jax.random.key)(jnp.arange(seeds, dtype=jnp.uint32))
+        losses = jax.vmap(lambda key: train(key, hidden, head))(keys)
+        losses = {name: loss.mean() for name, loss in losses.items()}
+        return losses["validation"], losses
+
+    return jax.jacfwd(mean_losses, has_aux=True)(logs)
+
+
+def tune(start: Sequence[float], shared: bool, rounds: int, seeds: int) -> tuple[np.ndarray, Any]:
+    """Steps on the logarithms; the strengths of each round, of shape (rounds + 1, 2), and the losses at the end.
+
+    By the slope's sign alone: it is a hundred times steeper where the strength is too large than about the minimum.
+    """
+    logs: Any = jnp.log(jnp.array(start))
+    optimizer = optax.sign_sgd(optax.cosine_decay_schedule(20 / rounds, rounds))  # Goes as far as exp(10).
+    state, history = optimizer.init(logs), [logs]
+    for _ in tqdm(range(rounds), desc=f"from {start[0]:g}"):
+        slope, _ = hypergradient(logs, seeds)
+        # One strength for both layers moves by the sum of their slopes.
+        updates, state = optimizer.update(jnp.full(2, slope.sum()) if shared else slope, state)
+        logs = optax.apply_updates(logs, updates)
+        history.append(logs)
+    return np.exp(history), hypergradient(logs, seeds)[1]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Sweeps, tunes, checks, prints, draws, and returns the rows of the table."""
+    options = arguments(__doc__, __file__, argv)
+    seeds, rounds = (3, 16) if options.quick else (8, 40)
+    both = lambda key, weight_decay: train(key, weight_decay, weight_decay)  # noqa: E731
+    decays = np.geomspace(1e-4, 1e-1, 7 if options.quick else 16)
+    found = wdjax.sweep(both, weight_decay=decays, seeds=seeds, chunk=4, progress=tqdm)
+    best = found.best("validation")
+    print(f"\nSweep: {best}")
+
+    at, h = jnp.log(jnp.array([0.01, 0.01])), 0.02
+    up, down = (hypergradient(at + d, seeds)[1]["validation"] for d in (h, -h))
+    slope = hypergradient(at, seeds)[0].sum()
+    if not abs(slope - (up - down) / (2 * h)) < 0.01 * abs(slope):  # The quotient errs by its h^2, and by float32.
+        raise AssertionError(f"the derivative is {slope}, and the difference quotient {(up - down) / (2 * h)}")
+
+    row = {name: float(loss[best.index].mean()) for name, loss in found.results.items()}
+    rows = {"sweep": {"hidden": best.values["weight_decay"], "head": best.values["weight_decay"]} | row}
+    paths = {}
+    runs = {"from 0.1": (0.1, True), "from 0.0001": (0.0001, True), "each layer its own": (0.01, False)}
+    for name, (start, shared) in runs.items():
+        paths[name], losses = tune([start, start], shared, rounds, seeds)
+        rows[name] = {"hidden": paths[name][-1, 0], "head": paths[name][-1, 1]} | jax.device_get(losses)
+    rows = {name: {column: float(value) for column, value in row.items()} for name, row in rows.items()}
+    print_table(rows, ["hidden", "head", "train", "validation", "fresh"])
+
+    low, high = best.interval["weight_decay"]
+    for name in ("from 0.1", "from 0.0001"):
+        if not low <= rows[name]["hidden"] <= high:
+            raise AssertionError(f"{name} the gradient ends at {rows[name]['hidden']}, not from {low} to {high}")
+    draw(found, best, rows, paths, options.out)
+    return rows
+
+
+def draw(found: wdjax.Sweep, best: wdjax.Best, rows: dict[str, Any], paths: dict[str, np.ndarray], out: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    decays, losses = found.values["weight_decay"], found.results["validation"]
+    left.plot(decays, losses.mean(axis=1), ".-", color=COLORS[2], label="mean of the seeds")
+    left.fill_between(
+        decays, *np.quantile(losses, [0.25, 0.75], axis=1), color=COLORS[2], alpha=0.15, label="quartiles"
+    )
+    left.axvspan(*best.interval["weight_decay"], color=COLORS[2], alpha=0.1, label="may be the best")
+    for name, marker in ("from 0.1", "v"), ("from 0.0001", "^"):
+        left.plot(rows[name]["hidden"], rows[name]["validation"], marker, color=COLORS[1], label=f"tuned, {name}")
+    least = losses.mean(axis=1).min()
+    left.set(xscale="log", ylim=(0.8 * least, 1.6 * least), xlabel="strength (log scale)", title="Swept")
+    left.set_ylabel("mean cross-entropy on validation data")
+    for (name, path), color in zip(paths.items(), (COLORS[2], COLORS[0], COLORS[1]), strict=True):
+        own = name.startswith("each")
+        right.plot(path[:, 0], color=color, label=f"{name}: hidden" if own else f"both layers, {name}")
+        if own:
+            right.plot(path[:, 1], color=color, linestyle="--", label=f"{name}: head")
+    right.axhspan(*best.interval["weight_decay"], color=COLORS[2], alpha=0.1, label="may be the best, by the sweep")
+    right.set(yscale="log", xlabel="step along the hypergradient", ylabel="strength (log scale)", title="Tuned")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    save(figure, f"L2 strength on {len(DATA.train_labels)} digits: grid and gradient, {len(found.seeds)} seeds", out)
+
+
+if __name__ == "__main__":
+    main()
