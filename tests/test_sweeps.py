@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 from scipy import stats
 from tqdm import tqdm
 
@@ -81,11 +82,21 @@ def test_chunks_and_devices_change_nothing(chunk: int | None, devices: int) -> N
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, swept().results)
 
 
+def test_the_callers_mesh_and_device_are_no_matter() -> None:
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"))):
+        jax.tree.map(np.testing.assert_array_equal, swept().results, swept(devices=jax.devices()[2:4]).results)
+    with jax.default_device(jax.devices()[3]):
+        assert sweeps._checked_devices(None) == (jax.devices()[3],)
+        np.testing.assert_array_equal(swept(seeds=2).results["loss"], swept(seeds=[0, 1]).results["loss"])
+
+
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_devices_do_not_communicate(chunk: int) -> None:
     runs = 8 * chunk
     rates = {"weight_decay": np.zeros(runs), "learning_rate": np.zeros(runs)}
-    program = sweeps._call.lower(train, tuple(jax.devices()), np.zeros(runs, np.uint32), rates).compile()
+    program = sweeps._call.lower(
+        train, Mesh(np.array(jax.devices()), ("runs",)), np.zeros(runs, np.uint32), rates
+    ).compile()
     text = program.as_text()
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "permute", "reduce-scatter"))
     sharded = jax.tree.leaves(program.output_shardings)
@@ -143,6 +154,16 @@ def test_progress_wraps_the_calls(capsys: pytest.CaptureFixture[str]) -> None:
     swept(progress=noted, chunk=4, devices=jax.devices()[:2])
     assert calls == [18, 5, 3]
     assert "18/18" in capsys.readouterr().err
+
+
+def test_too_little_memory_shows_the_chunk() -> None:
+    def large(key: jax.Array, a: Any) -> jax.Array:
+        row = jax.random.normal(key, (10_000_000,))
+        return jnp.sum(jnp.outer(row, row) @ row) * a
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
+        wdjax.sweep(large, a=[1.0, 2.0, 3.0, 4.0], chunk=4)
+    assert error.value.__notes__[-1] == "sweep: each device trained 4 runs at once. Write sweep(..., chunk=2)."
 
 
 # What may be the best.

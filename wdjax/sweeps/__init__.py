@@ -106,22 +106,31 @@ def sweep(
     size = -(-share // calls) * len(shared)
 
     outputs: list[Any] = []
-    for call in progress(range(calls)):
-        rows = np.minimum(np.arange(call * size, (call + 1) * size), total - 1)
-        arguments = {name: column[rows] for name, column in zip(tried, columns, strict=True)}
-        outputs.append(_call(train, shared, of_seeds[rows].astype(np.uint32), arguments))
-        # The device has its next work before the host waits for the last; results don't pile up there.
-        outputs[-2:-1] = jax.device_get(outputs[-2:-1])
+    mesh = Mesh(np.array(shared), ("runs",))
+    try:
+        for call in progress(range(calls)):
+            rows = np.minimum(np.arange(call * size, (call + 1) * size), total - 1)
+            arguments = {name: column[rows] for name, column in zip(tried, columns, strict=True)}
+            with jax.set_mesh(mesh):  # The caller's may be another one.
+                outputs.append(_call(train, mesh, of_seeds[rows].astype(np.uint32), arguments))
+            # The device has its next work before the host waits for the last; results don't pile up there.
+            outputs[-2:-1] = jax.device_get(outputs[-2:-1])
+        outputs = jax.device_get(outputs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            each = size // len(shared)
+            error.add_note(
+                f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={max(1, each // 2)})."
+            )
+        raise
 
     shape = (*map(len, tried.values()), len(numbers))
-    results = jax.tree.map(
-        lambda *parts: np.concatenate(parts)[:total].reshape(*shape, *parts[0].shape[1:]), *jax.device_get(outputs)
-    )
+    results = jax.tree.map(lambda *parts: np.concatenate(parts)[:total].reshape(*shape, *parts[0].shape[1:]), *outputs)
     return Sweep(tried, numbers, results)
 
 
-@functools.partial(jax.jit, static_argnames=("train", "devices"))
-def _call(train: Any, devices: tuple[Any, ...], seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
+@functools.partial(jax.jit, static_argnames=("train", "mesh"))
+def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
     """The results of as many runs as there are seeds, shared by the devices."""
 
     def one(seed: jax.Array, values: dict[str, jax.Array]) -> dict[str, Any]:
@@ -136,10 +145,7 @@ def _call(train: Any, devices: tuple[Any, ...], seeds: jax.Array, values: dict[s
 
     runs = PartitionSpec("runs")
     # Of what `train` does nothing is known but that runs don't meet; so nothing is checked of what varies over devices.
-    sharded = jax.shard_map(
-        on_one_device, mesh=Mesh(np.array(devices), ("runs",)), in_specs=runs, out_specs=runs, check_vma=False
-    )
-    return sharded(seeds, values)
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False)(seeds, values)
 
 
 def _checked_values(name: str, given: Any) -> np.ndarray:
