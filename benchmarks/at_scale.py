@@ -1,6 +1,6 @@
 """The update of a model of 70 billion parameters on 256 devices, compiled and looked into, with nothing allocated.
 
-    python -m benchmarks.at_scale
+    python -m benchmarks.run --only at_scale
     python -m benchmarks.at_scale --topology v5p:4x8x8  # by the compiler for TPUs; needs libtpu, and no TPU
 
 The parameters of Llama 3 70B are shapes, cut over a mesh by FSDP x tensor parallelism. For each optimizer the step
@@ -13,13 +13,11 @@ to the compiler. Compiling for either needs no such machine.
 """
 
 import argparse
-import json
+import functools
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +28,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wdjax
+
+from ._tables import Row, Table
+from ._timing import timed
 
 PyTree = Any
 
@@ -101,13 +102,13 @@ def state_of(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh
 
 
 def step_of(optimizer: optax.GradientTransformation) -> Any:
-    """The compiled step, without the model: gradients come in."""
+    """The compiled step, without the model: gradients come in, last, so that each result gets the buffer of its own."""
 
-    def step(grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = optimizer.update(grads, state, params)
         return wdjax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(1, 2))
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 def on_a_device(params: PyTree, mesh: Mesh) -> list[tuple[int, ...]]:
@@ -183,11 +184,11 @@ def arrays(program: str) -> list[tuple[int, tuple[int, ...]]]:
 def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Compiles one case: the seconds it takes, what the program says of one device, and the same by hand."""
     params = cut(case.params, mesh)
-    eval_shape, _ = timed(lambda: jax.eval_shape(lambda p: case.optimizer.init(p), params))
+    _, eval_shape = timed(lambda: jax.eval_shape(lambda p: case.optimizer.init(p), params))
     state = state_of(case.optimizer, params, mesh)
-    trace, traced = timed(lambda: step_of(case.optimizer).trace(params, state, params))
-    lower, lowered = timed(traced.lower, repeat=1)
-    compiling, compiled = timed(lowered.compile, repeat=1)
+    traced, trace = timed(lambda: step_of(case.optimizer).trace(params, state, params))
+    lowered, lower = timed(traced.lower)
+    compiled, compiling = timed(lowered.compile)
     memory, program = compiled.memory_analysis(), compiled.as_text()
     outputs = zip(jax.tree.leaves(compiled.output_shardings), jax.tree.leaves((params, state)), strict=True)
     parts, counters = on_a_device(params, mesh), 4 * case.counters
@@ -212,57 +213,60 @@ def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def timed(function: Callable[[], Any], repeat: int = 3) -> tuple[float, Any]:
-    """The least seconds of a few calls, and the result of the last."""
-    seconds, result = [], None
-    for _ in range(repeat):
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result
+def comparisons(quick: bool) -> list[Callable[[], Table]]:
+    """For emulated CPU devices, which have to be asked for before anything asks for a device."""
+    emulate(256)
+    return [functools.partial(steps, quick)]
 
 
-def print_tables(results: dict[str, dict[str, Any]]) -> None:
-    """Prints what is compared: bytes on one device, communication, and seconds."""
-    left = max(map(len, results))
-    columns = ("arguments", "arguments, by hand", "outputs", "outputs, by hand", "donated", "temporary")
-    print("\nbytes on one device\n" + " " * left + "".join(f"{column:>20}" for column in columns))
-    for name, result in results.items():
-        print(f"{name:{left}}" + "".join(f"{result[column]:>20,}" for column in columns))
-    print(
-        "\n" + f"{'seconds':{left}}" + "".join(f"{c:>12}" for c in ("eval_shape", "trace", "lower", "compile")), end=""
+def emulate(count: int) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def steps(quick: bool, devices: Sequence[Any] | None = None) -> Table:
+    """All cases on the given devices, or on those that JAX has."""
+    mesh = mesh_of(jax.devices() if devices is None else devices)
+    rows: list[Row] = []
+    for name, case in cases().items():
+        if quick and name.endswith("listed"):
+            continue
+        found = examine(case, mesh)
+        by_hand = [found[f"{what}, by hand"] for what in ("arguments", "outputs", "largest array")]
+        row: Row = {"optimizer": name}
+        row |= {what: found[what] for what in ("arguments", "outputs", "donated", "temporary")}
+        said = [f"{c['times']} {op}, {c['bytes']:,} bytes" for op, c in found["collectives"].items()]
+        row["collectives"] = "; ".join(said) or "none"
+        row |= {f"{stage} s": seconds for stage, seconds in found["seconds"].items()}
+        met = [found["arguments"], found["outputs"], found["largest array"]] == by_hand and found["layout kept"]
+        rows.append(row | {"target": "by hand", "met": "yes" if met else "no"})
+    return Table(
+        f"The step for {mesh.size} × {mesh.devices.flat[0].device_kind}, {dict(mesh.shape)}",
+        "Bytes on one device. The target: arguments, outputs and the largest array in the program as computed by hand "
+        "from shapes and the mesh, and every result cut as what it replaces. The compiler for CPUs takes more "
+        "temporary memory than those for accelerators.",
+        rows,
     )
-    print("    layout kept    collectives")
-    for name, result in results.items():
-        seconds = "".join(f"{value:>12.3f}" for value in result["seconds"].values())
-        said = ", ".join(f"{c['times']} {op} ({c['bytes']:,} bytes)" for op, c in result["collectives"].items())
-        print(f"{name:{left}}{seconds}    {'yes' if result['layout kept'] else 'NO':11}    {said or 'none'}")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compiles each case, prints the table, writes the JSON."""
+def main(argv: Sequence[str] | None = None) -> Table:
+    """Compiles each case for a number of emulated devices or for a TPU topology, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=256, help="emulated CPU devices, a multiple of 8")
     parser.add_argument("--topology", help="a TPU topology instead, such as v5p:4x8x8")
-    parser.add_argument("--out", type=Path, default=Path("out") / "at_scale.json")
     options = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")
+    devices = None
     if options.topology:
         from jax.experimental import topologies
 
+        jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask where it is.
         devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
     else:
-        jax.config.update("jax_num_cpu_devices", options.devices)
-        devices = jax.devices()
-    mesh = mesh_of(devices)
-    results = {name: examine(case, mesh) for name, case in cases().items()}
-    print(f"{len(devices)} x {devices[0].device_kind}, {dict(mesh.shape)}")
-    print_tables(results)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2))
-    print(f"\nAll of it: {options.out}")
-    return results
+        emulate(options.devices)
+    table = steps(quick=False, devices=devices)
+    print(table.markdown())
+    return table
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
-import pkgutil
 import platform
 import re
 import sys
@@ -21,21 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import benchmarks
-
 from ._tables import Table
 
+NAMES = ("decay", "groups", "tracing", "dispatch", "step", "sweeps", "at_scale")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-
-
-def names() -> list[str]:
-    """The modules of this folder that have comparisons."""
-    found = sorted(
-        module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")
-    )
-    sources = {name: (Path(__file__).parent / f"{name}.py").read_text() for name in found}
-    return [name for name in found if re.search(r"^def comparisons\(", sources[name], re.M)]
 
 
 def measured(name: str, quick: bool) -> tuple[list[Table], list[str], dict[str, str]]:
@@ -84,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs, prints, writes `benchmarks.md` and `benchmarks.json`, and gives the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller trees and fewer rounds: a look")
-    parser.add_argument("--only", nargs="+", choices=names(), default=names(), help="these modules")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these modules")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the tables")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/benchmarks.md, too")
     options = parser.parse_args(argv)
-    if options.docs and (options.quick or options.only != names()):
+    if options.docs and (options.quick or options.only != NAMES):
         parser.error("--docs wants a full run: leave out --quick and --only.")
 
     # A process that holds all of a GPU's memory leaves none for those it starts.
@@ -112,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tables, failures, found = pool.submit(measured, name, options.quick).result()
             except Exception as error:
                 tables, failures, found = [], [f"{name}: {type(error).__name__}: {error}"], {}
-        results["surroundings"] |= found
+        results["surroundings"] = found | results["surroundings"]
         results["tables"][name] = [table.data() for table in tables]
         results["failures"] += failures
         opening = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").partition("\n")[0]

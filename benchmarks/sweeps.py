@@ -1,12 +1,10 @@
 """Sweeps: one compiled program against one for each rate, and how to run it once it is compiled.
 
-python -m benchmarks.sweeps [--quick]
-JAX_NUM_CPU_DEVICES=2 python -m benchmarks.sweeps     # with a row for two devices
+With JAX_NUM_CPU_DEVICES=2 in the environment there is a row for two devices.
 """
 
-import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -152,18 +150,3 @@ def steady(quick: bool) -> Table:
 
 def _seconds_of_call(call: Callable[[], Any], calls: int) -> float:
     return timed(lambda: [call() for _ in range(calls)])[1] / calls
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Prints the tables, and gives them as plain data."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a look: one network, fewer programs and rounds")
-    tables = []
-    for comparison in comparisons(parser.parse_args(argv).quick):
-        tables.append(comparison())
-        print(tables[-1].markdown(), flush=True)
-    return [table.data() for table in tables]
-
-
-if __name__ == "__main__":
-    main()

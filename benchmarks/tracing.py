@@ -104,7 +104,8 @@ def again(quick: bool) -> Table:
 
 def eager(quick: bool) -> Table:
     """`optimizer.update` as a plain function."""
-    chosen = [trees.small_arrays(200 if quick else 1000)] + ([] if quick else [trees.resnet50()])
+    chosen = [trees.small_arrays(200)] if quick else [trees.small_arrays(1000), trees.resnet50()]
+    chosen += [] if quick else [trees.small_arrays(10_000)]
     return Table(
         "`optimizer.update` without jit: milliseconds",
         "After a first call of each.",
@@ -127,12 +128,14 @@ def _eager_of(tree: trees.Tree, quick: bool) -> list[Row]:
 
         return of_calls
 
-    measured = interleaved({name: run(build()) for name, build in ways.items()}, 7 if quick else 15)
+    measured = interleaved(
+        {name: run(build()) for name, build in ways.items()}, 7 if quick or tree.arrays == 10_000 else 15
+    )
     rows = []
     for name in ways:
         ratio = None if name == "Optax" else measured.ratio("Optax", name)
         row: Row = {"tree": tree.name, "optimizer": name, "ms": 1e3 * measured.median(name), "n × less": ratio}
-        rows.append(row | (at_least(ratio, 12.0) if ratio and name == "wdjax" and tree.arrays < 10_000 else {}))
+        rows.append(row | (at_least(ratio, 12.0) if ratio and name == "wdjax" else {}))
     return rows
 
 

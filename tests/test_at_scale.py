@@ -1,7 +1,5 @@
 """The update of 70 billion parameters, compiled for eight devices and looked into; nothing is allocated."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wdjax
+from benchmarks import at_scale
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 70_553_706_496  # Of Llama 3 70B, without those of a tokenizer.
@@ -32,21 +30,11 @@ CASES = {  # Bytes that a parameter, its gradient and its state take, and the co
 pytestmark = pytest.mark.peers
 
 
-@pytest.fixture(scope="module")
-def at_scale() -> Any:
-    spec = importlib.util.spec_from_file_location("at_scale", ROOT / "benchmarks" / "at_scale.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def mesh(kind: AxisType = AxisType.Auto) -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"), axis_types=(kind, kind))
 
 
-def test_the_tree_has_as_many_parameters_as_the_model(at_scale: Any) -> None:
+def test_the_tree_has_as_many_parameters_as_the_model() -> None:
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
     assert 2 * 128256 * 8192 + 8192 + 80 * layer == PARAMETERS
     for is_stacked, count in (True, 12), (False, 723):
@@ -57,7 +45,7 @@ def test_the_tree_has_as_many_parameters_as_the_model(at_scale: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_device_takes_what_is_computed_by_hand_and_gathers_nothing(at_scale: Any, name: str) -> None:
+def test_a_device_takes_what_is_computed_by_hand_and_gathers_nothing(name: str) -> None:
     got = at_scale.examine(at_scale.cases()[name], mesh())
     of_param, of_gradient, of_state, counters = CASES[name]
     each = PARAMETERS // 8  # Every array can be cut into eight.
@@ -74,7 +62,7 @@ def test_a_device_takes_what_is_computed_by_hand_and_gathers_nothing(at_scale: A
 
 
 @pytest.mark.parametrize("name", ["wdjax.adamw, layers listed", "optax.adamw, layers listed"])
-def test_layers_one_by_one(at_scale: Any, name: str) -> None:
+def test_layers_one_by_one(name: str) -> None:
     case = at_scale.cases(layers=2)[name]
     got = at_scale.examine(case, mesh())
     assert got["arrays"] == 3 + 2 * 9
@@ -82,7 +70,7 @@ def test_layers_one_by_one(at_scale: Any, name: str) -> None:
     assert not got["collectives"]
 
 
-def test_what_communicates_and_what_is_gathered_is_seen(at_scale: Any) -> None:
+def test_what_communicates_and_what_is_gathered_is_seen() -> None:
     case = at_scale.cases()["wdjax.adamw"]
     clipped = optax.chain(optax.clip_by_global_norm(1.0), case.optimizer)
     got = at_scale.examine(case._replace(optimizer=clipped), mesh())
@@ -98,7 +86,7 @@ def test_what_communicates_and_what_is_gathered_is_seen(at_scale: Any) -> None:
     assert got["largest array"] == 8 * got["largest array, by hand"]
 
 
-def test_bytes_and_shapes_are_read_from_a_program(at_scale: Any) -> None:
+def test_bytes_and_shapes_are_read_from_a_program() -> None:
     program = """
       %a = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), replica_groups={}
       %b = (bf16[2]{0}, f32[]) all-reduce(bf16[2]{0} %x, f32[] %y), to_apply=%add
@@ -113,7 +101,7 @@ def test_bytes_and_shapes_are_read_from_a_program(at_scale: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(at_scale: Any, name: str) -> None:
+def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(name: str) -> None:
     case = at_scale.cases()[name]
     params, same = (at_scale.cut(case.params, mesh(kind)) for kind in (AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh(AxisType.Explicit)):
@@ -125,7 +113,7 @@ def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(at_scale: An
         assert tuple(spec) == tuple(want.sharding.spec)
 
 
-def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one_device(at_scale: Any) -> None:
+def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one_device() -> None:
     # What docs/several_processes.md warns of.
     case = at_scale.cases()["wdjax.adamw"]
     params = at_scale.cut(case.params, mesh())
@@ -138,16 +126,14 @@ def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one
         assert memory.output_size_in_bytes == want + 4 * 3 + pointers
 
 
-def test_256_devices(tmp_path: Path) -> None:
+def test_256_devices() -> None:
     only = "cases = s.cases(); s.cases = lambda: {name: cases[name] for name in ('wdjax.adamw', 'optax.adamw')}"
-    code = f"import benchmarks.at_scale as s; {only}; s.main(['--out', {str(tmp_path / 'new' / 'x.json')!r}])"
+    code = f"import benchmarks.at_scale as s; {only}; table = s.main([]); print([row['met'] for row in table.rows])"
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "256 x cpu, {'fsdp': 32, 'tensor': 8}" in done.stdout
-    assert "4,409,606,668       4,409,606,668" in done.stdout
-    results = json.loads((tmp_path / "new" / "x.json").read_text())
-    for result, counters in (results["wdjax.adamw"], 3), (results["optax.adamw"], 2):
-        assert result["arguments"] == PARAMETERS // 256 * 16 + 4 * counters
-        assert not result["collectives"]
-    assert jnp.float32(results["wdjax.adamw"]["seconds"]["compile"]) > 0
+    assert "### The step for 256 × cpu, {'fsdp': 32, 'tensor': 8}" in done.stdout
+    arguments = PARAMETERS // 256 * 16
+    assert f"| wdjax.adamw | {arguments + 12:,} |" in done.stdout
+    assert f"| optax.adamw | {arguments + 8:,} |" in done.stdout
+    assert done.stdout.endswith("['yes', 'yes']\n")

@@ -302,6 +302,18 @@ def test_outside_of_jit_another_rate_or_mask_compiles_nothing() -> None:
         assert len(traces) - before <= (2 if mask is not None else 5 if rate == 0.1 else 0)
 
 
+def test_an_optimizer_that_is_built_anew_in_each_step_compiles_nothing_in_it(caplog: Any) -> None:
+    injected = optax.inject_hyperparams(wdjax.adamw)(learning_rate=schedule, weight_decay=0.1)
+    params = {"kernel": jnp.ones((2, 2))}
+    reference = trained(optax.inject_hyperparams(optax.adamw)(learning_rate=schedule, weight_decay=0.1), params)
+    for jit in (True, False):
+        chex.assert_trees_all_close(trained(injected, params, jit=jit)[0], reference[0], rtol=1e-6)
+    state = injected.init(params)
+    with jax.log_compiles():
+        injected.update(params, state, params)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
 def test_where_leaves_do_not_correspond_the_optimizer_runs_as_it_is() -> None:
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     grads = {"a": jnp.full(3, 0.5), "b": None}

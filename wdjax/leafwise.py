@@ -68,18 +68,19 @@ def leafwise(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     chain = _checks.finished("leafwise", optimizer, "leafwise(optax.adam(1e-3))")
     refuse_mixing(chain)
     takes_more = isinstance(optimizer, optax.GradientTransformationExtraArgs)
-    return run_leafwise(chain, takes_more=takes_more)
+    return run_leafwise(chain, object(), takes_more=takes_more)
 
 
 def run_leafwise(
-    chain: optax.GradientTransformation, key: Hashable = None, *, takes_more: bool = False
+    chain: optax.GradientTransformation, key: Hashable | None, *, takes_more: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """`leafwise` of a chain that is known to be elementwise.
 
     Args:
         chain: the chain.
-        key: what it was built from, but for rates and masks: chains of one key share what is compiled. None for one
-            that shares nothing.
+        key: what it was built from, but for rates and masks of decays: chains of one key share what is compiled. None
+            where that can't be said, as of arrays. Such a chain may be built anew in each step, as
+            `optax.inject_hyperparams` does, and is compiled only as a part of something else.
         takes_more: whether extra arguments of `update` mean something to it.
     """
     chain = optax.with_extra_args_support(chain)
@@ -88,7 +89,8 @@ def run_leafwise(
     run: Any = chain.update  # Optax's types know no trees of one's own.
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        if not (isinstance(updates, Alone) or (extra_args and takes_more)):
+        is_lasting = key is not None or any(isinstance(update, Tracer) for update in jax.tree.leaves(updates))
+        if is_lasting and not (isinstance(updates, Alone) or (extra_args and takes_more)):
             new = runner.update(updates, state, params)
             if new is not None:
                 return new
