@@ -63,7 +63,8 @@ def programs(quick: bool) -> Table:
     chosen = [trees.small_arrays(100)] + ([] if quick else [trees.resnet50()])
     return Table(
         "Ten rates by path: the compiled program and the state",
-        "The target is that of the arrays in the state and of the bytes: those of one rate.",
+        "The target: as many arrays in the state as for one rate, and its bytes within 3%. Several rates are data, a "
+        "scalar that is read for each array.",
         rows_for(chosen, _programs_of),
     )
 
@@ -86,7 +87,8 @@ def _programs_of(tree: trees.Tree) -> list[Row]:
         if name == "one rate":
             least = (arrays, program.bytes)
         elif name == "ten rates":
-            row |= {"target": "= one rate", "met": "yes" if (arrays, program.bytes) == least else "no"}
+            met = arrays == least[0] and program.bytes <= 1.03 * least[1]
+            row |= {"target": "≤ 1.03", "met": "yes" if met else "no"}
         rows.append(row)
     return rows
 
@@ -177,7 +179,7 @@ def rate_for_each_array(quick: bool) -> Table:
         rows.append(row)
     return Table(
         "A rate of its own for each array: seconds to compile",
-        "One run each. XLA makes one kernel of loops that are alike; another constant, or another element of a vector, "
-        "makes another loop.",
+        "One run each. XLA makes one kernel of loops that are alike. Another constant, or another element of a vector, "
+        "would make another loop, so on CPUs several rates are kept out of its sight.",
         rows,
     )
