@@ -177,10 +177,11 @@ def minus(update: jax.Array, rate: Rate, pull: jax.Array) -> jax.Array:
 
 
 def unless_off(rate: Rate, off: jax.Array, on: jax.Array) -> jax.Array:
-    """`off` where the rate is 0, else `on`, with the derivative of `on` in both."""
+    """`off` where the rate is 0, else `on`, with the derivative of `on` in both, where it is finite."""
     if rate.is_known:
         return on
     finite = _finite(on)
+    off = jax.lax.select_n(jnp.isfinite(on), off, jax.lax.stop_gradient(off))
     return jax.lax.select_n(rate.value == 0, on, off - (jax.lax.stop_gradient(finite) - finite))
 
 
