@@ -42,7 +42,7 @@ def comparisons(quick: bool) -> list[Callable[[], Table]]:
 def programs(quick: bool) -> Table:
     """Everything that happens before the first step, as in a new process."""
     chosen = [trees.small_arrays(200 if quick else 1000)] + (
-        [] if quick else [trees.resnet50(), trees.small_arrays(10_000)]
+        [] if quick else [trees.small_arrays(1000, (16,)), trees.resnet50(), trees.small_arrays(10_000)]
     )
     return Table(
         "Before the first step: AdamW of wdjax and of Optax, with the same mask",

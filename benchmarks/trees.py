@@ -99,17 +99,17 @@ def gpt2() -> Tree:
     return tree
 
 
-def small_arrays(arrays: int) -> Tree:
+def small_arrays(arrays: int, widths: tuple[int, ...] = (8, 16, 24)) -> Tree:
     """Many arrays of little, where everything that is done once an array shows: layers of a kernel, a bias and a norm.
 
-    Real models have many layers of few shapes, and so has this: three widths take turns, which makes six shapes (a
-    kernel leads from its layer's width to the next one's).
+    Real models have many layers of few shapes, and so has this: the widths take turns, which makes two shapes for each
+    (a kernel leads from its layer's width to the next one's).
     """
-    widths = (8, 16, 24)
 
     def layer(i: int) -> dict[str, Any]:
-        inputs, outputs = widths[i % 3], widths[(i + 1) % 3]
+        inputs, outputs = widths[i % len(widths)], widths[(i + 1) % len(widths)]
         return {"Dense_0": _dense(inputs, outputs), "LayerNorm_0": _norm(outputs)}
 
     assert arrays % 4 == 0
-    return Tree(f"{arrays:,} small", {f"Layer_{i}": layer(i) for i in range(arrays // 4)}, "Layer_*{}")
+    name = f"{arrays:,} small" + (f", {2 * len(widths)} shapes" if widths != (8, 16, 24) else "")
+    return Tree(name, {f"Layer_{i}": layer(i) for i in range(arrays // 4)}, "Layer_*{}")

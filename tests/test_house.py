@@ -21,7 +21,6 @@ FLOORS = [
     {"penalties", "paths"},
     {"_hazards", "_arithmetic"},
     {"_action", "_steps"},
-    {"_dependence"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
     {"audits", "leafwise"},
     {"recipes", "wrappers", "telemetry", "testing", "sweeps"},

@@ -195,6 +195,38 @@ def test_a_chain_is_traced_once_for_each_shape(jit: bool) -> None:
     assert calls == [1] * 4  # Kernels, biases, the stack, the scalar.
 
 
+def calls_of(primitive: str, jaxpr: Any) -> int:
+    """How often a program runs an operation, within all the functions that it calls."""
+    inner = [value.jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if hasattr(value, "jaxpr")]
+    return sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns) + sum(calls_of(primitive, j) for j in inner)
+
+
+def test_what_depends_on_the_step_alone_is_computed_once_for_each_shape() -> None:
+    params = make_params(layers=50)
+    for optimizer in (wdjax.adamw(schedule, schedule), wdjax.leafwise(optax.adam(schedule))):
+        state = optimizer.init(params)
+        program = jax.make_jaxpr(optimizer.update)(params, state, params).jaxpr
+        assert calls_of("pow", program) == 2 * 4  # Of Adam's two bias corrections, for the four shapes.
+        assert calls_of("sqrt", program) == 102
+
+    state = wdjax.adamw(0.1, 0.1).init(params)
+    built_within = jax.make_jaxpr(lambda rate, params: wdjax.adamw(rate, rate).update(params, state, params)[0])
+    assert calls_of("pow", built_within(0.1, params).jaxpr) == 2 * 4
+
+
+def test_a_chain_that_prints_does_so_for_each_parameter(capfd: Any) -> None:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        jax.debug.print("seen")
+        return jax.tree.map(lambda x: 2.0 * x, updates), state + 1
+
+    optimizer = wdjax.leafwise(optax.GradientTransformation(lambda params: jnp.zeros([]), update))
+    capfd.readouterr()
+    updates, state = jax.jit(optimizer.update)({"a": jnp.ones(2), "b": jnp.ones(2)}, jnp.zeros([]))
+    jax.effects_barrier()
+    assert (updates["b"].tolist(), float(state)) == ([2.0, 2.0], 1.0)
+    assert capfd.readouterr().out.count("seen") >= 2
+
+
 def test_many_rates_are_one_trace_and_no_constants_of_a_loop() -> None:
     params = {f"layer_{i}": {"kernel": jnp.ones((4, 3))} for i in range(64)}
     rates = wdjax.by_path({f"layer_{i}": 0.002 + i / 1000 for i in range(64)})  # None is a constant of Adam's.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _hazards, _leaves
-from ._arithmetic import Rule, act, as_arguments, compute_dtype, strength
+from ._arithmetic import Rule, act, acted, as_arguments, compute_dtype, strength
 from .paths import Rules
 from .paths._masks import booleans
 from .paths._rules import check_stack
@@ -301,7 +301,7 @@ def _apply_as_told(
     if what is None:
         return updates
     anchor = what.anchor if state.anchor is None else state.anchor.leaf
-    new = act(rule, what.axis, updates.leaf, params.leaf, anchor, what.number, (*what.arrays, *gates))
+    new = acted(rule, what.axis, updates.leaf, params.leaf, anchor, what.number, (*what.arrays, *gates))
     return _leaves.Alone(new)
 
 

@@ -1,9 +1,9 @@
 """The arithmetic of one parameter: a rate, and what a place does with it, in safe dtypes.
 
 A place's rule is a function `rule(update, param, anchor, rate) -> update` on arrays of one dtype, at least float32.
-`act` runs it on one parameter, as a jitted function of its own: traced and compiled once for every shape and dtype,
-however many parameters have them and whatever their rates are. For that a rate is an argument and no constant; inside
-somebody's jit all of it is inlined and fused as if it had been written there.
+`acted` runs it on one parameter, and `act` is that as a jitted function of its own: traced and compiled once for every
+shape and dtype, however many parameters have them and whatever their rates are. For that a rate is an argument and no
+constant; inside somebody's jit all of it is inlined and fused as if it had been written there.
 """
 
 import functools
@@ -81,8 +81,7 @@ def _times(number: Scalar, arrays: Iterable[Any]) -> Any:
     return number
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def act(
+def acted(
     rule: Rule,
     axis: int | None,
     update: jax.Array,
@@ -112,6 +111,9 @@ def act(
             )
             new = of_layer(u, p, a, rate)
         return cast(new, jnp.result_type(update))
+
+
+act = jax.jit(acted, static_argnums=(0, 1))
 
 
 def as_arguments(numbers: Sequence[Scalar], likes: Iterable[Any]) -> list[Scalar]:

@@ -90,6 +90,9 @@ jax.tree_util.register_pytree_node(Alone, lambda alone: (alone.leaves, None), la
 jax.tree_util.register_pytree_node(Hidden, lambda place: ((), _Remembered(place.shape, place.dtype)), _hidden)
 
 
+_HOLES = (type(None), optax.MaskedNode)
+
+
 def canonical_paths(params: PyTree) -> list[str]:
     """The canonical path of every leaf, in the order of the tree: what patterns are compared with.
 
@@ -104,7 +107,7 @@ def canonical_paths(params: PyTree) -> list[str]:
 
 def is_hole(node: Any) -> bool:
     """Whether this place of a tree holds no parameter: `None`, or what `optax.masked` leaves behind."""
-    return node is None or isinstance(node, optax.MaskedNode)
+    return isinstance(node, _HOLES)
 
 
 def is_decayable(leaf: Any) -> bool:
@@ -122,6 +125,10 @@ def _is_inexact(dtype: Any) -> bool:
     return dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)
 
 
+# Of trees seen lately, by their structure.
+_paths: dict[Any, list[str]] = {}
+
+
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
     if isinstance(tree, Alone):
@@ -130,15 +137,29 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
             "freeze(leafwise(optimizer), mask), monitor(leafwise(optimizer), ...)."
         )
     boxes = _box_types()
-    walked = _walk(tree, (), lambda x: is_hole(x) or isinstance(x, boxes))
-    found = [("/".join(keys), leaf) for keys, leaf in walked]
-    if len({path for path, _ in found}) < len(found):
-        paths = [path for path, _ in found]
+    stops = (*_HOLES, *boxes)
+
+    def is_stop(x: Any) -> bool:
+        return isinstance(x, stops)
+
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_stop)
+    key = None if any(isinstance(leaf, boxes) for leaf in leaves) else treedef
+    with contextlib.suppress(TypeError):  # Something in the tree may not be hashable.
+        if key in _paths:
+            return list(zip(_paths[key], leaves, strict=True))
+    found = [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), is_stop)]
+    paths = [path for path, _ in found]
+    if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
             f"wdjax: two parameters have the path {twice!r}, as {{'a/b': ...}} beside {{'a': {{'b': ...}}}} have. "
             "Rename one: a rule by path could not tell them apart."
         )
+    if len(_paths) >= 100:
+        _paths.clear()
+    if key is not None:
+        with contextlib.suppress(TypeError):
+            _paths[key] = paths
     return found
 
 

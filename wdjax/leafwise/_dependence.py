@@ -14,9 +14,9 @@ import optax
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from ._action import Owner, telling
-from ._leaves import Alone
-from ._steps import nodes
+from .._action import Owner, telling
+from .._leaves import Alone
+from .._steps import nodes
 
 # Calls of functions, which are looked through, and where they keep the body.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")

@@ -14,7 +14,7 @@ to see several parameters at once can't be run so, and is refused.
 import functools
 import itertools
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from . import _checks, _leaves
-from ._action import Action, DecayState, Owner, Told, telling
+from .. import _checks, _leaves
+from .._action import Action, DecayState, Told
+from .._leaves import Alone
 from ._dependence import refuse_mixing
-from ._leaves import Alone
+from ._kernels import Kernel, Layout, Leaf, layout_of
 
 PyTree = Any
 _CHUNK = 8  # Parameters in one call: outside of jit a dispatch costs as much as the work.
@@ -84,7 +85,7 @@ def run_leafwise(
         takes_more: whether extra arguments of `update` mean something to it.
     """
     chain = optax.with_extra_args_support(chain)
-    kernel = _Kernel(chain) if key is None else _kernels.setdefault(key, _Kernel(chain))
+    kernel = Kernel(chain) if key is None else _kernels.setdefault(key, Kernel(chain))
     runner = _Runner(chain, kernel)
     run: Any = chain.update  # Optax's types know no trees of one's own.
 
@@ -99,82 +100,8 @@ def run_leafwise(
     return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
 
-class _Leaf(NamedTuple):
-    """What the update of one parameter depends on, but for what all parameters share.
-
-    Attributes:
-        update, param: arrays of one shape; the parameter may be None if the chain does not ask for it.
-        own: for each part of the state that is its own, the arrays in it.
-        told: for each decay what it does here, as `Told` without the axis; None for nothing.
-    """
-
-    update: Any
-    param: Any
-    own: tuple[tuple[Any, ...], ...]
-    told: tuple[Any, ...] = ()
-
-
-class _Layout(NamedTuple):
-    """The structure of a state for one parameter alone.
-
-    Attributes:
-        treedef: with every part as a leaf.
-        own: for each part that every parameter has one of, the structure of that one; None for what all share.
-        actions: the decays in the chain, each with the place of its count among the parts; its anchor is the next.
-    """
-
-    treedef: Any
-    own: list[Any]
-    actions: list[tuple[int, Action]]
-
-
-def _layout(chain: optax.GradientTransformation) -> _Layout:
-    init: Any = chain.init
-    with jax.ensure_compile_time_eval():
-        template = init(Alone(np.zeros([], np.float32)))
-    parts, treedef = jax.tree.flatten(template, is_leaf=_is_own)
-    actions = [(i, part.action) for i, part in enumerate(parts) if isinstance(part, Owner)]
-    return _Layout(treedef, [jax.tree.structure(part.leaf) if _is_own(part) else None for part in parts], actions)
-
-
-class _Kernel:
-    """A chain for one parameter alone: what is traced and compiled once for all parameters of one shape and dtype."""
-
-    def __init__(self, chain: optax.GradientTransformationExtraArgs):
-        self.chain = chain
-        one = jax.jit(lambda axes, leaf, shared: self._update(axes, leaf, shared)[:2], static_argnums=0)
-        self.several = jax.jit(
-            lambda axes, leaves, shared: [one(axes, leaf, shared) for leaf in leaves], static_argnums=0
-        )
-        self.shared = jax.jit(lambda axes, leaf, shared: self._update(axes, leaf, shared)[2], static_argnums=0)
-
-    @functools.cached_property
-    def layout(self) -> _Layout:
-        return _layout(self.chain)
-
-    def _update(self, axes: tuple[int | None, ...], leaf: _Leaf, shared: list[Any]) -> Any:
-        """One parameter's update, its own parts of the state, and those that all parameters share."""
-        layout = self.layout
-        told = {
-            action: None if what is None else Told(axis, *what)
-            for (_, action), axis, what in zip(layout.actions, axes, leaf.told, strict=True)
-        }
-        own, common = iter(leaf.own), iter(shared)
-        state = layout.treedef.unflatten(
-            Alone(inner.unflatten(next(own))) if inner else next(common) for inner in layout.own
-        )
-        update: Any = Alone(leaf.update)
-        param: PyTree = None if leaf.param is None else Alone(leaf.param)
-        run: Any = self.chain.update
-        with telling(told):
-            new, state = run(update, state, param)
-        parts = layout.treedef.flatten_up_to(state)
-        own_parts = tuple(tuple(jax.tree.leaves(part.leaf)) for part in parts if _is_own(part))
-        return new.leaf, own_parts, [part for part in parts if not _is_own(part)]
-
-
 # Those in use, by what they were built from.
-_kernels: weakref.WeakValueDictionary[Hashable, _Kernel] = weakref.WeakValueDictionary()
+_kernels: weakref.WeakValueDictionary[Hashable, Kernel] = weakref.WeakValueDictionary()
 
 
 class _Plan(NamedTuple):
@@ -182,26 +109,26 @@ class _Plan(NamedTuple):
 
     Attributes:
         kinds: the structure of the tree and the kinds of its arrays, or None if another tree of these may differ.
-        told: for each leaf, what the decays do there, as in `_Leaf`.
-        calls: the indices of the leaves that go into one call, and for each decay the `axis` of `Told`.
+        told: for each leaf, what the decays do there, as in `Leaf`.
+        groups: the indices of leaves that are alike, and for each decay the `axis` of `Told`.
     """
 
     kinds: Any
     told: list[tuple[Any, ...]]
-    calls: list[tuple[Sequence[int], tuple[int | None, ...]]]
+    groups: list[tuple[list[int], tuple[int | None, ...]]]
 
 
 class _Runner:
     """Runs a kernel on every leaf of a tree."""
 
-    def __init__(self, chain: optax.GradientTransformationExtraArgs, kernel: _Kernel):
+    def __init__(self, chain: optax.GradientTransformationExtraArgs, kernel: Kernel):
         self.chain = chain  # The kernel's may be another one, with other rates and masks.
         self.kernel = kernel
         self.plan = _Plan(None, [], [])  # The last one: outside of jit one step is like the other.
 
     @functools.cached_property
-    def layout(self) -> _Layout:
-        return _layout(self.chain)
+    def layout(self) -> Layout:
+        return layout_of(self.chain)
 
     def update(self, updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any] | None:
         """The new updates and state; None if updates, parameters and state do not correspond leaf for leaf."""
@@ -223,19 +150,28 @@ class _Runner:
         rows = list(zip(arrays, weights, own_of_each, strict=True))
 
         plan = self._planned(treedef, rows, params, decays)
-        leaves = [_Leaf(*row, told) for row, told in zip(rows, plan.told, strict=True)]
-        results: list[Any] = [None] * len(leaves)
-        for indices, axes in plan.calls:
-            several = self.kernel.several(axes, [leaves[i] for i in indices], shared)
-            for i, result in zip(indices, several, strict=True):
-                results[i] = result
-        (first, *_), axes = plan.calls[0]
-        common = iter(self.kernel.shared(axes, leaves[first], shared) if shared else ())
-        columns = zip(*(new for _, new in results), strict=True)
+        leaves = [Leaf(*row, told) for row, told in zip(rows, plan.told, strict=True)]
+        is_traced = _sort(type(arrays[0])) == "tracer"
+        results: list[list[Any]] = [[]] * len(leaves)
+        new_shared: Sequence[Any] = []
+        for number, (indices, axes) in enumerate(plan.groups):
+            step = self.kernel.step(axes, leaves[indices[0]], shared, is_traced)
+            if number == 0 and shared:
+                new_shared = step.shared()
+            for chunk in (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)):
+                for i, result in zip(chunk, step.several([leaves[i] for i in chunk]), strict=True):
+                    results[i] = result
+        first, *columns = zip(*results, strict=True)
+        own_arrays, common = iter(columns), iter(new_shared)
         state = layout.treedef.unflatten(
-            treedef.unflatten(map(inner.unflatten, next(columns))) if inner else next(common) for inner in layout.own
+            next(common)
+            if inner is None
+            else treedef.unflatten(
+                map(inner.unflatten, zip(*itertools.islice(own_arrays, inner.num_leaves), strict=True))
+            )
+            for inner in layout.own
         )
-        return treedef.unflatten(update for update, _ in results), state
+        return treedef.unflatten(first), state
 
     def _planned(self, treedef: Any, rows: Sequence[Any], params: PyTree, decays: Sequence[DecayState]) -> _Plan:
         kinds = [tuple(map(_kind, (update, param, *itertools.chain(*own)))) for update, param, own in rows]
@@ -248,12 +184,11 @@ class _Runner:
         alike: dict[Any, list[int]] = {}
         for i, whats in enumerate(told):
             alike.setdefault((kinds[i], *map(_kind_of_told, whats)), []).append(i)
-        calls = [
-            (chunk, tuple(None if what is None else what.axis for what in told[chunk[0]]))
+        groups = [
+            (indices, tuple(None if what is None else what.axis for what in told[indices[0]]))
             for indices in alike.values()
-            for chunk in _chunks(indices)
         ]
-        plan = _Plan(None, [tuple(None if what is None else what[1:] for what in whats) for whats in told], calls)
+        plan = _Plan(None, [tuple(None if what is None else what[1:] for what in whats) for whats in told], groups)
         if (
             not any(_sort(type(array)) == "tracer" for array in jax.tree.leaves((updates, params)))
             and not any(what.arrays or what.anchor is not None for what in itertools.chain(*told) if what is not None)
@@ -287,16 +222,6 @@ def _told(action: Action, updates: Sequence[Any], params: PyTree, state: DecaySt
     return [what for what, (_, leaf) in zip(told, leaves, strict=True) if not _leaves.is_hole(leaf)]
 
 
-def _chunks(indices: Sequence[int]) -> Iterable[Sequence[int]]:
-    """Runs of up to `_CHUNK` indices, the last ones by halves, so that few lengths occur and few are compiled."""
-    start, size = 0, _CHUNK
-    while start < len(indices):
-        while size > len(indices) - start:
-            size //= 2
-        yield indices[start : start + size]
-        start += size
-
-
 def _kind(array: Any) -> Any:
     """What is the same for arrays that one compiled function serves: shape and dtype, and where one at hand lies."""
     match _sort(type(array)):
@@ -313,12 +238,9 @@ def _kind_of_told(what: Told | None) -> Any:
     return None if what is None else (what.axis, *map(_kind, (what.anchor, what.number, *what.arrays)))
 
 
-def _is_own(part: Any) -> bool:
-    return isinstance(part, Alone)
-
-
 def _is_array(leaf: Any) -> bool:
-    return _sort(type(leaf)) is not None and leaf.dtype != jax.dtypes.float0
+    sort = _sort(type(leaf))
+    return sort is not None and (sort != "numpy" or leaf.dtype != jax.dtypes.float0)
 
 
 @functools.cache
