@@ -13,11 +13,13 @@ to see several parameters at once can't be run so, and is refused.
 
 import functools
 import itertools
+import operator
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -26,7 +28,7 @@ from .. import _checks, _leaves
 from .._action import Action, DecayState, Told
 from .._leaves import Alone
 from ._dependence import refuse_mixing
-from ._kernels import Kernel, Layout, Leaf, layout_of
+from ._kernels import Kernel, Layout, layout_of
 
 PyTree = Any
 _CHUNK = 8  # Parameters in one call: outside of jit a dispatch costs as much as the work.
@@ -104,18 +106,32 @@ def run_leafwise(
 _kernels: weakref.WeakValueDictionary[Hashable, Kernel] = weakref.WeakValueDictionary()
 
 
+class _Group(NamedTuple):
+    """Leaves that are alike.
+
+    Attributes:
+        first: the index of one of them.
+        axes: for each decay the `axis` of `Told`.
+        calls: for each call what takes its leaves out of a list of all, and what the decays do to each (see `Leaf`).
+    """
+
+    first: int
+    axes: tuple[int | None, ...]
+    calls: list[tuple[Callable[[Sequence[Any]], tuple[Any, ...]], list[tuple[Any, ...]]]]
+
+
 class _Plan(NamedTuple):
     """How a tree is gone through.
 
     Attributes:
-        kinds: the structure of the tree and the kinds of its arrays, or None if another tree of these may differ.
-        told: for each leaf, what the decays do there, as in `Leaf`.
-        groups: the indices of leaves that are alike, and for each decay the `axis` of `Told`.
+        groups: of leaves that are alike.
+        restored: brings what comes group by group back into the order of the tree.
+        serves: the trees that it is for, as `_at_hand` has them; False if another such tree may differ.
     """
 
-    kinds: Any
-    told: list[tuple[Any, ...]]
-    groups: list[tuple[list[int], tuple[int | None, ...]]]
+    groups: list[_Group]
+    restored: Callable[[Sequence[Any]], tuple[Any, ...]]
+    serves: Any = False
 
 
 class _Runner:
@@ -124,7 +140,7 @@ class _Runner:
     def __init__(self, chain: optax.GradientTransformationExtraArgs, kernel: Kernel):
         self.chain = chain  # The kernel's may be another one, with other rates and masks.
         self.kernel = kernel
-        self.plan = _Plan(None, [], [])  # The last one: outside of jit one step is like the other.
+        self.plan = _Plan([], tuple)  # The last one: outside of jit one step is like the other.
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -134,79 +150,117 @@ class _Runner:
         """The new updates and state; None if updates, parameters and state do not correspond leaf for leaf."""
         layout = self.layout
         arrays, treedef = jax.tree.flatten(updates)
-        weights, params_def = ([None] * len(arrays), treedef) if params is None else jax.tree.flatten(params)
+        weights, params_def = (None, treedef) if params is None else jax.tree.flatten(params)
         if not arrays or params_def != treedef or (layout.actions and params is None):
             return None
-        if not all(map(_is_array, arrays)) or not (params is None or all(map(_is_array, weights))):
-            return None
+        columns = [arrays] if weights is None else [arrays, weights]
         try:
             parts = layout.treedef.flatten_up_to(state)
-            own = [_by_leaf(treedef, inner, part) for inner, part in zip(layout.own, parts, strict=True) if inner]
+            for inner, part in zip(layout.own, parts, strict=True):
+                if inner is not None:
+                    columns += _columns(treedef, inner, part)
         except (TypeError, ValueError):
             return None
-        shared = [part for inner, part in zip(layout.own, parts, strict=True) if not inner]
-        decays = [DecayState(parts[i], parts[i + 1] if action.keeps_anchor else None) for i, action in layout.actions]
-        own_of_each = zip(*own, strict=True) if own else [()] * len(arrays)
-        rows = list(zip(arrays, weights, own_of_each, strict=True))
 
-        plan = self._planned(treedef, rows, params, decays)
-        leaves = [Leaf(*row, told) for row, told in zip(rows, plan.told, strict=True)]
+        at_hand = _at_hand(treedef, columns)
+        plan = self.plan
+        if at_hand is None or at_hand != plan.serves or _leaves.shapes_are_taken():
+            if not all(_is_array(array) for column in columns for array in column):
+                return None
+            states = [parts[i : i + 2] if action.keeps_anchor else [parts[i], None] for i, action in layout.actions]
+            plan = self._planned(columns, arrays, params, list(itertools.starmap(DecayState, states)))
+            if at_hand is not None and plan.serves:
+                self.plan = plan = plan._replace(serves=at_hand)
+
+        if weights is None:
+            columns.insert(1, [None] * len(arrays))
+        shared = [part for inner, part in zip(layout.own, parts, strict=True) if inner is None]
         is_traced = _sort(type(arrays[0])) == "tracer"
-        results: list[list[Any]] = [[]] * len(leaves)
+        results: list[Sequence[Sequence[Any]]] = []
         new_shared: Sequence[Any] = []
-        for number, (indices, axes) in enumerate(plan.groups):
-            step = self.kernel.step(axes, leaves[indices[0]], shared, is_traced)
+        for number, (first, axes, calls) in enumerate(plan.groups):
+            leaf = tuple(column[first] for column in columns), calls[0][1][0]
+            step = self.kernel.step(axes, leaf, shared, is_traced)
             if number == 0 and shared:
                 new_shared = step.shared()
-            for chunk in (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)):
-                for i, result in zip(chunk, step.several([leaves[i] for i in chunk]), strict=True):
-                    results[i] = result
-        first, *columns = zip(*results, strict=True)
-        own_arrays, common = iter(columns), iter(new_shared)
+            results += [step.several([take(column) for column in columns], told) for take, told in calls]
+        new_columns = (plan.restored(list(itertools.chain(*column))) for column in zip(*results, strict=True))
+        new_updates = treedef.unflatten(next(new_columns))
+        common = iter(new_shared)
         state = layout.treedef.unflatten(
-            next(common)
-            if inner is None
-            else treedef.unflatten(
-                map(inner.unflatten, zip(*itertools.islice(own_arrays, inner.num_leaves), strict=True))
-            )
-            for inner in layout.own
+            next(common) if inner is None else _from_columns(treedef, inner, new_columns) for inner in layout.own
         )
-        return treedef.unflatten(first), state
+        return new_updates, state
 
-    def _planned(self, treedef: Any, rows: Sequence[Any], params: PyTree, decays: Sequence[DecayState]) -> _Plan:
-        kinds = [tuple(map(_kind, (update, param, *itertools.chain(*own)))) for update, param, own in rows]
-        if self.plan.kinds == (treedef, kinds) and not _leaves.shapes_are_taken():
-            return self.plan
-        updates = [update for update, _, _ in rows]
-        told: list[tuple[Told | None, ...]] = [()] * len(rows)
-        for (_, action), decay in zip(self.layout.actions, decays, strict=True):
-            told = [(*told[i], what) for i, what in enumerate(_told(action, updates, params, decay))]
+    def _planned(self, columns: Any, updates: Sequence[Any], params: PyTree, states: Sequence[DecayState]) -> _Plan:
+        told: list[tuple[Told | None, ...]] = [()] * len(updates)
+        for (_, action), state in zip(self.layout.actions, states, strict=True):
+            told = [(*told[i], what) for i, what in enumerate(_told(action, updates, params, state))]
         alike: dict[Any, list[int]] = {}
-        for i, whats in enumerate(told):
-            alike.setdefault((kinds[i], *map(_kind_of_told, whats)), []).append(i)
+        for i, (row, whats) in enumerate(zip(zip(*columns, strict=True), told, strict=True)):
+            alike.setdefault((*map(_kind, row), *map(_kind_of_told, whats)), []).append(i)
+        is_lasting = (
+            all(action.is_lasting for _, action in self.layout.actions)
+            and not any(w.arrays or w.anchor is not None for w in itertools.chain(*told) if w is not None)
+            and not _leaves.shapes_are_taken()
+        )
+        arguments = [tuple(None if what is None else what[1:] for what in whats) for whats in told]
+        if is_lasting and isinstance(updates[0], jax.Array) and not isinstance(updates[0], Tracer):
+            arguments = _put(arguments)
         groups = [
-            (indices, tuple(None if what is None else what.axis for what in told[indices[0]]))
+            _Group(
+                indices[0],
+                tuple(None if what is None else what.axis for what in told[indices[0]]),
+                [
+                    (_taking(chunk), [arguments[i] for i in chunk])
+                    for chunk in (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))
+                ],
+            )
             for indices in alike.values()
         ]
-        plan = _Plan(None, [tuple(None if what is None else what[1:] for what in whats) for whats in told], groups)
-        if (
-            not any(_sort(type(array)) == "tracer" for array in jax.tree.leaves((updates, params)))
-            and not any(what.arrays or what.anchor is not None for what in itertools.chain(*told) if what is not None)
-            and all(action.is_lasting for _, action in self.layout.actions)
-            and not _leaves.shapes_are_taken()
-        ):
-            self.plan = plan = plan._replace(kinds=(treedef, kinds))
-        return plan
+        order = list(itertools.chain(*alike.values()))
+        return _Plan(groups, _taking(sorted(range(len(order)), key=order.__getitem__)), is_lasting)
 
 
-def _by_leaf(treedef: Any, inner: Any, part: PyTree) -> list[tuple[Any, ...]]:
-    """The arrays in a part of the state, for each parameter."""
-    if jax.tree_util.treedef_is_leaf(inner) and jax.tree.structure(part) == treedef:
-        return [(array,) for array in jax.tree.leaves(part)]
+def _taking(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes these of a sequence."""
+    return operator.itemgetter(*indices) if len(indices) > 1 else lambda sequence: (sequence[indices[0]],)
+
+
+def _columns(treedef: Any, inner: Any, part: PyTree) -> list[Sequence[Any]]:
+    """The arrays in a part of the state: for each array that a parameter has there, those of all parameters."""
+    if jax.tree_util.treedef_is_leaf(inner):
+        column, found = jax.tree.flatten(part)
+        if found == treedef:
+            return [column]
     flat = [jax.tree.flatten(subtree) for subtree in treedef.flatten_up_to(part)]
     if any(structure != inner for _, structure in flat):
         raise ValueError("the state of a parameter has another structure than that of one alone")
-    return [tuple(arrays) for arrays, _ in flat]
+    return list(zip(*(arrays for arrays, _ in flat), strict=True))
+
+
+def _put(tree: PyTree) -> PyTree:
+    """The tree with arrays of JAX for numbers, one for all that are the same: a number is put there in every call."""
+    put = functools.cache(lambda number, dtype: jnp.asarray(number, dtype))
+    return jax.tree.map(lambda number: put(number, number.dtype), tree)
+
+
+def _from_columns(treedef: Any, inner: Any, columns: Iterator[Sequence[Any]]) -> PyTree:
+    """The part of the state that `_columns` took apart."""
+    if jax.tree_util.treedef_is_leaf(inner):
+        return treedef.unflatten(next(columns))
+    return treedef.unflatten(map(inner.unflatten, zip(*itertools.islice(columns, inner.num_leaves), strict=True)))
+
+
+def _at_hand(treedef: Any, columns: Sequence[Sequence[Any]]) -> Any:
+    """What is the same for trees for which one plan serves; None if not all are arrays of JAX that are at hand."""
+    if not isinstance(columns[0][0], jax.Array) or isinstance(columns[0][0], Tracer):
+        return None
+    try:
+        # Not in pairs: thousands of new tuples in every step would set off Python's search for garbage.
+        return treedef, *([array.aval for array in c] + [array.sharding for array in c] for c in columns)
+    except AttributeError:
+        return None
 
 
 def _told(action: Action, updates: Sequence[Any], params: PyTree, state: DecayState) -> list[Told | None]:

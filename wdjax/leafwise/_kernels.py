@@ -1,6 +1,7 @@
 """A chain for one parameter alone: where its own parts of the state are, and the functions that are compiled."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,22 +13,10 @@ from .._action import Action, Owner, Told, telling
 from .._leaves import Alone
 from ._parting import parted
 
-PyTree = Any
-
-
-class Leaf(NamedTuple):
-    """What the update of one parameter depends on, but for what all parameters share.
-
-    Attributes:
-        update, param: arrays of one shape; the parameter may be None if the chain does not ask for it.
-        own: for each part of the state that is its own, the arrays in it.
-        told: for each decay what it does here, as `Told` without the axis; None for nothing.
-    """
-
-    update: Any
-    param: Any
-    own: tuple[tuple[Any, ...], ...]
-    told: tuple[Any, ...] = ()
+# What the update of one parameter depends on, but for what all parameters share: its arrays (the update; the parameter,
+# None if it is not given; those in its own parts of the state), and for each decay what it does here, as `Told` without
+# the axis, or None for nothing.
+Leaf = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class Layout(NamedTuple):
@@ -62,11 +51,12 @@ class Step(NamedTuple):
     """The update of parameters that are alike.
 
     Attributes:
-        several: gives for each of several parameters a list: its update and the arrays of its own parts of the state.
+        several: from the arrays of several parameters, by column, and what the decays do to each, to columns: new
+            updates, and new arrays of their own parts of the state.
         shared: gives the new shared parts of the state.
     """
 
-    several: Callable[[Sequence[Leaf]], Sequence[Any]]
+    several: Callable[[Sequence[Sequence[Any]], Sequence[Any]], Sequence[Sequence[Any]]]
     shared: Callable[[], Sequence[Any]]
 
 
@@ -77,9 +67,12 @@ class Kernel:
         self.chain = chain
         self._all = jax.jit(self._update, static_argnums=0)
         one = jax.jit(lambda axes, leaf, shared: self._update(axes, leaf, shared)[0], static_argnums=0)
-        self._several = jax.jit(
-            lambda axes, leaves, shared: [one(axes, leaf, shared) for leaf in leaves], static_argnums=0
-        )
+
+        def several(axes: Any, columns: Any, told: Any, shared: Any) -> Any:
+            leaves = zip(zip(*columns, strict=True), told, strict=True)
+            return list(zip(*[one(axes, leaf, shared) for leaf in leaves], strict=True))
+
+        self._several = jax.jit(several, static_argnums=0)
         self._shared = jax.jit(lambda axes, leaf, shared: self._update(axes, leaf, shared)[1], static_argnums=0)
 
     @functools.cached_property
@@ -105,27 +98,27 @@ class Kernel:
             if parts is not None:
                 found = parts.for_all(*program.consts, *shared)
                 known = found[len(shared) :]
-                return Step(lambda leaves: parts.for_each(leaves, known), lambda: found[: len(shared)])
+                return Step(functools.partial(parts.for_each, known), lambda: found[: len(shared)])
         return Step(
-            lambda leaves: self._several(axes, leaves, shared),
+            lambda columns, told: self._several(axes, columns, told, shared),
             lambda: self._shared(axes, leaf, shared),
         )
 
     def _update(self, axes: tuple[int | None, ...], leaf: Leaf, shared: list[Any]) -> tuple[list[Any], list[Any]]:
         layout = self.layout
+        (update, param, *own_arrays), whats = leaf
         told = {
             action: None if what is None else Told(axis, *what)
-            for (_, action), axis, what in zip(layout.actions, axes, leaf.told, strict=True)
+            for (_, action), axis, what in zip(layout.actions, axes, whats, strict=True)
         }
-        own, common = iter(leaf.own), iter(shared)
+        own, common = iter(own_arrays), iter(shared)
         state = layout.treedef.unflatten(
-            Alone(inner.unflatten(next(own))) if inner else next(common) for inner in layout.own
+            next(common) if inner is None else Alone(inner.unflatten(itertools.islice(own, inner.num_leaves)))
+            for inner in layout.own
         )
-        update: Any = Alone(leaf.update)
-        param: PyTree = None if leaf.param is None else Alone(leaf.param)
-        run: Any = self.chain.update
+        run: Any = self.chain.update  # Optax's types know no trees of one's own.
         with telling(told):
-            new, state = run(update, state, param)
+            new, state = run(Alone(update), state, None if param is None else Alone(param))
         parts = layout.treedef.flatten_up_to(state)
         own_parts = [array for part in parts if is_own(part) for array in jax.tree.leaves(part.leaf)]
         return [new.leaf, *own_parts], [part for part in parts if not is_own(part)]

@@ -23,11 +23,12 @@ class Parted:
 
     Attributes:
         for_all: from the program's constants and what is shared to the outputs that are shared, and what is known then.
-        for_each: from several parameters, as trees of their inputs, and what is known, to the outputs of each.
+        for_each: from what is known, and the inputs of several parameters by column (those of a tree in the last), to
+            their outputs by column.
     """
 
     for_all: Callable[..., Sequence[Any]]
-    for_each: Callable[[Sequence[Any], Sequence[Any]], list[Sequence[Any]]]
+    for_each: Callable[[Sequence[Any], Sequence[Sequence[Any]], Sequence[Any]], Sequence[Sequence[Any]]]
 
 
 def parted(program: ClosedJaxpr, inputs: int, outputs: int) -> Parted | None:
@@ -61,8 +62,9 @@ def _part(jaxpr: Any, inputs: int, outputs: int) -> Parted:
 
     each = _function(jaxpr, [*jaxpr.invars[:inputs], *known], for_each, jaxpr.outvars[:outputs])
 
-    def update_several(leaves: Sequence[Any], known: Sequence[Any]) -> list[Sequence[Any]]:
-        return [each(*jax.tree.leaves(leaf), *known) for leaf in leaves]
+    def update_several(known: Sequence[Any], columns: Any, trees: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        leaves = map(jax.tree.leaves, zip(zip(*columns, strict=True), trees, strict=True))
+        return list(zip(*[each(*leaf, *known) for leaf in leaves], strict=True))
 
     return Parted(_function(jaxpr, given, for_all, shared), jax.jit(update_several))
 
