@@ -125,6 +125,15 @@ def test_outside_of_jit_the_same_plan_serves_only_the_same_trees() -> None:
         optimizer.update(renamed, optimizer.init(renamed), renamed)
 
 
+def test_nothing_of_somebodys_jit_is_kept() -> None:
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    optimizer = wdjax.sgdw(1.0, wdjax.by_path({"a": 0.5, "b": 0.25}))
+    state = optimizer.init(params)
+    update = lambda: optimizer.update(params, state, params)[0]  # noqa: E731
+    for found in (jax.jit(update)(), update(), jax.jit(update)()):
+        chex.assert_trees_all_close(found, {"a": jnp.full(3, -1.5), "b": jnp.full(3, -1.25)})
+
+
 def test_outside_of_jit_a_mask_function_is_asked_every_time() -> None:
     flags = {"kernel": True}
     optimizer = wdjax.sgdw(1.0, 0.5, lambda tree: jax.tree.map(lambda _: flags["kernel"], tree))
