@@ -53,7 +53,7 @@ def comparisons(quick: bool) -> list[Callable[[], Table]]:
 def chosen(quick: bool) -> list[trees.Tree]:
     if quick:
         return [trees.resnet50(), trees.small_arrays(200)]
-    return [trees.resnet50(), trees.gpt2(), trees.small_arrays(1000), trees.small_arrays(10_000)]
+    return [trees.resnet50(), trees.gpt2(), trees.small_arrays(1000)]
 
 
 def steps(quick: bool) -> Table:
@@ -73,7 +73,7 @@ def _steps_of(tree: trees.Tree, quick: bool) -> list[Row]:
     runs = {name: shared.run(o, program, tree) for name, (o, program) in programs.items()}
     numbers = max(tree.parameters, 2**24)
     is_large = tree.parameters >= 2**24
-    measured = interleaved(runs | {"copy": copying(numbers)}, 9 if quick or tree.arrays == 10_000 else 25)
+    measured = interleaved(runs | {"copy": copying(numbers)}, 9 if quick else 25)
     control = measured.ratio("control", "Optax")
     rows = []
     for name, (_, program) in programs.items():
@@ -97,9 +97,7 @@ def beside_torch(quick: bool) -> Table:
         "The step of AdamW beside `torch.optim.AdamW`, on a CPU",
         "With as many threads as there are cores; without PyTorch, or on a GPU, there are no rows. PyTorch's threads "
         "wait for a while before they sleep, which the next competitor may feel: this table is by itself for that.",
-        []
-        if jax.default_backend() != "cpu"
-        else rows_for(chosen(quick)[:3], lambda tree: _beside_torch_of(tree, quick)),
+        [] if jax.default_backend() != "cpu" else rows_for(chosen(quick), lambda tree: _beside_torch_of(tree, quick)),
     )
 
 
@@ -110,7 +108,7 @@ def _beside_torch_of(tree: trees.Tree, quick: bool) -> list[Row]:
     shared, optimizer = Shared(tree), optimizers(tree)["wdjax"]
     ours = {name: shared.run(optimizer, compiled(optimizer, tree), tree) for name in ("wdjax", "control")}
     runs = ours | of_torch
-    measured = interleaved(runs, 7 if quick or tree.arrays == 10_000 else 15)
+    measured = interleaved(runs, 7 if quick else 15)
     return [
         {
             "tree": tree.name,
