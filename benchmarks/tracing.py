@@ -171,8 +171,11 @@ def compilations() -> Table:
     def static(rate: float) -> Any:
         return with_static(wdjax.adamw(1e-3, rate), tree.full(0.02), state, tree.full(1e-3))
 
+    in_use: list[Any] = []  # JAX forgets what it compiled for a function that is gone.
+
     def own_jit(rate: float) -> Any:
-        return jax.jit(wdjax.adamw(1e-3, rate).update)(tree.full(1e-3), state, tree.full(0.02))
+        in_use.append(wdjax.adamw(1e-3, rate).update)
+        return jax.jit(in_use[-1])(tree.full(1e-3), state, tree.full(0.02))
 
     cases: dict[str, tuple[Callable[..., Any], tuple[float, ...], tuple[float, ...]]] = {
         "another rate, an argument of the step": (of_arguments(adamw_of), (0.1,), (0.2,)),

@@ -189,6 +189,14 @@ def test_another_value_of_an_argument_compiles_nothing(build: Callable[..., Any]
     assert traced == 1
 
 
+def test_equal_optimizers_share_what_is_compiled() -> None:
+    tree = trees.small_arrays(4)
+    params, state = tree.full(0.02), wdjax.adamw(1e-3, 0.1).init(tree.full(0.02))
+    one, same, other = (wdjax.adamw(1e-3, rate, wdjax.only("kernel")).update for rate in (0.1, 0.1, 0.2))
+    counts = [tracing.compilations_of(lambda u=u: jax.jit(u)(params, state, params)) for u in (one, same, other)]
+    assert counts == [1, 0, 1]
+
+
 # How the benchmarks count, choose and print.
 
 HLO = """HloModule jit_step, is_scheduled=true
