@@ -201,3 +201,11 @@ def test_under_jit_vmap_and_eval_shape_the_same_ones_decay() -> None:
     )(three)
     moved = [bool(np.any(np.asarray(leaf))) for leaf in jax.tree.leaves(updates)]
     assert {path for path, flag in zip(canonical_paths(three), moved, strict=True) if flag} == WEIGHTS
+
+
+def test_a_box_where_an_array_was_is_looked_into() -> None:
+    decay = wdjax.decoupled_decay(0.1)
+    plain = {"kernel": jnp.ones(2)}
+    for params in (plain, {"kernel": nn.Partitioned(jnp.ones(2), names=(None,))}, plain):
+        updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+        np.testing.assert_allclose(jax.tree.leaves(updates), [np.full(2, 0.1)], rtol=1e-6)
