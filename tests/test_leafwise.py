@@ -261,6 +261,22 @@ def _sharded(f: Any, params: Any) -> Any:
     return compiled(params)
 
 
+def test_eight_devices_give_the_bits_of_one() -> None:
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)}
+    split = jax.device_put(params, NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P("x")))
+    optimizer = wdjax.adamw(0.1, 0.1)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    one, many = (params, optimizer.init(params)), (split, optimizer.init(split))
+    for _ in range(5):
+        one, many = step(*one), step(*many)
+    chex.assert_trees_all_equal(one, many)
+
+
 def _in_shard_map(f: Any, params: Any) -> Any:
     mesh = Mesh(np.array(jax.devices()), ("x",))
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(params)

@@ -97,7 +97,8 @@ class Kernel:
             parts = parted(program, inputs, len(program.jaxpr.outvars) - len(shared))
             if parts is not None:
                 found = parts.for_all(*program.consts, *shared)
-                known = found[len(shared) :]
+                # Else XLA divides by what is known in one way for one device and in another for several.
+                known = jax.lax.optimization_barrier(list(found[len(shared) :]))
                 return Step(functools.partial(parts.for_each, known), lambda: found[: len(shared)])
         return Step(
             lambda columns, told: self._several(axes, columns, told, shared),
