@@ -1,6 +1,6 @@
 """What decay costs: in bytes, kernels, time, tracing, compiling and dispatch, on parameter trees of real models.
 
-    python -m benchmarks.run --quick          # all of it, in two to three minutes on two cores
+    python -m benchmarks.run --quick          # a look at all of it, in some minutes
     python -m benchmarks.run --only step      # one of them, in full
     python -m benchmarks.run --docs           # all, in full, and the tables of docs/benchmarks.md anew
 
