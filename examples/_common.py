@@ -16,7 +16,11 @@ import wdjax
 matplotlib.use("Agg")  # Draws into files: works without a screen.
 import matplotlib.pyplot as plt
 
-COLORS = ("#444444", "#d95f02", "#1b6ca8")
+# Black, blue, vermilion and green of Okabe and Ito, which a colour-blind reader can tell apart.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
+plt.rcParams.update(
+    {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+)
 
 # The label of each parameter. Linen and NNX name the parts of their layers alike, so one table serves both.
 GROUPS = wdjax.by_path({"kernel": "kernels", "bias": "biases", "scale": "norm scales"})
@@ -105,8 +109,8 @@ def draw_comparison(histories: Mapping[str, Sequence[Mapping[str, float]]], titl
 
 
 def save(figure: Any, title: str, path: Path) -> None:
-    """Writes the picture and says where."""
-    figure.suptitle(title)
+    """Writes the picture under its one message, and says where."""
+    figure.suptitle(title, fontsize=13, fontweight="bold")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"\nPicture: {path}")

@@ -27,7 +27,6 @@ from .in_update import cautious as cautious
 from .in_update import continuous_decay as continuous_decay
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
-from .leafwise import leafwise as leafwise
 from .low_precision import CompensatedState as CompensatedState
 from .low_precision import MasterWeightsState as MasterWeightsState
 from .low_precision import StochasticRoundingState as StochasticRoundingState

@@ -10,16 +10,11 @@ The action keeps the promises for all of them:
   denormal updates on hardware that flushes them to zero wherever it adds.
 - Each schedule is evaluated once a step, however many parameters share it, and a rule is traced and compiled once for
   all parameters of one shape, whatever their rates are.
-
-`wdjax.leafwise` runs a whole chain on one parameter alone, where no rule by path can be asked. It asks beforehand,
-with all parameters at hand, and tells each action what it does to that one.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _checks, _hazards, _leaves
-from ._arithmetic import Rule, act, acted, as_arguments, compute_dtype, strength
+from ._arithmetic import Rule, act, as_arguments, compute_dtype, strength
 from .paths import Rules
 from .paths._masks import booleans
 from .paths._rules import check_stack
@@ -101,11 +96,6 @@ class Action:
             )
 
     @property
-    def is_lasting(self) -> bool:
-        """Whether the choice of parameters is the same for all trees of one structure, shapes and dtypes."""
-        return self.mask is None or isinstance(self.mask, Rules) or not callable(self.mask)
-
-    @property
     def keeps_anchor(self) -> bool:
         return isinstance(self.toward, str)
 
@@ -114,8 +104,6 @@ class Action:
 
         A warning is given of one array at two places that `acts_on`, a function of the path, both are acted on.
         """
-        if isinstance(params, _leaves.Alone):
-            return DecayState(Owner(self), params if self.keeps_anchor else None)  # pyright: ignore[reportArgumentType]
         leaves = _leaves.flatten_with_paths(params)
         anchor = None
         if self.keeps_anchor:
@@ -132,8 +120,6 @@ class Action:
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
         """The updates after `rule` acted on every leaf that is not off; `gates` are further factors of the rate."""
         _checks.params_given(self.where, params)
-        if isinstance(params, _leaves.Alone):
-            return _apply_as_told(_told.get()[self], rule, updates, state, params, gates)
         leaves = _leaves.flatten_with_paths(params)
         paths = [path for path, _ in leaves]
         given: list[Any] = [None] * len(leaves)
@@ -219,8 +205,6 @@ class Action:
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
-        if isinstance(params, _leaves.Alone):
-            return
         leaves = _leaves.flatten_with_paths(params)
         dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if _leaves.is_decayable(leaf)}
         if not _hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
@@ -273,36 +257,6 @@ class Action:
                     f"{jnp.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
                 )
         return [given.get(path) for path, _ in leaves]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Owner:
-    """Stands for the count in the state of a parameter alone, and says whose state it is."""
-
-    action: Action
-
-
-_told: contextvars.ContextVar[Mapping[Action, Told | None]] = contextvars.ContextVar("told")
-
-
-@contextlib.contextmanager
-def telling(told: Mapping[Action, Told | None]) -> Iterator[None]:
-    """Tells the actions what they do to a parameter alone."""
-    token = _told.set(told)
-    try:
-        yield
-    finally:
-        _told.reset(token)
-
-
-def _apply_as_told(
-    what: Told | None, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, gates: tuple[jax.Array, ...]
-) -> PyTree:
-    if what is None:
-        return updates
-    anchor = what.anchor if state.anchor is None else state.anchor.leaf
-    new = acted(rule, what.axis, updates.leaf, params.leaf, anchor, what.number, (*what.arrays, *gates))
-    return _leaves.Alone(new)
 
 
 def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:

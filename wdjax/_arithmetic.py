@@ -1,9 +1,9 @@
 """The arithmetic of one parameter: a rate, and what a place does with it, in safe dtypes.
 
 A place's rule is a function `rule(update, param, anchor, rate) -> update` on arrays of one dtype, at least float32.
-`acted` runs it on one parameter, and `act` is that as a jitted function of its own: traced and compiled once for every
-shape and dtype, however many parameters have them and whatever their rates are. For that a rate is an argument and no
-constant; inside somebody's jit all of it is inlined and fused as if it had been written there.
+`act` runs it on one parameter, as a jitted function of its own: traced and compiled once for every shape and dtype,
+however many parameters have them and whatever their rates are. That is why a rate is an argument and not a constant.
+Inside somebody's jit all of it is inlined and fused as if it had been written there.
 """
 
 import functools
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.experimental.xla_metadata import set_xla_metadata
 
+from ._unstable import is_traced, not_inlined
 from .paths._rules import PerLayer
 
 Scalar = Any  # A NumPy scalar where the value is known while tracing, else a 0-d array.
@@ -81,7 +80,8 @@ def _times(number: Scalar, arrays: Iterable[Any]) -> Any:
     return number
 
 
-def acted(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def act(
     rule: Rule,
     axis: int | None,
     update: jax.Array,
@@ -113,9 +113,6 @@ def acted(
         return cast(new, jnp.result_type(update))
 
 
-act = jax.jit(acted, static_argnums=(0, 1))
-
-
 def as_arguments(numbers: Sequence[Scalar], likes: Iterable[Any]) -> list[Scalar]:
     """Numbers as what a compiler takes for data, if there are several and something in `likes` is traced.
 
@@ -124,17 +121,18 @@ def as_arguments(numbers: Sequence[Scalar], likes: Iterable[Any]) -> list[Scalar
     in the time of one. Elsewhere they stay constants.
     """
     distinct = dict.fromkeys(zip(numbers, (n.dtype for n in numbers), strict=True))
-    if len(distinct) < 2 or not any(isinstance(like, Tracer) for like in likes):
+    metadata = not_inlined()
+    if metadata is None or len(distinct) < 2 or not any(is_traced(like) for like in likes):
         return list(numbers)
     values = tuple(value for value, _ in distinct)
-    called = jax.lax.platform_dependent(cpu=functools.partial(_called, values), default=lambda: list(values))
+
+    def called_on_cpu() -> list[jax.Array]:
+        with metadata:
+            return _constants(values)
+
+    called = jax.lax.platform_dependent(cpu=called_on_cpu, default=lambda: list(values))
     found = dict(zip(distinct, called, strict=True))
     return [found[number, number.dtype] for number in numbers]
-
-
-def _called(values: tuple[Scalar, ...]) -> list[jax.Array]:
-    with set_xla_metadata(inlineable="false"):
-        return _constants(values)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -194,3 +192,8 @@ def _finite(x: jax.Array) -> jax.Array:
 def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:
     """How far a parameter is from its anchor, None for zero."""
     return p if anchor is None else p - anchor
+
+
+def subtracted(update: jax.Array, p: jax.Array, anchor: jax.Array | None, rate: Rate) -> jax.Array:
+    """The rule that takes a part of a parameter, from its anchor on, out of the finished update."""
+    return minus(update, rate, away(p, anchor))

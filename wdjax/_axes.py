@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from ._unstable import varying_axes
+
 Names = tuple[Hashable, ...]
 
 
@@ -27,11 +29,6 @@ def names(where: str, axis_name: Any) -> Names:
     return found
 
 
-def varying(x: Any) -> frozenset[Any]:
-    """The mesh axes along which an array is known to differ: none outside `shard_map` and with check_vma=False."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
 def split_over(where: str, x: Any, axes: Names) -> Names:
     """Those of the mesh axes along which the devices have different parts of an array, not each the whole."""
     split = []
@@ -44,7 +41,7 @@ def split_over(where: str, x: Any, axes: Names) -> Names:
                 f"under jit an array is whole, however it is sharded: leave axis_name out."
             ) from None
         # An index differs by nature: if it is not known to, nothing is, and the user's word is taken.
-        if name in varying(x) or name not in varying(index):
+        if name in varying_axes(x) or name not in varying_axes(index):
             split.append(name)
     return tuple(split)
 

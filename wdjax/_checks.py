@@ -1,20 +1,20 @@
 """What is refused, and in which words: the mistake, the value, and the call to write instead."""
 
-import dataclasses
 import difflib
 import functools
 import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+
+from ._unstable import is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,7 +59,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return value
     number = _as_float(value)
     if not math.isfinite(number) or number < 0:
@@ -144,57 +144,9 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
             signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{function.__name__}(): {error}. Write {call}.") from None
-        result = function(*args, **kwargs)
-        if isinstance(result, optax.GradientTransformation):
-            key = identity(function.__name__, args, kwargs)
-            if key is not None:
-                return type(result)(_Part(("init", key), result.init), _Part(("update", key), result.update))
-        return result
+        return function(*args, **kwargs)
 
     return checked
-
-
-class _Part:
-    """The `init` or `update` of a transformation: equal to that of another which was built with the same arguments.
-
-    So JAX takes `jax.jit(optimizer.update)` of both, and training states that hold them, for one function, and what is
-    compiled for one serves the other.
-    """
-
-    def __init__(self, key: Hashable, function: Callable[..., Any]):
-        functools.update_wrapper(self, function)
-        self._key = key
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__wrapped__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Part) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-def identity(*arguments: Any) -> Hashable | None:
-    """What is equal for arguments that mean the same; None if that can't be said of one, as of an array."""
-    try:
-        return _identity(arguments)
-    except TypeError:
-        return None
-
-
-def _identity(value: Any) -> Hashable:
-    kind = type(value)
-    if isinstance(value, Mapping):
-        return kind, tuple((_identity(key), _identity(each)) for key, each in value.items())
-    if isinstance(value, (tuple, list)):
-        return kind, tuple(map(_identity, value))
-    if dataclasses.is_dataclass(value) and kind.__module__.partition(".")[0] == "wdjax":
-        return kind, tuple(_identity(getattr(value, field.name)) for field in dataclasses.fields(value))
-    if isinstance(value, jax.Array):
-        raise TypeError("An array has no identity without a look at its values.")
-    hash(value)
-    return kind, value
 
 
 def _show(value: Any) -> str:

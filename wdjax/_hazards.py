@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from . import _checks
+from ._unstable import is_traced
 from .paths import Rules
 from .paths._rules import PerLayer
 
@@ -86,7 +86,7 @@ def _known(factors: Sequence[Any]) -> Any:
     result: Any = 1.0
     for factor in factors:
         value = factor.values if isinstance(factor, PerLayer) else factor
-        if callable(value) or any(isinstance(each, Tracer) for each in jax.tree.leaves(value)):
+        if callable(value) or any(is_traced(each) for each in jax.tree.leaves(value)):
             return None
         result = result * np.asarray(value, np.float64)
     return result

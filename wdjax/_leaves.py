@@ -74,19 +74,6 @@ def _hidden(remembered: _Remembered, _: Any) -> Hidden:
     return place
 
 
-class Alone:
-    """A parameter alone, or a few, without their paths: what `leafwise` runs a chain on."""
-
-    def __init__(self, *leaves: Any):
-        self.leaves = leaves
-
-    @property
-    def leaf(self) -> Any:
-        (leaf,) = self.leaves
-        return leaf
-
-
-jax.tree_util.register_pytree_node(Alone, lambda alone: (alone.leaves, None), lambda _, leaves: Alone(*leaves))
 jax.tree_util.register_pytree_node(Hidden, lambda place: ((), _Remembered(place.shape, place.dtype)), _hidden)
 
 
@@ -125,28 +112,14 @@ def _is_inexact(dtype: Any) -> bool:
     return dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)
 
 
-# Of trees seen lately, by their structure.
-_paths: dict[Any, list[str]] = {}
-
-
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
-    if isinstance(tree, Alone):
-        raise ValueError(
-            "something in it chooses parameters by path, and a parameter alone has none. Put it around: "
-            "freeze(leafwise(optimizer), mask), monitor(leafwise(optimizer), ...)."
-        )
     boxes = _box_types()
     stops = (*_HOLES, *boxes)
 
     def is_stop(x: Any) -> bool:
         return isinstance(x, stops)
 
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_stop)
-    key = None if any(isinstance(leaf, boxes) for leaf in leaves) else treedef
-    with contextlib.suppress(TypeError):  # Something in the tree may not be hashable.
-        if key in _paths:
-            return list(zip(_paths[key], leaves, strict=True))
     found = [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), is_stop)]
     paths = [path for path, _ in found]
     if len(set(paths)) < len(paths):
@@ -155,11 +128,6 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
             f"wdjax: two parameters have the path {twice!r}, as {{'a/b': ...}} beside {{'a': {{'b': ...}}}} have. "
             "Rename one: a rule by path could not tell them apart."
         )
-    if len(_paths) >= 100:
-        _paths.clear()
-    if key is not None:
-        with contextlib.suppress(TypeError):
-            _paths[key] = paths
     return found
 
 
@@ -188,10 +156,6 @@ def shapes_taken_for(shapes: _Shapes) -> Iterator[None]:
         yield
     finally:
         _shapes_taken.reset(token)
-
-
-def shapes_are_taken() -> bool:
-    return _shapes_taken.get() is not None
 
 
 def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:

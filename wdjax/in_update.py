@@ -16,7 +16,7 @@ import optax
 
 from . import _checks, _leaves
 from ._action import Action, DecayState, transformation
-from ._arithmetic import Rate, away, cast, compute_dtype, minus, plus
+from ._arithmetic import Rate, away, cast, compute_dtype, minus, plus, subtracted
 
 PyTree = Any
 
@@ -90,7 +90,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward, is_per_step=True)
-    return transformation(action, _independent)
+    return transformation(action, subtracted)
 
 
 @_checks.known_arguments
@@ -128,10 +128,6 @@ def continuous_decay(
 
 def _decoupled(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
     return plus(update, rate, away(p, a))
-
-
-def _independent(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
-    return minus(update, rate, away(p, a))
 
 
 def _continuous(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:

@@ -17,7 +17,6 @@ from . import _checks
 from ._action import Action
 from .in_gradient import add_l2_to_grads
 from .in_update import decoupled_decay
-from .leafwise import run_leafwise
 
 
 @_checks.known_arguments
@@ -55,12 +54,11 @@ def sgd_l2(
         >>> import wdjax
         >>> optimizer = wdjax.sgd_l2(0.1, 5e-4, wdjax.only("kernel"), momentum=0.9)
     """
-    chain = optax.chain(
+    return optax.chain(
         add_l2_to_grads(weight_decay, mask, toward=toward),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return run_leafwise(chain, _checks.identity("sgd_l2", learning_rate, momentum, nesterov, toward))
 
 
 @_checks.known_arguments
@@ -106,8 +104,7 @@ def sgdw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    optimizer = run_leafwise(chain, _checks.identity("sgdw", learning_rate, momentum, nesterov, toward))
-    return _watched("sgdw", optimizer, learning_rate, weight_decay, mask)
+    return _watched("sgdw", chain, learning_rate, weight_decay, mask)
 
 
 @_checks.known_arguments
@@ -148,13 +145,10 @@ def adam_l2(
         >>> import wdjax
         >>> optimizer = wdjax.adam_l2(1e-3, 1e-4, wdjax.only("kernel"))
     """
-    chain = optax.chain(
+    return optax.chain(
         add_l2_to_grads(weight_decay, mask, toward=toward),
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         optax.scale_by_learning_rate(learning_rate),
-    )
-    return run_leafwise(
-        chain, _checks.identity("adam_l2", learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov, toward)
     )
 
 
@@ -204,8 +198,7 @@ def adamw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    key = _checks.identity("adamw", learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov, toward)
-    return _watched("adamw", run_leafwise(chain, key), learning_rate, weight_decay, mask)
+    return _watched("adamw", chain, learning_rate, weight_decay, mask)
 
 
 def _watched(where: str, chain: Any, learning_rate: Any, weight_decay: Any, mask: Any) -> optax.GradientTransformation:

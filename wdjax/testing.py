@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from . import _checks, _leaves
 from ._action import Action, DecayState
 from ._arithmetic import compute_dtype
+from ._unstable import whole
 from .audits import Audit, audit
 from .audits._findings import NAMES
 from .paths._rules import PerLayer
@@ -274,7 +274,7 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
 
 
 def _fault_if_touched(before: Any, after: Any) -> str | None:
-    old, new = _whole(before), _whole(after)
+    old, new = whole(before), whole(after)
     if old.dtype == new.dtype and old.tobytes() == new.tobytes():
         return None
     return f"must stay bit-identical under zero gradients, and one step moved it: from {old.flat[0]} to {new.flat[0]}."
@@ -306,15 +306,8 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, a
 
 
 def _as_float64(x: Any) -> np.ndarray:
-    array = _whole(x)
+    array = whole(x)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
-
-
-def _whole(x: Any) -> np.ndarray:
-    """The values of an array, also of one whose other parts are on other processes."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
 
 
 def _moved_from_zero(param: Any) -> Any:

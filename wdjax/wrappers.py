@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from optax import contrib
 
 from . import _checks, _leaves
 from ._action import Action, DecayState
-from ._arithmetic import Rate, away, compute_dtype, minus
+from ._arithmetic import compute_dtype, subtracted
 from ._steps import SKIPPING, nodes, stepped
+from ._unstable import sharding_of_type
 from .paths import Rules
 from .paths._masks import booleans
 
@@ -114,7 +114,7 @@ def with_decoupled_decay(
         shares = _shares(before, after)
 
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
-            return action.apply(_subtract, tree, state.decay, params, *factors)
+            return action.apply(subtracted, tree, state.decay, params, *factors)
 
         def subtract_from_iterate(node: Any) -> Any:
             return node._replace(z=subtract(node.z, *flags)) if _is_schedule_free(node) else node
@@ -127,10 +127,6 @@ def with_decoupled_decay(
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _subtract(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
-    return minus(update, rate, away(p, a))
 
 
 @_checks.known_arguments
@@ -237,13 +233,28 @@ class _Frozen:
 def _no_update(update: Any, param: Any) -> Any:
     """What to add to a parameter to keep every bit of it, in the dtype and with the sharding of its update."""
     if _leaves.is_decayable(update):
-        return shard_alike(jnp.asarray(update), -jnp.zeros_like(update))[1]
+        return _minus_zero(update, param)
     if _leaves.is_hole(update):
-        return -jnp.zeros_like(param) if _leaves.is_decayable(param) else update
+        return _minus_zero(param, param) if _leaves.is_decayable(param) else update
     # The gradient of an integer may be of float0, which has no bits; and a key can't be added to.
     dtype = getattr(update, "dtype", type(update))
     is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
     return jnp.zeros_like(update) if is_integer else update
+
+
+@jax.jit
+def _minus_zero(update: Any, param: Any) -> jax.Array:
+    """-0.0 in the shape and dtype of an update, sharded as its parameter, without a read of the update.
+
+    A constant has no sharding under jit: XLA would put all of it on every device. A choice that XLA cannot see through
+    ties it to the parameter. The parameter is read by the addition that follows in any case, whereas a read of the
+    update would keep alive the gradient of what is frozen. On a mesh with explicit axes the type of the zeros has the
+    sharding, and a choice between arrays of two shardings would be an error.
+    """
+    zeros = -jnp.zeros_like(update)
+    if sharding_of_type(zeros) != sharding_of_type(param):
+        return zeros
+    return jax.lax.select(jax.lax.optimization_barrier(False), jnp.asarray(param, zeros.dtype), zeros)
 
 
 _PARTIAL = (optax.PartitionState, optax.MaskedState)

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from .. import _leaves
+from .._unstable import is_traced
 from ._rules import Rules
 
 PyTree = Any
@@ -76,7 +76,7 @@ def _boolean(where: str, path: str, flag: Any) -> bool:
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
     place = f"the mask at {path!r}" if path else "the mask"
-    if isinstance(flag, Tracer):
+    if is_traced(flag):
         raise TypeError(f"{where}: {place} is traced. A mask is decided while tracing: build it from paths and shapes.")
     if isinstance(flag, (np.ndarray, jax.Array)) and flag.dtype == bool:
         if flag.shape == ():

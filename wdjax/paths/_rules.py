@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from .. import _checks, _leaves
 from .._leaves import Leaf
+from .._unstable import is_traced
 
 PyTree = Any
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
@@ -268,7 +268,7 @@ def plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, (bool, str)):
         return value
-    if callable(value) or isinstance(value, Tracer):
+    if callable(value) or is_traced(value):
         raise TypeError(
             f"Rules.to_dict: {value!r} can't be written into a file. Write the table with multipliers, and multiply "
             "it in code: weight_decay=schedule * rules."

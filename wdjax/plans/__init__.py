@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.core import Tracer
 
 from .. import _checks, _leaves
+from .._unstable import is_traced
 from ..paths import Leaf, Rules
 from ..paths._masks import booleans
 from ..paths._roles import BIAS, role
@@ -125,7 +125,7 @@ def _shown(factors: Sequence[Any]) -> Rate:
         if callable(factor):
             name = getattr(factor, "__name__", "")
             names.append(name if name.isidentifier() else "schedule")
-        elif isinstance(factor, Tracer):
+        elif is_traced(factor):
             names.append("traced")
         elif isinstance(factor, PerLayer):
             numbers = numbers * np.array(factor.values)
