@@ -16,13 +16,14 @@ import wdjax
 ROOT = Path(__file__).parent.parent
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
+    {"_unstable"},
     {"_checks"},
     {"_axes", "_leaves"},
     {"penalties", "paths"},
     {"_hazards", "_arithmetic"},
     {"_action", "_steps"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
-    {"audits", "leafwise"},
+    {"audits"},
     {"recipes", "wrappers", "telemetry", "testing", "sweeps"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

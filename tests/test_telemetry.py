@@ -550,7 +550,9 @@ def test_apply_if_finite_keeps_the_metrics_of_the_last_finite_step(where: str) -
         optimizer = optax.apply_if_finite(monitor(adamw, SCHEDULE, learning_rate=LR), 5)
     seen = run(optimizer, [good, bad, bad, good], params)
     chex.assert_trees_all_equal(seen[0], seen[1], seen[2])
-    np.testing.assert_allclose([got["all/effective_rate"] for got in seen], LR * np.array([0.1, 0.1, 0.1, 0.09]))
+    # In float32, rounded twice in the schedule and once in the product.
+    rates = [got["all/effective_rate"] for got in seen]
+    np.testing.assert_allclose(rates, LR * np.array([0.1, 0.1, 0.1, 0.09]), rtol=3 * 2**-24)
     assert seen[3]["all/weight_norm"] != seen[0]["all/weight_norm"]
 
 
