@@ -2,27 +2,31 @@
 
     python examples/monitor_equilibrium.py
 
-The decay takes a share of the weights in each step, and noise in the gradients puts new length on. Where both are as
-large, weights stay as long as they are, whatever they started from. If gradients were noise and nothing else, AdamW's
-weights would come to a root mean square of sqrt(eta / (2 lambda)), and turn in each step by
-sqrt(2 eta lambda (1 - b1) / (1 + b1)), within a few times 1 / (eta lambda) steps.
+Each step, the decay removes a share of the weights, and noise in the gradients makes them longer. Where the two
+balance, the weights keep their length, whatever length they started with. If gradients were pure noise, AdamW's weights
+would reach a root mean square of sqrt(eta / (2 lambda)) within a few times 1 / (eta lambda) steps. From then on, each
+step would turn them by sqrt(2 eta lambda (1 - b1) / (1 + b1)).
 
-Three runs of one network show how far that goes. Two learn digits with noise on their pixels, from kernels a quarter
-and twice as large as usual; in the third, a control, the gradients are random numbers, and the predictions hold to a
-percent. In a network that learns they give the scale. The two that learn come to the same place, but:
+Three runs of one network test this. Two runs learn digits with noise on their pixels, and start from kernels a quarter
+and twice as large as usual. In the third, a control, the gradients are random numbers, and the predictions hold to a
+percent. The two that learn come to the same place. The predictions give the scale:
 
-- in the hidden layers, whose LayerNorm makes the size of their kernels free, the weights end a tenth smaller: Adam's
-  steps are a little shorter than those of pure noise, and the gradients that follow a step oppose it, as descent does,
-  so that less of it is left;
-- in the head, whose size means something, the mean of the gradients keeps the weights almost a third above.
+- In the hidden layers the weights end a tenth smaller than predicted. LayerNorm follows, so the size of their kernels
+  does not change the output. Adam's steps are a little shorter than those of pure noise. The gradients after a step
+  also oppose it, as in any descent, so less of it remains.
+- In the head the weights end almost a third larger. Their size matters, and the mean of the gradients maintains it.
 
-More noise brings both closer, less takes them further off. Set NOISE to 0, and the network learns the digits by heart:
-for hundreds of steps there are no gradients to speak of and the weights fall freely, until errors throw them back.
+More noise brings both closer to the prediction, and less noise takes them further away. With NOISE = 0 the network
+learns the digits by heart. Then the gradients almost vanish for hundreds of steps and the weights shrink freely, until
+errors throw them back.
 
-Every number of the picture is one of `wdjax.scalars`, taken in each step within one compiled `jax.lax.scan`.
+The picture shows the size of the hidden weights of the two runs that learn, and the prediction. The table has both
+predictions, for the hidden layers and the head, in all three runs. Every number comes from `wdjax.scalars`, taken in
+each step within one compiled `jax.lax.scan`.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -79,26 +83,25 @@ def train(state: TrainState, data: Digits, batches: np.ndarray, learns: bool) ->
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def draw(histories: Mapping[str, Mapping[str, np.ndarray]], out: Any) -> None:
-    """Draws each metric of both groups over the steps, as means of 100 steps, with the prediction beside it."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    for axes, metric in zip(panels, ("weight_rms", "angular_update", "shrinkage"), strict=True):
-        for color, (run, history) in zip(COLORS, histories.items(), strict=True):
-            for group, line in (("hidden", "-"), ("head", ":")):
-                means = history[f"{group}/{metric}"].reshape(-1, 100).mean(1)
-                axes.plot(np.arange(len(means)) * 100 + 50, means, line, color=color, label=f"{group} ({run})")
-        axes.axhline(EXPECTED.get(metric, 0.0), color="black", linestyle="--", linewidth=1.5, label="predicted")
-        axes.set(title=metric, xlabel="step")
-        axes.grid(alpha=0.25)
-    panels[0].set(ylabel="root mean square of the weights", ylim=(0, None))
-    panels[1].set(ylabel="radians a step (log scale)", yscale="log")
-    panels[2].axhline(RATE, color="black", linewidth=0.8)
-    panels[2].annotate(
-        "effective_rate: the decay alone", (0.98, RATE), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-    )
-    panels[2].set(ylabel="share of the weights that a step takes off", ylim=(-1.5 * RATE, 1.3 * RATE))
-    panels[0].legend(fontsize=8)
-    save(figure, f"AdamW, learning rate {LEARNING_RATE}, weight decay {WEIGHT_DECAY}, batches of {BATCH_SIZE}", out)
+def draw(histories: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> None:
+    """Draws the size of the hidden weights of the two runs that learn, as means of 100 steps, and the prediction."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    expected, ends = EXPECTED["weight_rms"], []
+    for name, color, below, label in (
+        ("learns, large start", COLORS[2], 0, "start: twice the usual size"),
+        ("learns, small start", COLORS[1], -5, "start: a quarter of the usual size"),
+    ):
+        size = histories[name]["hidden/weight_rms"]
+        means = size.reshape(-1, 100).mean(1)
+        ends.append(100 * size[-len(size) // 4 :].mean() / expected)
+        axes.plot(np.arange(len(means)) * 100 + 50, means, color=color, linewidth=3)
+        axes.annotate(label, (50, means[0]), (12, below), textcoords="offset points", color=color, va="center")
+    axes.axhline(expected, color=COLORS[0], linestyle="--", linewidth=2)
+    label = f"predicted: √(η / 2λ) = {expected:.4f}"
+    axes.annotate(label, (0.98, expected), (0, 5), ("axes fraction", "data"), "offset points", ha="right", va="bottom")
+    axes.set(xlabel="step", ylabel="root mean square of the hidden weights", ylim=(0, None), xlim=(0, len(size)))
+    within = f"{min(ends):.0f} to {max(ends):.0f} % of the predicted size"
+    save(figure, f"AdamW forgets how large the weights were at the start:\nthey end at {within}", out)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:

@@ -2,14 +2,17 @@
 
     python examples/sweep_weight_decay.py
 
-The problem is the book's, 20 examples with 200 inputs (see high_dimensional_regression.py). `wdjax.sweep` trains it for
-many strengths and seeds with one compilation; each seed draws data of its own, so what is uncertain includes the data.
+The problem is the book's: 20 examples with 200 inputs, and 100 epochs (see high_dimensional_regression.py).
+`wdjax.sweep` trains it for many strengths and seeds with one compilation. Each seed draws its own data, so the
+uncertainty includes the data.
 
-1. The losses against the strength. The training loss only grows. The validation loss falls by a factor of thousands,
-   and is flat from there on: where the weights are gone, the prediction is a constant.
-2. Is the strength that validation data choose really the optimal one? It is one of several that they cannot tell
-   apart (the shaded band; see `wdjax.Best`). Does it matter? Fresh data, a thousand for each seed, say what each choice
-   costs, also the one where each seed chooses by its own hundred validation examples, as one does in practice.
+1. How do the losses depend on the strength? The picture shows it. The training loss only grows. The validation loss
+   falls by a factor of thousands and then stays flat: there the weights are almost zero, and the prediction is almost
+   constant.
+2. Is the strength that the validation data choose really the optimal one? It is one of several that they cannot tell
+   apart (the shaded band; see `wdjax.Best`). Does it matter? A thousand fresh examples for each seed measure what each
+   choice costs. One row of the last table is what people do in practice: each seed chooses by its own hundred
+   validation examples.
 """
 
 from collections.abc import Sequence
@@ -40,7 +43,7 @@ def train(key: jax.Array, weight_decay: Any) -> dict[str, jax.Array]:
     X = jax.random.normal(for_x, (1000, INPUTS))
     y = 0.05 + X @ jnp.full(INPUTS, 0.01) + 0.01 * jax.random.normal(for_noise, (1000,))
     return {
-        "train": half_mse(params, problem.X, problem.y),
+        "training": half_mse(params, problem.X, problem.y),
         "validation": half_mse(params, problem.X_test, problem.y_test),
         "fresh": half_mse(params, X, y),
         "norm": jnp.linalg.norm(params["w"]),
@@ -81,29 +84,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def draw_sweep(found: wdjax.Sweep, best: wdjax.Best, path: Path) -> None:
-    """Mean over seeds, and the seeds' quartiles as a band; on the right the flat part, enlarged."""
-    decays, results = found.values["weight_decay"], found.results
-    chosen = best.values["weight_decay"]
-    figure, (whole, detail) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    series: dict[str, Any] = dict(zip(("train", "validation", "fresh"), (COLORS[1], COLORS[2], COLORS[0]), strict=True))
-    for axes in (whole, detail):
-        for name, color in series.items():
-            if axes is whole or name != "train":
-                axes.fill_between(decays, *np.quantile(results[name], [0.25, 0.75], axis=1), color=color, alpha=0.15)
-                style = "--" if name == "fresh" else "-"
-                axes.plot(decays, results[name].mean(axis=1), style, color=color, marker=".", label=name)
-        axes.axvspan(*best.interval["weight_decay"], color=COLORS[2], alpha=0.1, label="may be the best")
-        axes.axvline(chosen, color=COLORS[2], linewidth=1, label=f"best on validation data: {chosen:.3g}")
-        axes.axvline(BOOK, color=COLORS[0], linewidth=1, linestyle=":", label="the book's 3")
-        axes.set(xscale="log", xlabel="weight decay (log scale)", ylabel="half mean squared error")
-        axes.grid(alpha=0.25)
-    whole.set(yscale="log", title="All strengths (log scale)", ylabel="half mean squared error (log scale)")
-    least = results["validation"].mean(axis=1).min()
-    flat = decays[results["validation"].mean(axis=1) < 3 * least]
-    detail.set(title="Where it is flat", xlim=(flat.min(), decays.max()), ylim=(0, 2.5 * least))
-    whole.legend(fontsize=8, loc="lower right")
-    seeds = len(found.seeds)
-    save(figure, f"20 examples, 200 inputs: mean of {seeds} seeds, and their quartiles as bands", path)
+    """Draws the losses over the strength, as means of the seeds, and shades the strengths that may be the best."""
+    decays, seeds = found.values["weight_decay"], len(found.seeds)
+    low, high = best.interval["weight_decay"]
+    validation = found.results["validation"].mean(axis=1)
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    axes.axvspan(low, high, color=COLORS[3], alpha=0.15, linewidth=0)
+    shaded = f"may be the best:\n{low:.2g} to {high:.3g}"
+    axes.annotate(shaded, ((low * high) ** 0.5, validation[0]), color=COLORS[3], ha="center", va="top")
+    for name, color, above in ("training", COLORS[1], 30), ("validation", COLORS[2], -30):
+        loss = found.results[name].mean(axis=1)
+        axes.plot(decays, loss, color=color, linewidth=3)
+        axes.annotate(f"{name} data", (decays[0], loss[0]), (0, above), textcoords="offset points", color=color)
+    at_book = validation[decays == BOOK][0]
+    axes.plot(BOOK, at_book, "o", color=COLORS[0], markersize=8)
+    axes.annotate("the book's 3", (BOOK, at_book), (10, 2), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="weight decay (log scale)")
+    axes.set(ylabel=f"half mean squared error\n(mean of {seeds} seeds, log scale)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    ratio = at_book / validation.min()
+    alike = f"Validation data cannot tell weight decays of {low:.2g} to {high:.3g} apart"
+    save(figure, f"{alike}.\nWith the book's 3 the error is {ratio:.1f} times the lowest", path)
 
 
 if __name__ == "__main__":

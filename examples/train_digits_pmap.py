@@ -2,12 +2,13 @@
 
     python examples/train_digits_pmap.py
 
-Every device holds all parameters and a share of each batch. The gradients are averaged over the devices, and then
-every device takes the same AdamW step: the decay acts on parameters that are the same everywhere and needs no
-communication. Two checks end the run, and each raises if it fails: the replicas are equal bit by bit, and they are
-what one device makes of the same whole batches, to rounding.
+Every device holds all parameters and a share of each batch. The gradients are averaged over the devices, and then every
+device takes the same AdamW step. The decay acts on parameters that are the same everywhere, so it needs no
+communication. Two checks end the run, and each raises an error if it fails. First, the replicas must be equal bit by
+bit. Second, they must equal what one device computes from the same whole batches, except for rounding. The picture
+shows the difference between the two over the steps.
 
-Uses all GPUs (or TPUs) of the machine. Where there is only a CPU, it plays eight devices.
+The script uses all GPUs (or TPUs) of the machine. If there is only a CPU, it is split into eight devices.
 """
 
 import os
@@ -39,7 +40,7 @@ BOUND = 1e-4
 
 
 def device_count() -> int:
-    """How many devices there are to train on; a CPU becomes eight, unless the user has said how many it is."""
+    """The number of devices to train on. A CPU becomes eight, unless the user has set a number."""
     said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", 8)  # Counts only if JAX has not used a device yet.
@@ -124,27 +125,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         raise AssertionError(f"the runs differ by {difference_at_end:.1e} of an array's largest entry: not by rounding")
     print(f"Difference of the runs after {len(batches)} steps: {difference_at_end:.1e} of an array's largest entry.")
 
-    draw(
-        losses, differences, f"Flax Linen: pmap over {count} and one device, {count * share} images a step", options.out
-    )
+    draw(differences, count, options.out)
     return rows | {"checks": {"devices": count, "difference": difference_at_end}}
 
 
-def draw(losses: dict[str, list[float]], differences: list[float], title: str, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    steps = range(1, len(differences) + 1)
-    left.semilogy(steps, losses["pmap"], color=COLORS[1], linewidth=5, alpha=0.5, label="pmap")
-    left.semilogy(steps, losses["one device"], color=COLORS[2], linewidth=1.2, label="one device")
-    left.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy of the batch (log scale)")
+def draw(differences: Sequence[float], devices: int, path: Path) -> None:
+    """Draws the difference between the two runs, what the check allows, and what a single rounding is."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     visible = np.where(differences, differences, np.nan)  # A logarithmic axis has no zero.
-    right.semilogy(steps, visible, color=COLORS[0], label="largest of all parameters")
-    right.axhline(BOUND, color=COLORS[1], linestyle="--", label="what the check allows at the end")
-    right.axhline(np.finfo(np.float32).eps, color=COLORS[0], linestyle=":", label="spacing of float32 at 1")
-    right.set(title="Difference between the two", xlabel="step", ylabel="relative to the array's largest entry (log)")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    save(figure, title, path)
+    axes.semilogy(np.arange(1, len(visible) + 1), visible, color=COLORS[1], linewidth=2)
+    axes.annotate(
+        f"pmap over {devices} and one device",
+        (len(visible), visible[-1]),
+        (0, 9),
+        textcoords="offset points",
+        color=COLORS[1],
+        ha="right",
+    )
+    for value, style, label in (
+        (BOUND, "--", f"the check allows {BOUND:g}"),
+        (float(np.finfo(np.float32).eps), ":", "one rounding in float32"),
+    ):
+        axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
+        axes.annotate(
+            label, (0.98, value), (0, 4), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
+        )
+    axes.set(xlabel="step", ylabel="largest difference of parameters\n(relative to the array's largest, log scale)")
+    axes.set(xlim=(0, len(visible)), ylim=(1e-8, 1e-3))
+    alike = f"pmap over {devices} devices and one device train alike"
+    save(figure, f"{alike}:\nafter {len(visible)} steps the weights differ by {differences[-1]:.0e}", path)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python examples/train_on_processes.py
 
-Starts two processes of two emulated CPU devices each. Parameters and both moments of AdamW are cut into four, so that
-each process holds half of the optimizer's state and sees half of each batch. Halfway all of them save with orbax. Then
-two new processes find that checkpoint, restore what is theirs, and go on to the end. Two checks end the run, and each
-raises if it fails: the restored run ends in the bits of the one that was not interrupted, and that one is what a single
-process with one device makes of the same batches, to rounding.
+The script starts two processes with two emulated CPU devices each. The parameters and both moments of AdamW are cut
+into four, so each process holds half of the optimizer's state and sees half of each batch. Halfway, all of them save
+with orbax. Then two new processes find that checkpoint, restore their parts, and go on to the end. Two checks end the
+run, and each raises an error if it fails. First, the restored run must end in the same bits as the uninterrupted one.
+Second, that one must equal what a single process with one device computes from the same batches, except for rounding.
+The picture shows this difference over the steps.
 
-On real machines the same `train` runs in one process for each, all started alike, with a directory that all can write:
+On real machines the same `train` runs in one process on each machine. All are started in the same way, with a directory
+that all can write to:
 
     jax.distributed.initialize()  # Before anything else of JAX. Finds the others on Cloud TPU, SLURM, Open MPI, GKE;
     # elsewhere: jax.distributed.initialize("first-machine:1234", num_processes=2, process_id=0)  # and 1 on the other
@@ -165,31 +167,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         raise AssertionError(f"the runs differ by {at_end:.1e} of an array's largest entry: not by rounding")
     print(f"Difference from one process after {steps} steps: {at_end:.1e} of an array's largest entry.")
 
-    draw(runs, f"jax.distributed: {PROCESSES} processes x {DEVICES_EACH} CPU devices, and one of each", options.out)
+    draw(runs, options.out)
     return rows | {"checks": {"first": resumed["first"], "arrays that differ": count, "difference": at_end}}
 
 
-def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    (whole, _, alone), one = runs, runs["one process"]
-    looks = dict(zip(runs, ((COLORS[1], 6, "-"), (COLORS[0], 2.5, "--"), (COLORS[2], 1.2, "-")), strict=True))
-    for name, run in runs.items():
-        color, width, style = looks[name]
-        look = {"color": color, "linewidth": width, "linestyle": style, "alpha": 0.5 if name == whole else 1.0}
-        steps = range(run["first"] + 1, run["first"] + len(run["losses"]) + 1)
-        left.semilogy(steps, run["losses"], **look, label=name)
-        if name != alone:
-            ways = {n: float(difference(one["on the way"][n], params)) for n, params in run["on the way"].items()}
-            visible = [value or np.nan for value in ways.values()]  # A logarithmic axis has no zero.
-            right.semilogy(list(ways), visible, **look, label=name)
-    left.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy of the batch (log scale)")
-    right.axhline(BOUND, color=COLORS[1], linestyle="--", label="what the check allows at the end")
-    right.axhline(np.finfo(np.float32).eps, color=COLORS[0], linestyle=":", label="spacing of float32 at 1")
-    right.set(title="Difference from one process", xlabel="step", ylabel="relative to the array's largest entry (log)")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    save(figure, title, path)
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws the difference of both runs on several processes from the run on one, and what the check allows."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    whole, resumed, one = runs.values()
+    for run, color, width, style in (whole, COLORS[1], 6, "-"), (resumed, COLORS[0], 2.5, "--"):
+        ways = {n: float(difference(one["on the way"][n], params)) for n, params in run["on the way"].items()}
+        visible = [value or np.nan for value in ways.values()]  # A logarithmic axis has no zero.
+        axes.semilogy(list(ways), visible, style, color=color, linewidth=width)
+        label = "uninterrupted" if run is whole else "saved, stopped and restored"
+        above = 12 if run is whole else -22
+        axes.annotate(label, (next(iter(ways)), visible[0]), (0, above), textcoords="offset points", color=color)
+    for value, style, label in (
+        (BOUND, "--", f"the check allows {BOUND:g}"),
+        (float(np.finfo(np.float32).eps), ":", "one rounding in float32"),
+    ):
+        axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
+        axes.annotate(
+            label, (0.98, value), (0, 4), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
+        )
+    steps = len(one["losses"])
+    axes.set(xlabel="step", ylabel="largest difference from one process\n(relative to the array's largest, log scale)")
+    axes.set(xlim=(0, steps), ylim=(1e-8, 1e-3))
+    same = f"Saved and restored halfway, {PROCESSES} processes end in the same bits"
+    save(figure, f"{same}.\nTheir weights differ from those of one process by {ways[steps]:.0e}", path)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python examples/tune_weight_decay_by_gradient.py
 
 The rates of wdjax may be traced, so the loss on validation data after training is a differentiable function of them.
-Here a small network learns 100 digits by SGD with momentum and L2 in the gradient. The strength follows the derivative
-of the mean validation loss of several seeds, in its logarithm, from far too strong and from far too weak. The same is
-swept over a grid, and the script raises if gradient and grid disagree: if either end is no strength that, by the sweep,
-may be the best, or if the derivative is not the difference quotient.
+Here a small network learns 100 digits by SGD with momentum and L2 in the gradient. The logarithm of the strength
+follows the derivative of the mean validation loss of several seeds. It starts far too strong and, in a second run, far
+too weak. The picture shows both runs. The script also sweeps the strength over a grid, and raises an error if gradient
+and grid disagree. Each run must end at a strength that may be the best by the sweep, and the derivative must equal the
+difference quotient.
 
-Then each layer gets a strength of its own, a `by_path` table of traced numbers, where a grid would be a square. Data
-that neither the training nor the tuning has seen say what it was good for.
+Then each layer gets its own strength: a `by_path` table of traced numbers. A grid would need two dimensions. Data that
+neither the training nor the tuning has seen measure the benefit.
 """
 
 from collections.abc import Sequence
@@ -67,8 +68,8 @@ def train(key: jax.Array, hidden: jax.Array, head: jax.Array) -> dict[str, jax.A
 def hypergradient(logs: jax.Array, seeds: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The derivative of the seeds' mean validation loss by the logarithms of both strengths, and all mean losses.
 
-    Forward mode: it carries the derivatives along with the training and keeps no step, so that its memory does not grow
-    with the steps; its time grows with the number of strengths, which is two.
+    Forward mode carries the derivatives along with the training and stores no step, so its memory does not grow with
+    the number of steps. Its time grows with the number of strengths, which is two.
     """
 
     def mean_losses(logs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -84,7 +85,8 @@ def hypergradient(logs: jax.Array, seeds: int) -> tuple[jax.Array, dict[str, jax
 def tune(start: Sequence[float], shared: bool, rounds: int, seeds: int) -> tuple[np.ndarray, Any]:
     """Steps on the logarithms; the strengths of each round, of shape (rounds + 1, 2), and the losses at the end.
 
-    By the slope's sign alone: it is a hundred times steeper where the strength is too large than about the minimum.
+    The steps use only the sign of the slope, which is a hundred times steeper at too large a strength than near the
+    minimum.
     """
     logs: Any = jnp.log(jnp.array(start))
     optimizer = optax.sign_sgd(optax.cosine_decay_schedule(20 / rounds, rounds))  # Goes as far as exp(10).
@@ -128,34 +130,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     for name in ("from 0.1", "from 0.0001"):
         if not low <= rows[name]["hidden"] <= high:
             raise AssertionError(f"{name} the gradient ends at {rows[name]['hidden']}, not from {low} to {high}")
-    draw(found, best, rows, paths, options.out)
+    draw(best, paths, seeds, options.out)
     return rows
 
 
-def draw(found: wdjax.Sweep, best: wdjax.Best, rows: dict[str, Any], paths: dict[str, np.ndarray], out: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    decays, losses = found.values["weight_decay"], found.results["validation"]
-    left.plot(decays, losses.mean(axis=1), ".-", color=COLORS[2], label="mean of the seeds")
-    left.fill_between(
-        decays, *np.quantile(losses, [0.25, 0.75], axis=1), color=COLORS[2], alpha=0.15, label="quartiles"
-    )
-    left.axvspan(*best.interval["weight_decay"], color=COLORS[2], alpha=0.1, label="may be the best")
-    for name, marker in ("from 0.1", "v"), ("from 0.0001", "^"):
-        left.plot(rows[name]["hidden"], rows[name]["validation"], marker, color=COLORS[1], label=f"tuned, {name}")
-    least = losses.mean(axis=1).min()
-    left.set(xscale="log", ylim=(0.8 * least, 1.6 * least), xlabel="strength (log scale)", title="Swept")
-    left.set_ylabel("mean cross-entropy on validation data")
-    for (name, path), color in zip(paths.items(), (COLORS[2], COLORS[0], COLORS[1]), strict=True):
-        own = name.startswith("each")
-        right.plot(path[:, 0], color=color, label=f"{name}: hidden" if own else f"both layers, {name}")
-        if own:
-            right.plot(path[:, 1], color=color, linestyle="--", label=f"{name}: head")
-    right.axhspan(*best.interval["weight_decay"], color=COLORS[2], alpha=0.1, label="may be the best, by the sweep")
-    right.set(yscale="log", xlabel="step along the hypergradient", ylabel="strength (log scale)", title="Tuned")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    save(figure, f"L2 strength on {len(DATA.train_labels)} digits: grid and gradient, {len(found.seeds)} seeds", out)
+def draw(best: wdjax.Best, paths: dict[str, np.ndarray], seeds: int, out: Path) -> None:
+    """Draws the strength that both layers share, from both starts, and the strengths that the sweep leaves open."""
+    low, high = best.interval["weight_decay"]
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    axes.axhspan(low, high, color=COLORS[3], alpha=0.15, linewidth=0)
+    ends = []
+    for name, color in ("from 0.1", COLORS[2]), ("from 0.0001", COLORS[1]):
+        path = paths[name][:, 0]
+        ends.append(f"{path[-1]:.2g}")
+        axes.plot(path, color=color, linewidth=3)
+        axes.annotate(f"starts {name}", (0, path[0]), (12, 0), textcoords="offset points", color=color, va="center")
+    look: Any = {"color": COLORS[3], "ha": "right", "va": "top"}
+    label = "by the sweep, the best is in here"
+    axes.annotate(label, (0.98, high), (0, -4), ("axes fraction", "data"), "offset points", **look)
+    axes.set(yscale="log", xlabel="step along the gradient of the validation loss", ylabel="L2 strength (log scale)")
+    axes.set(xlim=(0, None))
+    sweep = f"the best of a sweep is {best.values['weight_decay']:.2g}"
+    save(figure, f"The gradient finds the L2 strength from both ends:\n{ends[0]} and {ends[1]}; {sweep}", out)
 
 
 if __name__ == "__main__":

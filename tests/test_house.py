@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
 import textwrap
@@ -105,9 +106,24 @@ def test_names_in_the_readme_exist() -> None:
         assert hasattr(wdjax, name) or name in MODULES, name
 
 
-def test_the_second_command_of_the_readme_is_what_ci_runs() -> None:
-    _, tests = [block.strip() for block in readme_blocks("sh")][:2]
-    assert tests in (ROOT / ".ci" / "run").read_text()
+def test_ci_runs_the_two_commands_of_the_readme_whatever_python3_is() -> None:
+    commands = [block.strip() for block in readme_blocks("sh")]
+    assert len(commands) == 2
+    assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
+    for versions in ("newest", "oldest"):
+        assert f"bash tests/versions.sh {versions}" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    assert not any("<" in requirement or "==" in requirement for requirement in requirements)  # No upper bounds.
+    bounds = dict(requirement.split(">=") for requirement in requirements if ">=" in requirement)
+    lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert set(pinned) == set(bounds) - {"ruff", "pyright"}
+    for name, version in pinned.items():
+        assert f"{version}.".startswith(f"{bounds[name]}."), name
 
 
 def test_version_is_in_the_changelog() -> None:

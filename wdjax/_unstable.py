@@ -9,7 +9,6 @@ import contextlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -21,6 +20,11 @@ try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:
     set_xla_metadata = None
+
+try:
+    from jax.experimental.multihost_utils import process_allgather
+except ImportError:
+    process_allgather = None
 
 
 def is_traced(value: Any) -> bool:
@@ -47,7 +51,13 @@ def varying_axes(x: Any) -> frozenset[Any]:
     return frozenset() if found is None else frozenset(found)
 
 
-def sharding_of_type(x: Any) -> Any:
+def may_be_split(x: Any) -> bool:
+    """Whether an array may lie on several devices. Within jit its type names the mesh, if not how it is split."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return getattr(mesh, "size", 2) > 1
+
+
+def explicit_axes(x: Any) -> Any:
     """How an array is split over the explicit axes of a mesh; equal for all arrays where there are none."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
 
@@ -61,9 +71,11 @@ def whole(x: Any) -> np.ndarray:
     """The values of an array, including those that lie on other processes; all processes must ask."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
-    try:
-        from jax.experimental.multihost_utils import process_allgather
-    except ImportError:
-        everywhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # pyright: ignore
-        return np.asarray(jax.jit(jnp.asarray, out_shardings=everywhere)(x))
+    if process_allgather is None:
+        return _gathered(x)
     return np.asarray(process_allgather(x, tiled=True))
+
+
+def _gathered(x: Any) -> np.ndarray:
+    everywhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(x))

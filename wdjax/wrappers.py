@@ -29,7 +29,7 @@ from . import _checks, _leaves
 from ._action import Action, DecayState
 from ._arithmetic import compute_dtype, subtracted
 from ._steps import SKIPPING, nodes, stepped
-from ._unstable import sharding_of_type
+from ._unstable import explicit_axes, is_traced, may_be_split
 from .paths import Rules
 from .paths._masks import booleans
 
@@ -242,19 +242,17 @@ def _no_update(update: Any, param: Any) -> Any:
     return jnp.zeros_like(update) if is_integer else update
 
 
-@jax.jit
 def _minus_zero(update: Any, param: Any) -> jax.Array:
-    """-0.0 in the shape and dtype of an update, sharded as its parameter, without a read of the update.
+    """-0.0 in the shape, dtype and sharding of an update.
 
-    A constant has no sharding under jit: XLA would put all of it on every device. A choice that XLA cannot see through
-    ties it to the parameter. The parameter is read by the addition that follows in any case, whereas a read of the
-    update would keep alive the gradient of what is frozen. On a mesh with explicit axes the type of the zeros has the
-    sharding, and a choice between arrays of two shardings would be an error.
+    On one device that is a constant, and XLA leaves out its addition. On several, a constant that is returned from jit
+    would lie whole on each of them, unless the explicit axes of a mesh are in its type. There a choice that XLA cannot
+    see through ties it to the parameter: not to the update, or the gradient of what is frozen would have to be computed.
     """
     zeros = -jnp.zeros_like(update)
-    if sharding_of_type(zeros) != sharding_of_type(param):
-        return zeros
-    return jax.lax.select(jax.lax.optimization_barrier(False), jnp.asarray(param, zeros.dtype), zeros)
+    if is_traced(param) and may_be_split(param) and explicit_axes(zeros) == explicit_axes(param):
+        return jax.lax.select(jax.lax.optimization_barrier(False), param.astype(zeros.dtype), zeros)
+    return zeros
 
 
 _PARTIAL = (optax.PartitionState, optax.MaskedState)

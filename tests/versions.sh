@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Runs the two commands of README.md with the newest or the oldest versions, in a new copy of this checkout:
+#
+#     tests/versions.sh newest [pytest arguments]    # the highest Python of this machine, the newest releases
+#     tests/versions.sh oldest [pytest arguments]    # the lowest Python that wdjax supports, the releases of oldest.txt
+#
+# The copy and its environment stay in build/versions/. PYTHON names another interpreter, EXTRA further packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+which=${1:?say newest or oldest}
+shift
+
+supported() { # The Pythons of this machine that are new enough, the lowest first: those on the PATH and those of pyenv.
+  local IFS=: least
+  least=$(sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
+  for folder in $PATH "$HOME"/.pyenv/versions/*/bin; do
+    for python in "$folder"/python3.[0-9] "$folder"/python3.[0-9][0-9]; do
+      # One that cannot make an environment with pip in it, as Debian's without python3-venv, says nothing.
+      [ -x "$python" ] && "$python" -c "
+import ensurepip, sys
+if sys.version_info >= (3, $least): print(sys.version_info.minor, sys.executable)" 2>/dev/null || true
+    done
+  done | sort -n -s -k1,1 | cut -d ' ' -f 2-
+}
+
+case $which in
+  newest) python=${PYTHON:-$(supported | tail -n 1)} ;;
+  oldest) python=${PYTHON:-$(supported | head -n 1)} ;;
+  *) echo "say newest or oldest, not $which" >&2; exit 2 ;;
+esac
+[ -n "$python" ] || { echo "no Python on this machine is new enough for wdjax" >&2; exit 1; }
+
+copy=build/versions/$which
+rm -rf "$copy"
+mkdir -p "$copy/bin"
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  [ -e "$file" ] && printf '%s\0' "$file"
+done | xargs -0 cp --parents -t "$copy"
+cd "$copy"
+
+# The commands of the README say python3, and take what pip finds.
+ln -s "$python" bin/python3
+export PATH=$PWD/bin:$PATH
+[ "$which" = newest ] || export PIP_CONSTRAINT=$PWD/tests/oldest.txt
+mapfile -t commands < <(sed -n '/^```sh$/,/^```$/{/^```/!p}' README.md)
+
+python3 -m venv .venv
+# shellcheck disable=SC2086  # Several packages are several words.
+[ -z "${EXTRA:-}" ] || .venv/bin/pip install -q $EXTRA
+bash -ec "${commands[0]}"
+bash -ec "${commands[1]} $*"
+
+echo
+echo "$which: passed with"
+.venv/bin/python - <<'PYTHON'
+import importlib.metadata, platform
+
+print("Python", platform.python_version())
+for name in ("jax", "jaxlib", "optax", "flax", "chex", "equinox", "dm-haiku", "orbax-checkpoint", "numpy", "torch"):
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "is not installed")
+PYTHON
