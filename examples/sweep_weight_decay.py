@@ -92,7 +92,7 @@ def draw_sweep(found: wdjax.Sweep, best: wdjax.Best, path: Path) -> None:
     axes.axvspan(low, high, color=COLORS[3], alpha=0.15, linewidth=0)
     shaded = f"may be the best:\n{low:.2g} to {high:.3g}"
     axes.annotate(shaded, ((low * high) ** 0.5, validation[0]), color=COLORS[3], ha="center", va="top")
-    for name, color, above in ("training", COLORS[1], 30), ("validation", COLORS[2], -30):
+    for name, color, above in ("training", COLORS[1], 38), ("validation", COLORS[2], -30):
         loss = found.results[name].mean(axis=1)
         axes.plot(decays, loss, color=color, linewidth=3)
         axes.annotate(f"{name} data", (decays[0], loss[0]), (0, above), textcoords="offset points", color=color)

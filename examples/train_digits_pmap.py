@@ -142,13 +142,13 @@ def draw(differences: Sequence[float], devices: int, path: Path) -> None:
         color=COLORS[1],
         ha="right",
     )
-    for value, style, label in (
-        (BOUND, "--", f"the check allows {BOUND:g}"),
-        (float(np.finfo(np.float32).eps), ":", "one rounding in float32"),
+    for value, style, label, above in (
+        (BOUND, "--", f"the check allows {BOUND:g}", 5),
+        (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
     ):
         axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
         axes.annotate(
-            label, (0.98, value), (0, 4), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
+            label, (0.98, value), (0, above), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
         )
     axes.set(xlabel="step", ylabel="largest difference of parameters\n(relative to the array's largest, log scale)")
     axes.set(xlim=(0, len(visible)), ylim=(1e-8, 1e-3))

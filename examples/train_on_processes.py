@@ -180,15 +180,14 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
         visible = [value or np.nan for value in ways.values()]  # A logarithmic axis has no zero.
         axes.semilogy(list(ways), visible, style, color=color, linewidth=width)
         label = "uninterrupted" if run is whole else "saved, stopped and restored"
-        above = 12 if run is whole else -22
-        axes.annotate(label, (next(iter(ways)), visible[0]), (0, above), textcoords="offset points", color=color)
-    for value, style, label in (
-        (BOUND, "--", f"the check allows {BOUND:g}"),
-        (float(np.finfo(np.float32).eps), ":", "one rounding in float32"),
+        axes.annotate(label, (next(iter(ways)), visible[0]), (0, 12), textcoords="offset points", color=color)
+    for value, style, label, above in (
+        (BOUND, "--", f"the check allows {BOUND:g}", 5),
+        (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
     ):
         axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
         axes.annotate(
-            label, (0.98, value), (0, 4), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
+            label, (0.98, value), (0, above), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
         )
     steps = len(one["losses"])
     axes.set(xlabel="step", ylabel="largest difference from one process\n(relative to the array's largest, log scale)")

@@ -8,6 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+# What belongs to one run on one machine: lines of a log, a traceback, an absolute path.
+OF_ONE_RUN = re.compile(
+    r"^[IWEF]\d{4} \d\d:\d\d|^Traceback \(|^  File \"|\b\w*Warning: |\.py:\d+: |XLA_FLAGS=\S*/"
+    r"|(?<![\w./:*)-])/(?:root|home|work|tmp|usr|opt|mnt|var|etc|Users|private)/|\b[A-Z]:\\\\",
+    re.M,
+)
 
 
 def prose(page: Path) -> str:
@@ -33,6 +39,25 @@ def test_the_code_on_the_page_runs_and_prints_what_it_says(page: Path, capsys: p
         assert textwrap.dedent(table).strip() in printed
     for said in re.findall(r"^ *print\(.*\)  # (.+)$", "\n".join(blocks), re.M):
         assert said in printed
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *PAGES]), ids=lambda page: page.stem)
+def test_no_page_holds_a_log_line_a_traceback_or_an_absolute_path(page: Path) -> None:
+    assert OF_ONE_RUN.findall(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "E1121 17:59:05.171442   13829 slow_operation_alarm.cc:73]",
+        "[Compiling module jit for CPU] run with envvar XLA_FLAGS=--xla_dump_to=/tmp/foo and attach the results.",
+        "/root/.pyenv/versions/3.11.7/lib/python3.11/multiprocessing/resource_tracker.py:254: UserWarning: leaked",
+        "Traceback (most recent call last):",
+        "saved to /home/me/run",
+    ],
+)
+def test_such_lines_are_found(line: str) -> None:
+    assert OF_ONE_RUN.search(line)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)

@@ -12,6 +12,7 @@ METHODS = ("no decay", "L2 in Adam", "decoupled decay")
 ROWS = {
     "train_digits": METHODS,
     "train_digits_nnx": METHODS,
+    "grokking": METHODS,
     "train_digits_pmap": ("pmap", "one device", "Replicas of parameters and optimizer state (8): equal bit by bit."),
     "train_on_processes": (
         "2 processes  ",

@@ -247,7 +247,7 @@ def _minus_zero(update: Any, param: Any) -> jax.Array:
 
     On one device that is a constant, and XLA leaves out its addition. On several, a constant that is returned from jit
     would lie whole on each of them, unless the explicit axes of a mesh are in its type. There a choice that XLA cannot
-    see through ties it to the parameter: not to the update, or the gradient of what is frozen would have to be computed.
+    see through ties it to the parameter: not to the update, or the gradient of what is frozen would be computed for it.
     """
     zeros = -jnp.zeros_like(update)
     if is_traced(param) and may_be_split(param) and explicit_axes(zeros) == explicit_axes(param):

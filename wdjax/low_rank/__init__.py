@@ -30,6 +30,7 @@ import optax
 from .. import _axes, _checks, _leaves
 from .._action import Action, DecayState, Term
 from .._arithmetic import Rate, cast, compute_dtype, plus, product
+from .._unstable import varying_axes
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
 from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
@@ -157,7 +158,7 @@ def decoupled_lora_decay(
             of_w0, of_product = _pull(w0, left, right, is_left=path == pair.left)
             pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
             # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
-            split = sorted(_axes.varying(pull) - _axes.varying(param), key=str)
+            split = sorted(varying_axes(pull) - varying_axes(param), key=str)
             pull = _axes.total(pull, tuple(split))
             new = plus(cast(update, dtype), Rate(rate, is_known=isinstance(rate, np.generic)), pull)
             return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
