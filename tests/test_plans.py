@@ -71,6 +71,16 @@ def test_each_row_of_a_plan() -> None:
         it["blocks"]
 
 
+def test_a_plan_is_a_sequence_of_rows() -> None:
+    params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    made = plan(params, 0.1, wdjax.only("kernel"))
+    assert len(made) == 2
+    assert [(row.path, row.rate) for row in made] == [("Dense_0/bias", 0.0), ("Dense_0/kernel", 0.1)]
+    assert made["Dense_0/kernel"] in made
+    with pytest.raises(KeyError, match="no parameter has the path 'Dense_1'"):
+        made["Dense_1"]
+
+
 def test_the_rule_that_decided() -> None:
     table = by_path({"bias": 0.0, ("embed", "head"): by_path({"embedding": 0.5}, default=2.0)}, default=1.0)
     found = {path: row[1:3] for path, row in rows(plan(PARAMS, table)).items()}

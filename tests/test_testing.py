@@ -1,5 +1,7 @@
 """The oracles and assertions that users call: right about what is right, and red about what is wrong."""
 
+import importlib
+import sys
 from typing import Any
 
 import jax
@@ -152,3 +154,10 @@ def test_decayed_weights_takes_numbers_sequences_and_schedules() -> None:
     np.testing.assert_array_equal(testing.decayed_weights([3.0], 0.5, 1.0, 0), [3.0])
     with pytest.raises(ValueError, match="learning_rate has 3 values for 4 steps"):
         testing.decayed_weights(2.0, rates, 1.0, 4)
+
+
+def test_without_chex_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chex", None)
+    monkeypatch.delitem(sys.modules, "wdjax.testing")
+    with pytest.raises(ImportError, match=r"pip install 'wdjax\[testing\]', or pip install chex"):
+        importlib.import_module("wdjax.testing")

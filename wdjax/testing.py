@@ -1,7 +1,7 @@
 """For your own unit tests: what weight decay must do in closed form, and assertions that an optimizer does it.
 
 The oracles are NumPy in float64 and know nothing of JAX. The assertions go through chex, so this module, unlike the
-rest of the package, needs `pip install chex`.
+rest of the package, needs the extra `wdjax[testing]`.
 """
 
 import os
@@ -9,11 +9,17 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+try:
+    import chex
+except ImportError as error:
+    raise ImportError(
+        "wdjax.testing asserts through chex, which is not installed. Run pip install 'wdjax[testing]', or pip install chex."
+    ) from error
 
 from . import _checks, _leaves
 from ._action import Action, DecayState

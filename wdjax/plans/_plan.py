@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import _table
@@ -15,7 +15,8 @@ class Plan:
     """Who decays, how strongly and why: one row for each parameter, in the order of the tree.
 
     `print(plan)` and `str(plan)` give a table in plain text, `plan.show()` and `rich.print(plan)` one in colors for a
-    terminal, and a notebook shows it as HTML. Repeated blocks are one line.
+    terminal, and a notebook shows it as HTML. Repeated blocks are one line. `for row in plan` goes through the rows, and
+    `plan[path]` is the row of one parameter.
     """
 
     parameters: tuple[Planned, ...]
@@ -25,6 +26,13 @@ class Plan:
         if path not in self._rows:
             raise KeyError(f"Plan: no parameter has the path {path!r}.")
         return self._rows[path]
+
+    def __iter__(self) -> Iterator[Planned]:
+        """The rows, in the order of the tree."""
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
 
     @functools.cached_property
     def _rows(self) -> dict[str, Planned]:
