@@ -18,7 +18,8 @@ try:
     import chex
 except ImportError as error:
     raise ImportError(
-        "wdjax.testing asserts through chex, which is not installed. Run pip install 'wdjax[testing]', or pip install chex."
+        "wdjax.testing asserts through chex, which is not installed. Run pip install 'wdjax[testing]', "
+        "or pip install chex."
     ) from error
 
 from . import _checks, _leaves

@@ -15,8 +15,9 @@ class Plan:
     """Who decays, how strongly and why: one row for each parameter, in the order of the tree.
 
     `print(plan)` and `str(plan)` give a table in plain text, `plan.show()` and `rich.print(plan)` one in colors for a
-    terminal, and a notebook shows it as HTML. Repeated blocks are one line. `for row in plan` goes through the rows, and
-    `plan[path]` is the row of one parameter.
+    terminal, and a notebook shows it as HTML. Repeated blocks are one line.
+
+    `for row in plan` goes through the rows, and `plan[path]` is the row of one parameter.
     """
 
     parameters: tuple[Planned, ...]
