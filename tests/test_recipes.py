@@ -1,4 +1,4 @@
-"""A recipe is its chain: the same updates and state, and nothing that is kept from one optimizer to the next."""
+"""Each recipe gives the updates and the state of its documented chain, and two optimizers share nothing."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PARAMS = {
     "half": jnp.linspace(-2.0, 1.0, 8).astype(jnp.bfloat16),
 }
 LEARNING_RATE = optax.cosine_decay_schedule(0.1, 20)
-# A schedule in plain Python, which no tracer gets through. Optax takes it outside of jit, and so must a recipe.
+# A schedule in plain Python, which fails on a tracer. Optax takes it outside of jit, and so must a recipe.
 PYTHON_SCHEDULE: Callable[[Any], Any] = lambda step: 0.1 if int(step) < 2 else 0.01  # noqa: E731
 RATES = wdjax.by_path({"bias": 0.0, "half": optax.linear_schedule(0.2, 0.0, 5)}, default=0.3)
 

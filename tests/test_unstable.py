@@ -1,4 +1,4 @@
-"""Each part of JAX that may go away is taken away once, and what wdjax computes stays the same."""
+"""Each unstable part of JAX is taken away once, and what wdjax computes stays the same."""
 
 import contextlib
 import importlib.util
@@ -39,7 +39,7 @@ def test_one_file_has_them_all() -> None:
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_it_can_be_imported_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A module that is there and lacks the name; one that is gone raises an ImportError just as well.
+    # The module exists but lacks the name. A missing module also raises ImportError.
     monkeypatch.setitem(sys.modules, IMPORTS[name], types.ModuleType(IMPORTS[name]))
     spec = importlib.util.spec_from_file_location("unstable_once_more", WDJAX / "_unstable.py")
     assert spec is not None
@@ -66,7 +66,7 @@ TAKEN_AWAY: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture(params=TAKEN_AWAY)
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    jax.clear_caches()  # Or what was traced with it serves once more.
+    jax.clear_caches()  # Otherwise JAX reuses what it traced before.
     monkeypatch.setattr(_unstable, *TAKEN_AWAY[request.param])
     yield request.param
     jax.clear_caches()

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Runs the two commands of README.md with the newest or the oldest versions, in a new copy of this checkout:
 #
-#     tests/versions.sh newest [pytest arguments]    # the highest Python of this machine, the newest releases
-#     tests/versions.sh oldest [pytest arguments]    # the lowest Python that wdjax supports, the releases of oldest.txt
+#     tests/versions.sh newest [pytest arguments]    # the highest Python on this machine, the newest releases
+#     tests/versions.sh oldest [pytest arguments]    # the lowest supported Python here, the releases of oldest.txt
 #
-# The copy and its environment stay in build/versions/. PYTHON names another interpreter, EXTRA further packages.
+# The copy and its environment stay in build/versions/. Set PYTHON to use another interpreter, and EXTRA to install
+# more packages: EXTRA=torch==2.13.0 tests/versions.sh oldest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 which=${1:?say newest or oldest}
 shift
 
-supported() { # The Pythons of this machine that are new enough, the lowest first: those on the PATH and those of pyenv.
+supported() { # Prints the supported Pythons on the PATH and in pyenv, the lowest first.
   local IFS=: least
   least=$(sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
   for folder in $PATH "$HOME"/.pyenv/versions/*/bin; do
     for python in "$folder"/python3.[0-9] "$folder"/python3.[0-9][0-9]; do
-      # One that cannot make an environment with pip in it, as Debian's without python3-venv, says nothing.
+      # A Python without ensurepip (Debian without python3-venv) is skipped.
       [ -x "$python" ] && "$python" -c "
 import ensurepip, sys
 if sys.version_info >= (3, $least): print(sys.version_info.minor, sys.executable)" 2>/dev/null || true
@@ -35,11 +36,11 @@ copy=build/versions/$which
 rm -rf "$copy"
 mkdir -p "$copy/bin"
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
-  [ -e "$file" ] && printf '%s\0' "$file"
+  if [ -e "$file" ]; then printf '%s\0' "$file"; fi
 done | xargs -0 cp --parents -t "$copy"
 cd "$copy"
 
-# The commands of the README say python3, and take what pip finds.
+# The README's commands call python3 and let pip choose the versions, so both are set here.
 ln -s "$python" bin/python3
 export PATH=$PWD/bin:$PATH
 [ "$which" = newest ] || export PIP_CONSTRAINT=$PWD/tests/oldest.txt
@@ -49,7 +50,7 @@ python3 -m venv .venv
 # shellcheck disable=SC2086  # Several packages are several words.
 [ -z "${EXTRA:-}" ] || .venv/bin/pip install -q $EXTRA
 bash -ec "${commands[0]}"
-bash -ec "${commands[1]} $*"
+bash -ec "${commands[1]} \"\$@\"" bash "$@"
 
 echo
 echo "$which: passed with"

@@ -1,8 +1,9 @@
-"""All that wdjax takes from parts of JAX that may change: each with what is done where JAX no longer has it.
+"""Everything that wdjax uses of the unstable parts of JAX, each with a fallback.
 
 What JAX documents as stable is imported where it is used. What is experimental (`jax.experimental`), semi-public
-(`jax.core`, `jax.extend`) or an attribute of an abstract value stands here and nowhere else. Nothing here decides what
-a decay computes: without these parts some programs compile more slowly, some checks see less, and results are the same.
+(`jax.core`, `jax.extend`) or an attribute of an abstract value stands here and nowhere else. Without these parts some
+programs compile more slowly, and arrays within `shard_map` are taken to be split as the caller says. What a decay
+computes stays the same.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ except ImportError:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is an array without values yet, as within `jax.jit`, `jax.grad` or `jax.vmap`."""
+    """Whether a value is a JAX tracer, as within `jax.jit`, `jax.grad` or `jax.vmap`."""
     if Tracer is not None:
         return isinstance(value, Tracer)
     if not isinstance(value, jax.Array):
@@ -42,7 +43,7 @@ def is_traced(value: Any) -> bool:
 def varying_axes(x: Any) -> frozenset[Any]:
     """The mesh axes along which an array is known to differ: none outside `shard_map` and with `check_vma=False`.
 
-    Without JAX's word on it nothing is known, and what the caller says of an array is believed.
+    If JAX does not report them, the set is empty, and wdjax trusts the caller.
     """
     kind = jax.typeof(x)
     found = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
@@ -52,7 +53,7 @@ def varying_axes(x: Any) -> frozenset[Any]:
 
 
 def may_be_split(x: Any) -> bool:
-    """Whether an array may lie on several devices. Within jit its type names the mesh, if not how it is split."""
+    """Whether an array may lie on several devices. Within jit its type has the mesh, if not the partition."""
     mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
     return getattr(mesh, "size", 2) > 1
 
@@ -63,12 +64,12 @@ def explicit_axes(x: Any) -> Any:
 
 
 def not_inlined() -> contextlib.AbstractContextManager[Any] | None:
-    """Within it, XLA's compiler for CPUs keeps calls of jitted functions as calls; None where JAX cannot say so."""
+    """A context in which XLA does not inline jitted functions on CPUs; None if JAX cannot ask for that."""
     return None if set_xla_metadata is None else set_xla_metadata(inlineable="false")
 
 
 def whole(x: Any) -> np.ndarray:
-    """The values of an array, including those that lie on other processes; all processes must ask."""
+    """The values of an array, including those that lie on other processes. All processes must call it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     if process_allgather is None:
