@@ -22,13 +22,11 @@ class Row(NamedTuple):
         name: for the test's id.
         build: (rate, mask, toward) -> transformation.
         oracle: (update, weight, rate, anchor) -> update, in float64; knows nothing of JAX.
-        anchored: whether it takes `toward`.
     """
 
     name: str
     build: Callable[..., Any]
     oracle: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
-    anchored: bool = True
 
 
 def soft(w: np.ndarray, k: float) -> np.ndarray:
@@ -85,12 +83,6 @@ ROWS = [
         "add_l2_to_grads",
         lambda rate, mask=None, toward=None: wdjax.add_l2_to_grads(rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * (w - a),
-    ),
-    Row(
-        "add_l1_to_grads",
-        lambda rate, mask=None: wdjax.add_l1_to_grads(rate, mask),
-        lambda u, w, rate, a: u + rate * np.sign(w),
-        anchored=False,
     ),
     *map(_in_gradient, KINDS),
     Row(

@@ -82,12 +82,14 @@ def check_steps(mesh: Mesh) -> None:
     assert list(my_scalars) == list(our_scalars)
     for name, value in my_scalars.items():
         np.testing.assert_allclose(our_scalars[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    for writer in wdjax.compensated(), wdjax.master_weights():
-        _compare_steps(optax.chain(wdjax.in_float32(wdjax.sgdw(schedule, 0.1, MASK)), writer), mesh)
+    # XLA may contract a product and a sum in the loop over a whole array and not in that over a part. The float32 copy
+    # shows that by a rounding, as it does behind Optax's own decay.
+    for writer, tolerance in (wdjax.compensated(), 0.0), (wdjax.master_weights(), 2**-23):
+        _compare_steps(optax.chain(wdjax.in_float32(wdjax.sgdw(schedule, 0.1, MASK)), writer), mesh, tolerance)
 
 
-def _compare_steps(optimizer: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Two steps by this process alone and by all of them; the two states."""
+def _compare_steps(optimizer: Any, mesh: Mesh, tolerance: float = 0.0) -> tuple[Any, Any]:
+    """Two steps by this process alone and by all of them; the two states. The tolerance is that of the states."""
     mine = jax.tree.map(jnp.asarray, whole(jnp.bfloat16))
     ours = cut(whole(jnp.bfloat16), mesh)
     assert not ours["Dense_0"]["kernel"].is_fully_addressable
@@ -100,7 +102,7 @@ def _compare_steps(optimizer: Any, mesh: Mesh) -> tuple[Any, Any]:
     assert_is_part_of(ours, mine)
     assert np.asarray(ours["norm"]["scale"]).tobytes() != whole(jnp.bfloat16)["norm"]["scale"].tobytes()
     # What a monitor measured is sums over all processes, equal to rounding only.
-    assert_is_part_of(*(getattr(state, "inner_state", state) for state in (our_state, my_state)))
+    assert_is_part_of(*(getattr(state, "inner_state", state) for state in (our_state, my_state)), tolerance)
     return my_state, our_state
 
 

@@ -68,10 +68,10 @@ def test_l2_and_l1_are_the_penalties_of_their_names() -> None:
     np.testing.assert_allclose(
         wdjax.l2_penalty(params, 0.3, mask, toward=anchor), 0.15 * np.sum((w - a) ** 2), rtol=1e-14
     )
-    np.testing.assert_allclose(wdjax.l1_penalty(params, 0.3, mask), 0.3 * np.sum(np.abs(w)), rtol=1e-14)
+    np.testing.assert_allclose(wdjax.penalty(params, wdjax.L1(), 0.3, mask), 0.3 * np.sum(np.abs(w)), rtol=1e-14)
     for penalty, place in (
         (lambda p: wdjax.l2_penalty(p, 0.3, mask), wdjax.add_l2_to_grads(0.3, mask)),
-        (lambda p: wdjax.l1_penalty(p, 0.3, mask), wdjax.add_l1_to_grads(0.3, mask)),
+        (lambda p: wdjax.penalty(p, wdjax.L1(), 0.3, mask), wdjax.add_penalty_to_grads(wdjax.L1(), 0.3, mask)),
     ):
         added, _ = place.update(zero_grads(params, 0), place.init(params), params)
         chex.assert_trees_all_close(jax.grad(penalty)(params), added, rtol=1e-14, atol=0)
@@ -265,7 +265,7 @@ def test_the_proximal_step_leads_to_scikit_learns_lasso_with_exact_zeros(kind: s
 
 def test_subgradient_l1_chatters_where_the_proximal_step_is_zero() -> None:
     x, y = regression()
-    optimizer = optax.chain(wdjax.add_l1_to_grads(0.3), optax.sgd(0.2))
+    optimizer = optax.chain(wdjax.add_penalty_to_grads(wdjax.L1(), 0.3), optax.sgd(0.2))
     end = np.asarray(run(optimizer, {"w": jnp.ones(x.shape[1])}, least_squares(x, y), 3000)["w"][-1])
     assert not np.any(end == 0)
 

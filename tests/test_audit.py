@@ -84,11 +84,11 @@ KNOWN: dict[str, tuple[Any, tuple[float, str, str, str]]] = {
 # Of these the rate depends on the weight: place and kind.
 OTHERS: dict[str, tuple[Any, tuple[str, str]]] = {
     "adam_l2": (wdjax.adam_l2(LR, WD, WEIGHTS), ("gradient", "L1")),
-    "L1": (in_chain(wdjax.add_l1_to_grads(WD, WEIGHTS), SGD), ("update", "L1")),
+    "L1": (in_chain(wdjax.add_penalty_to_grads(wdjax.L1(), WD, WEIGHTS), SGD), ("update", "L1")),
     "Huber": (in_chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS), SGD), ("update", "Huber")),
     "group": (in_chain(wdjax.add_penalty_to_grads(wdjax.GroupLasso(), WD, WEIGHTS), SGD), ("update", "norm")),
     "elastic net": (in_chain(wdjax.add_penalty_to_grads(wdjax.ElasticNet(0.5), WD, WEIGHTS), SGD), ("update", "other")),
-    "L1, adapted": (in_chain(wdjax.add_l1_to_grads(WD, WEIGHTS), optax.adam(LR)), ("gradient", "L1")),
+    "L1, adapted": (in_chain(wdjax.add_penalty_to_grads(wdjax.L1(), WD, WEIGHTS), optax.adam(LR)), ("gradient", "L1")),
     "proximal L1": (
         in_chain(SGD, wdjax.proximal_step(wdjax.L1(), WD, WEIGHTS, learning_rate=LR)),
         ("weights", "L1"),

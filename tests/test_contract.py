@@ -15,7 +15,6 @@ import wdjax
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
-anchored_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.anchored], ids=lambda row: row.name)
 
 RATE = 0.3
 RATES = {
@@ -97,7 +96,7 @@ def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
             state = new_state
 
 
-@anchored_rows
+@every_row
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_toward_a_tree_and_toward_init(row: Row, dtype: Any) -> None:
     params, updates = make_params(dtype), make_updates(dtype)
@@ -254,9 +253,8 @@ def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
         return optimizer.update(updates, optimizer.init(params), params)[0]
 
     assert_same_bits(jax.jit(traced)(jnp.array(0.0)), updates)
-    if row.anchored:
-        anchored = row.build(jnp.array(0.0), toward="init")
-        assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
+    anchored = row.build(jnp.array(0.0), toward="init")
+    assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
 
 
 @every_decay

@@ -154,8 +154,8 @@ def last_bit(array: np.ndarray) -> None:
         ),
         (lambda single, whole, resumed: last_bit(whole["state"][1]["mu"]["Dense_0"]["bias"]), "^1 arrays of the rest"),
         (lambda single, whole, resumed: resumed["losses"].__setitem__(3, 1.5), "^1 arrays of the restored"),
-        (lambda single, whole, resumed: single["state"][0]["Dense_2"]["bias"].__imul__(1.001), "differ by 1.0e-03 of"),
-        (lambda single, whole, resumed: single["state"][0]["Dense_2"]["bias"].fill(np.nan), "differ by nan of"),
+        (lambda single, whole, resumed: single["state"][0]["Dense_1"]["bias"].__imul__(1.001), "differ by 1.0e-03 of"),
+        (lambda single, whole, resumed: single["state"][0]["Dense_1"]["bias"].fill(np.nan), "differ by nan of"),
     ],
 )
 def test_the_example_raises_where_the_runs_part(

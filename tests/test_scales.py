@@ -414,7 +414,7 @@ def test_stacked_in_the_loss(kind: Any, axis: int) -> None:
 def test_stacked_l1_and_l2_penalties() -> None:
     params = listed()
     plain, deep = (0.3 * rules for rules in two_forms(0, 0.75))
-    for penalty in (wdjax.l2_penalty, wdjax.l1_penalty):
+    for penalty in (wdjax.l2_penalty, lambda params, rate: wdjax.penalty(params, wdjax.L1(), rate)):
         np.testing.assert_allclose(penalty(stacked(params, 0), deep), penalty(params, plain), rtol=2e-6)
     widths = {"embed": 0.75**4, "head": 1.0, **{f"Block_{i}": 0.75 ** (3 - i) for i in range(LAYERS)}}
     squares = sum(

@@ -61,7 +61,7 @@ def expected_gradient(is_mean: bool, is_penalized: bool = True) -> Any:
 def penalty(params: Any, mask: Any = None, split: str | None = None) -> Any:
     return (
         wdjax.l2_penalty(params, RATE, mask, axis_name=split)
-        + wdjax.l1_penalty(params, RATE, mask, axis_name=split)
+        + wdjax.penalty(params, wdjax.L1(), RATE, mask, axis_name=split)
         + wdjax.penalty(params, wdjax.GroupLasso(axis_name=split), RATE, mask)
     )
 
@@ -146,7 +146,7 @@ def test_a_penalty_of_split_parameters_acts_once(check_vma: bool, count: int) ->
 
 PLACES: dict[str, tuple[Any, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
     "add_l2_to_grads": (wdjax.add_l2_to_grads(RATE), lambda g, p: g + RATE * p),
-    "add_l1_to_grads": (wdjax.add_l1_to_grads(RATE), lambda g, p: g + RATE * np.sign(p)),
+    "add_penalty_to_grads": (wdjax.add_penalty_to_grads(wdjax.L1(), RATE), lambda g, p: g + RATE * np.sign(p)),
     "decoupled_decay": (wdjax.decoupled_decay(RATE), lambda g, p: g + RATE * p),
     "independent_decay": (wdjax.independent_decay(RATE), lambda g, p: g - RATE * p),
     "proximal_step": (
@@ -383,7 +383,7 @@ def test_an_axis_that_is_no_name(name: Any) -> None:
     for where, call in (
         ("GroupLasso", lambda: wdjax.GroupLasso(axis_name=name)),
         ("monitor", lambda: wdjax.monitor(optax.sgd(0.1), axis_name=name)),
-        ("l1_penalty", lambda: wdjax.l1_penalty({"w": jnp.ones(2)}, RATE, axis_name=name)),
+        ("l2_penalty", lambda: wdjax.l2_penalty({"w": jnp.ones(2)}, RATE, axis_name=name)),
     ):
         with pytest.raises(
             TypeError, match=rf"{where}: axis_name must be the name of a mesh axis.*got .*axis_name='data'"

@@ -248,7 +248,9 @@ def keras_l2_adam(run: Run) -> Any:
 
 
 def keras_l1_sgd(run: Run) -> Any:
-    return optax.chain(wdjax.add_l1_to_grads(run.on * run.regularizer["l1"], wdjax.only("w*")), optax.sgd(run.lr))
+    return optax.chain(
+        wdjax.add_penalty_to_grads(wdjax.L1(), run.on * run.regularizer["l1"], wdjax.only("w*")), optax.sgd(run.lr)
+    )
 
 
 def keras_sgd(run: Run) -> Any:
@@ -351,7 +353,7 @@ ROWS: dict[str, Build] = {
     "mx_sgd_names_default": mxnet_sgd_names,
     "keras_reg_l2_sgdm": keras_l2_sgd,
     "keras_reg_l2_adam": keras_l2_adam,
-    # add_l1_to_grads
+    # add_penalty_to_grads
     "keras_reg_l1_sgd": keras_l1_sgd,
     # decoupled_decay
     "torch_adamw": torch_adamw,

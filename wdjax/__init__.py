@@ -17,10 +17,8 @@ from .audits import Audit as Audit
 from .audits import Audited as Audited
 from .audits import Finding as Finding
 from .audits import audit as audit
-from .in_gradient import add_l1_to_grads as add_l1_to_grads
 from .in_gradient import add_l2_to_grads as add_l2_to_grads
 from .in_gradient import add_penalty_to_grads as add_penalty_to_grads
-from .in_loss import l1_penalty as l1_penalty
 from .in_loss import l2_penalty as l2_penalty
 from .in_loss import penalty as penalty
 from .in_update import cautious as cautious

@@ -15,7 +15,7 @@ import optax
 from . import _checks
 from ._action import Action, transformation
 from ._arithmetic import away, plus
-from .penalties import L1, L2, Penalty, checked_kind
+from .penalties import L2, Penalty, checked_kind
 
 PyTree = Any
 
@@ -56,29 +56,6 @@ def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         {'bias': 2.0, 'kernel': 1.9}
     """
     return _add("add_l2_to_grads", L2(), {"weight_decay": weight_decay}, mask, toward)
-
-
-@_checks.known_arguments
-def add_l1_to_grads(strength: Any, mask: Any = None) -> optax.GradientTransformation:
-    """Adds strength times the sign of the weight to its gradient: the L1 penalty, without touching the loss.
-
-    Rule:   g <- g + strength * sign(p), with sign(0) = 0
-    Place:  before `scale_by_*`, as `add_l2_to_grads`.
-    Units:  of a gradient, whatever the size of the weight. Weights come near zero and chatter there, within
-            learning_rate * strength: for exact zeros use `proximal_step(L1(), ...)`.
-    Source: Tibshirani 1996; Keras' `kernel_regularizer=l1(strength)` does the same.
-
-    Args, Returns, Raises: as `add_l2_to_grads`.
-
-    Example:
-
-        >>> import jax.numpy as jnp, wdjax
-        >>> l1 = wdjax.add_l1_to_grads(0.5)
-        >>> params = {"kernel": jnp.array([3.0, -4.0, 0.0])}
-        >>> l1.update({"kernel": jnp.zeros(3)}, l1.init(params), params)[0]["kernel"].tolist()
-        [0.5, -0.5, 0.0]
-    """
-    return _add("add_l1_to_grads", L1(), {"strength": strength}, mask, None)
 
 
 @_checks.known_arguments

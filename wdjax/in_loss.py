@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from . import _arithmetic, _axes, _checks, _leaves
 from ._action import Action
-from .penalties import L1, L2, Penalty, checked_kind
+from .penalties import L2, Penalty, checked_kind
 
 PyTree = Any
 
@@ -58,27 +58,6 @@ def l2_penalty(
         2.5
     """
     return _penalty("l2_penalty", "weight_decay", params, L2(), weight_decay, mask, toward, axis_name)
-
-
-@_checks.known_arguments
-def l1_penalty(params: PyTree, strength: Any, mask: Any = None, *, axis_name: Any = None) -> jax.Array:
-    """strength times the sum of absolute weights, to add to the loss.
-
-    Rule:   loss <- loss + strength * sum |p|
-    Place:  in the function that is differentiated.
-    Units:  of the loss per weight; its gradient is +-strength, and 0 at zero. Subgradient steps chatter about zero:
-            for weights that are exactly zero use `proximal_step(L1(), ...)`.
-    Source: Tibshirani 1996; Keras' `l1(r)` is strength = r.
-
-    Args, Returns, Raises: as `l2_penalty`.
-
-    Example:
-
-        >>> import jax.numpy as jnp, wdjax
-        >>> float(wdjax.l1_penalty({"kernel": jnp.array([3.0, -4.0])}, 0.5))
-        3.5
-    """
-    return _penalty("l1_penalty", "strength", params, L1(), strength, mask, None, axis_name)
 
 
 @_checks.known_arguments
