@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 
 # Black, blue, vermilion and green of Okabe and Ito, which a colour-blind reader can tell apart.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
+# The same in every picture that compares them, so that a reader of two pictures learns the colours once.
+METHOD_COLORS = dict(zip(("no decay", "L2 in Adam", "decoupled decay"), COLORS[:3], strict=True))
 plt.rcParams.update(
     {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 )
@@ -62,7 +64,7 @@ def arguments(description: str | None, script: str, argv: Sequence[str] | None) 
 
 
 def digits(train_size: int = 300) -> Digits:
-    """scikit-learn's 1,797 digits, split once and for all: few to train on, so that a network learns them by heart."""
+    """scikit-learn's 1,797 digits, split once and for all: few to train on, so that a network memorizes them."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     x, y = jnp.asarray(images[order] / 16, jnp.float32), jnp.asarray(labels[order], jnp.int32)
@@ -92,6 +94,12 @@ def group_norms(params: Any) -> dict[str, jax.Array]:
     return {group: jnp.sqrt(square) for group, square in squares.items()}
 
 
+def print_plan(params: Any, weight_decay: float) -> None:
+    """Prints which parameters decay if the weights do, before anything is trained."""
+    print(f"Parameters that decay (shown for decoupled decay with strength {weight_decay:g}):\n")
+    print(wdjax.plan(params, weight_decay, wdjax.weights_only()), end="\n\n")
+
+
 def print_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Prints some columns of the rows, numbers to four significant digits."""
     left = max(map(len, rows))
@@ -100,19 +108,21 @@ def print_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -
         print(f"{name:{left}}" + "".join(f"{row[column]:>#19.4g}" for column in columns))
 
 
-def report_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, path: Path) -> dict[str, dict[str, float]]:
+def report_errors(
+    runs: Mapping[str, Mapping[float, Errors]], wrong: float, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Prints the table and what it says, draws it, and returns its rows.
 
     Args:
         runs: the errors of all seeds, by method and strength. The strength 0 stands for no decay.
         wrong: the share of wrong training labels.
-        path: the picture.
+        options: what `arguments` returned.
     """
     rows: dict[str, dict[str, float]] = {}
     for method, tried in runs.items():
         for strength, errors in tried.items():
             test, train = errors.test[:, -1], errors.train[:, -1]
-            row = {"test error %": test.mean(), "best seed": test.min(), "worst seed": test.max()}
+            row = {"test error %": test.mean(), "lowest seed %": test.min(), "highest seed %": test.max()}
             row["train error %"] = train.mean()
             name = f"{method}, lambda = {strength:g}" if strength else method
             rows[name] = {key: float(value) for key, value in row.items()}
@@ -124,11 +134,13 @@ def report_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, path
         f"\n- without decay: {none[1].last_test:.1f} %;"
         f"\n- with L2 in Adam: {l2[1].last_test:.1f} % at the best lambda, {l2[0]:g};"
         f"\n- with decoupled decay: {decoupled[1].last_test:.1f} % at the best lambda, {decoupled[0]:g}."
-        f"\nThe best lambdas differ by a factor of {decoupled[0] / l2[0]:.0f}, because their units differ."
+        f"\nThe best lambda of decoupled decay is {decoupled[0] / l2[0]:.3g} times that of L2. Their units differ."
         f"\nTraining error, by the labels as given: {none[1].last_train:.1f} % without decay,"
         f" {decoupled[1].last_train:.1f} % with decoupled decay."
     )
-    draw_errors(runs, wrong, path)
+    if options.quick:
+        print("This --quick run is too short to learn the wrong labels. Its numbers say nothing about decay.")
+    draw_errors(runs, wrong, options)
     return rows
 
 
@@ -137,50 +149,59 @@ def best_strength(tried: Mapping[float, Errors]) -> tuple[float, Errors]:
     return min(tried.items(), key=lambda item: item[1].last_test)
 
 
-def draw_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, path: Path) -> None:
+def draw_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, options: argparse.Namespace) -> None:
     """Draws the test error over the strengths, and the errors over the steps without decay and with the best one."""
     (_, none), _, (decoupled, chosen) = (best_strength(tried) for tried in runs.values())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.8, 4.8), layout="constrained")
-    left.axhspan(none.test[:, -1].min(), none.test[:, -1].max(), color=COLORS[0], alpha=0.15, linewidth=0)
-    left.axhline(none.last_test, color=COLORS[0], linestyle="--", linewidth=2)
-    left.annotate(  # At the left edge, above the band.
-        f"no decay: {none.last_test:.1f} %",
-        (0.02, none.test[:, -1].max()),
-        (0, 4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-    )
-    for method, color in zip(("L2 in Adam", "decoupled decay"), COLORS[1:3], strict=True):
+    # The README shows it 800 pixels wide, so the letters are large.
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.6), layout="constrained")
+    look: Any = {"textcoords": "offset points", "fontsize": 14}
+    black = METHOD_COLORS["no decay"]
+    left.axhspan(none.test[:, -1].min(), none.test[:, -1].max(), color=black, alpha=0.15, linewidth=0)
+    left.axhline(none.last_test, color=black, linewidth=2.5)
+    at_left_edge = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
+    left.annotate(f"no decay: {none.last_test:.1f} %", (0.02, none.test[:, -1].max()), (0, 3), **at_left_edge, **look)
+    for method in ("L2 in Adam", "decoupled decay"):
+        color = METHOD_COLORS[method]
         last = np.stack([errors.test[:, -1] for errors in runs[method].values()])
         left.fill_between(list(runs[method]), last.min(1), last.max(1), color=color, alpha=0.25, linewidth=0)
-        left.semilogx(list(runs[method]), last.mean(1), "o-", color=color, linewidth=2)
+        left.semilogx(list(runs[method]), last.mean(1), "o-", color=color, linewidth=2.5)
         strength, errors = best_strength(runs[method])
-        text = f"{method}:\n{errors.last_test:.1f} % at {strength:g}"
-        left.annotate(
-            text, (strength, errors.last_test), (0, -10), textcoords="offset points", ha="center", va="top", color=color
-        )
-    left.set(title=f"After training (mean and range of {len(none.test)} seeds)", ylabel="test error in %")
-    left.set(xlabel="lambda (log scale; each method has its own unit)")
+        text = f"{method}:\n{errors.last_test:.1f} % at λ = {strength:g}"
+        left.annotate(text, (strength, errors.last_test), (0, -9), color=color, ha="center", va="top", **look)
+    left.set(title="After training", xlabel="λ (log scale; each method has its own unit)", ylabel="test error (%)")
 
-    for name, errors, color in (("no decay", none, COLORS[0]), ("decoupled decay", chosen, COLORS[2])):
+    # The training error counts by the labels as given, so a network that learned only the truth ends on this line.
+    right.axhline(100 * wrong, color="0.45", linewidth=1.2)
+    at_end: Any = {"xycoords": ("axes fraction", "data"), "ha": "right"}
+    label = "share of wrong training labels"
+    right.annotate(label, (0.99, 100 * wrong), (0, -3), color="0.35", va="top", **at_end, **look)
+    for name, errors in ("no decay", none), ("decoupled decay", chosen):
+        color = METHOD_COLORS[name]
         for kind, curves, line in (("test", errors.test, "-"), ("training", errors.train, ":")):
             right.fill_between(errors.steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
-            right.plot(errors.steps, curves.mean(0), line, color=color, linewidth=2)
-            place, text = (errors.steps[-1], curves[:, -1].mean()), f"{kind}, {name}"
-            right.annotate(text, place, (5, 0), textcoords="offset points", va="center", color=color)
-    right.set(title=f"During training (decoupled decay: lambda = {decoupled:g})")
-    right.set(xlabel="step", xlim=(0, none.steps[-1]))
-    right.set(ylabel="error in % (training: by the labels as given)")
+            right.plot(errors.steps, curves.mean(0), line, color=color, linewidth=2.5)
+            # Below where nothing decays, above where something does: away from the other lines.
+            edge, above, va = (curves[:, -1].min(), -3, "top") if errors is none else (curves[:, -1].max(), 6, "bottom")
+            right.annotate(f"{kind}, {name}", (0.99, edge), (0, above), color=color, va=va, **at_end, **look)
+    right.set(title="During training", xlabel="training step", ylabel="error (%)", xlim=(0, none.steps[-1]))
     top = 1.05 * max(errors.test[:, -1].max() for tried in runs.values() for errors in tried.values())
     for axes in (left, right):
-        axes.set_ylim(0, top)
-    message = f"{100 * wrong:g} % wrong labels: test error {none.last_test:.0f} % without weight decay"
-    save(figure, f"{message}, {chosen.last_test:.0f} % with it", path)
+        axes.set_ylim(-0.06 * top, top)  # With room for labels below the lowest errors.
+        axes.title.set_size(14)
+        axes.xaxis.label.set_size(14)
+        axes.yaxis.label.set_size(14)
+        axes.tick_params(labelsize=13)
+    note = f"Lines: mean of {len(none.test)} seeds. Bands: lowest to highest seed."
+    figure.supxlabel(f"{note} Right: decoupled decay with λ = {decoupled:g}.", fontsize=13)
+    message = f"test error {none.last_test:.0f} % without weight decay, {chosen.last_test:.0f} % with it"
+    if options.quick:
+        message = "this quick run is too short to learn them"
+    save(figure, f"{100 * wrong:g} % of the training labels are wrong:\n{message}", options.out, size=16)
 
 
-def save(figure: Any, title: str, path: Path) -> None:
+def save(figure: Any, title: str, path: Path, size: float = 13) -> None:
     """Writes the picture under its one message, and says where."""
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(title, fontsize=size, fontweight="bold")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"\nPicture: {path}")

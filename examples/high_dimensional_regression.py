@@ -1,15 +1,17 @@
-"""d2l.ai's weight decay (chapter "Weight Decay"): 200 inputs, 20 examples, and the penalty in three places.
+"""The weight decay experiment of d2l.ai: 20 examples, 200 inputs.
 
     python examples/high_dimensional_regression.py
+
+It places the penalty in the loss, in the gradient and in the update. (In the book: chapter "Weight Decay".)
 
 The data are y = 0.05 + sum of 0.01 x_i + noise of 0.01. There are 20 training examples for 201 parameters. Least
 squares fits the examples perfectly and learns next to nothing. In the 180 directions that no example shows, the weights
 stay where they were drawn, so their norm ends near sqrt(180) = 13.4 if they start from N(0, 1). An L2 penalty of
 strength 3 on the weights, but not on the bias, takes those directions to zero.
 
-For SGD the penalty may stand in the loss, in the gradient or in the update. All three give the same step, and the
-script raises an error if they differ by more than rounding. Twenty seeds run at once under `jax.vmap`. The book trains
-for 100 epochs. With the penalty the test error is still falling by then, so the script trains for 300.
+For SGD without momentum, the penalty may stand in the loss, in the gradient or in the update. All three give the same
+step, and the script raises an error if they differ by more than rounding. Twenty seeds run at once under `jax.vmap`.
+The book trains for 100 epochs. With the penalty the test error is still falling by then, so the script trains for 300.
 """
 
 from collections.abc import Sequence
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             row |= {name: result[name][:, -1].mean(), f"{name} std": result[name][:, -1].std()}
         rows[f"lambda = {lam:.0f}, in the {place}"] = {key: float(value) for key, value in row.items()}
 
-    print(f"\nMean over {seeds} seeds after {UNTIL_FLAT} epochs, and standard deviation.")
+    print(f"\nMean over {seeds} seeds after {UNTIL_FLAT} epochs, and standard deviation. (The picture shows medians.)")
     print("off: the largest difference from the penalty in the loss.")
     print_table(rows, ["norm_w", "norm_w std", "train_half_mse", "test_half_mse", "test_half_mse std", "off"])
     at_book, at_end = (results[3.0, "loss"]["test_half_mse"][:, n - 1].mean() for n in (EPOCHS, UNTIL_FLAT))
@@ -164,7 +166,7 @@ def draw_curves(results: Sequence[dict[str, np.ndarray]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     epochs = np.arange(1, UNTIL_FLAT + 1)
     ends = {}
-    for result, lam, color in zip(results, (0, 3), (COLORS[2], COLORS[1]), strict=True):
+    for result, lam, color in zip(results, (0, 3), COLORS[:2], strict=True):
         for data, style in ("test", "-"), ("train", ":"):
             curve = np.median(result[f"{data}_half_mse"], axis=0)
             ends[data, lam] = curve[-1]
@@ -178,7 +180,7 @@ def draw_curves(results: Sequence[dict[str, np.ndarray]], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel=f"half mean squared error\n(median of {seeds} seeds, log scale)")
     without, penalized = (f"{ends['test', lam]:.2g}" for lam in (0, 3))
     message = f"{without} without an L2 penalty, {penalized} with it"
-    save(figure, f"{TRAIN} examples, {INPUTS} inputs. The error on new data:\n{message}", path)
+    save(figure, f"{TRAIN} examples, {INPUTS} inputs. The median error on new data:\n{message}", path)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,24 @@
 Each step, the decay removes a share of the weights, and noise in the gradients makes them longer. Where the two
 balance, the weights keep their length, whatever length they started with. If gradients were pure noise, AdamW's weights
 would reach a root mean square of sqrt(eta / (2 lambda)) within a few times 1 / (eta lambda) steps. From then on, each
-step would turn them by sqrt(2 eta lambda (1 - b1) / (1 + b1)).
+step would turn them by sqrt(2 eta lambda (1 - b1) / (1 + b1)) radians.
 
 Three runs of one network test this. Two runs learn digits with noise on their pixels, and start from kernels a quarter
 and twice as large as usual. In the third, a control, the gradients are random numbers, and the predictions hold to a
-percent. The two that learn come to the same place. The predictions give the scale:
+percent. The two that learn end with the same size. Both are near the predictions, but not equal to them:
 
 - In the hidden layers the weights end a tenth smaller than predicted. LayerNorm follows, so the size of their kernels
-  does not change the output. Adam's steps are a little shorter than those of pure noise. The gradients after a step
-  also oppose it, as in any descent, so less of it remains.
+  hardly changes the output. (It would not change it at all if these layers had no biases.) Adam's steps are a little
+  shorter than those of pure noise. Later gradients also partly undo each step.
 - In the head the weights end almost a third larger. Their size matters, and the mean of the gradients maintains it.
 
 More noise brings both closer to the prediction, and less noise takes them further away. With NOISE = 0 the network
-learns the digits by heart. Then the gradients almost vanish for hundreds of steps and the weights shrink freely, until
-errors throw them back.
+memorizes the digits. Then the gradients almost vanish for hundreds of steps and the weights shrink freely, until the
+network makes errors again and the weights grow.
 
-The picture shows the size of the hidden weights of the two runs that learn, and the prediction. The table has both
-predictions, for the hidden layers and the head, in all three runs. Every number comes from `wdjax.scalars`, taken in
-each step within one compiled `jax.lax.scan`.
+The picture shows the size of the hidden weights of the two runs that learn, and the prediction. The table shows
+measured / predicted for both quantities, for the hidden layers and the head, in all three runs. Every number comes from
+`wdjax.scalars`, taken in each step within one compiled `jax.lax.scan`.
 """
 
 from collections.abc import Mapping, Sequence

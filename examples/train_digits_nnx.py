@@ -1,11 +1,11 @@
-"""The comparison of train_digits.py with Flax NNX: the optimizers and the rules are written the same way.
+"""The experiment of train_digits.py, written in Flax NNX.
 
     python examples/train_digits_nnx.py
 
-`nnx.Optimizer(model, tx, wrt=nnx.Param)` takes any Optax transformation. It shows it the parameters as a tree of
-`nnx.Param`, whose paths JAX itself spells "hidden/kernel/value"; wdjax leaves the last part out, so that
-`only("kernel")` and `weights_only()` say the same here as in Linen. Data, strengths, schedule and seeds are those of
-train_digits.py; the initial weights are drawn in another way, so the numbers differ a little from the ones there.
+The optimizers and the rules are written as in Linen. `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes any Optax
+transformation. NNX passes the parameters as a tree of `nnx.Param`. JAX names the leaves "hidden/kernel/value". wdjax
+drops "/value", so `only("kernel")` and `weights_only()` work as in Linen. Data, strengths, schedule and seeds are those
+of train_digits.py. The initial weights are drawn in another way, so the numbers differ a little.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _common import Digits, arguments, report_errors
+from _common import Digits, arguments, print_plan, report_errors
 from flax import nnx
 from train_digits import BATCH_SIZE, TRAIN_SIZE, WRONG, learning_rate, train_all
 
@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Trains, prints, draws, and returns the rows of the table."""
     options = arguments(__doc__, __file__, argv)
     params = nnx.state(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))), nnx.Param)
-    print(wdjax.plan(params, 1.0, wdjax.weights_only()), end="\n\n")
-    return report_errors(train_all(train, options.quick), WRONG, options.out)
+    print_plan(params, 1.0)
+    return report_errors(train_all(train, options.quick), WRONG, options)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Training on several processes with `jax.distributed`, saved and restored by all of them, and the check against one.
+"""Trains on two processes with `jax.distributed`, restores a checkpoint, and compares with one process.
 
     python examples/train_on_processes.py
 
-The script starts two processes with two emulated CPU devices each. The parameters and both moments of AdamW are cut
-into four, so each process holds half of the optimizer's state and sees half of each batch. Halfway, all of them save
-with orbax. Then two new processes find that checkpoint, restore their parts, and go on to the end. Two checks end the
-run, and each raises an error if it fails. First, the restored run must end in the same bits as the uninterrupted one.
-Second, that one must equal what a single process with one device computes from the same batches, except for rounding.
-The picture shows this difference over the steps.
+The script starts two processes with two emulated CPU devices each. The state is the parameters and both moments of
+AdamW. Each array whose first axis divides by four is split over the four devices. The others are replicated. Each
+process sees half of each batch. Halfway, both save with orbax, and they train to the end. Then two new processes
+restore the halfway checkpoint and train the second half again.
+
+At the end the script makes two checks. Each raises an error if it fails. First, the restored run must end with the same
+bits as the uninterrupted run. Second, the uninterrupted run must equal what a single process with one device computes
+from the same batches, except for rounding. The picture shows this difference over the steps.
 
 On real machines the same `train` runs in one process on each machine. All are started in the same way, with a directory
 that all can write to:
@@ -50,7 +52,7 @@ LIMIT = 300.0  # Seconds for a training: more than ten times what two slow cores
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
-    """The layout of a state, here of shapes: each array is cut along its first axis, if that can be cut evenly."""
+    """The layout of a state, here of shapes: an array is split along its first axis if that divides evenly."""
 
     def layout(leaf: Any) -> jax.ShapeDtypeStruct:
         is_even = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
@@ -179,7 +181,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
         ways = {n: float(difference(one["on the way"][n], params)) for n, params in run["on the way"].items()}
         visible = [value or np.nan for value in ways.values()]  # A logarithmic axis has no zero.
         axes.semilogy(list(ways), visible, style, color=color, linewidth=width)
-        label = "uninterrupted" if run is whole else "saved, stopped and restored"
+        label = "uninterrupted" if run is whole else "restored from the halfway checkpoint"
         axes.annotate(label, (next(iter(ways)), visible[0]), (0, 12), textcoords="offset points", color=color)
     for value, style, label, above in (
         (BOUND, "--", f"the check allows {BOUND:g}", 5),
@@ -192,7 +194,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     steps = len(one["losses"])
     axes.set(xlabel="step", ylabel="largest difference from one process\n(relative to the array's largest, log scale)")
     axes.set(xlim=(0, steps), ylim=(1e-8, 1e-3))
-    same = f"Saved and restored halfway, {PROCESSES} processes end in the same bits"
+    same = f"Restored halfway, {PROCESSES} processes end with the same bits"
     save(figure, f"{same}.\nTheir weights differ from those of one process by {ways[steps]:.0e}", path)
 
 
