@@ -131,18 +131,18 @@ def with_decoupled_decay(
 
 @_checks.known_arguments
 def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """Keeps the parameters of a mask bit for bit, whatever the optimizer does to the others.
+    """Keeps the parameters of a mask bit for bit; unlike `optax.freeze` it stands around the optimizer, not in a chain.
 
-    A mask of zero updates within a chain is undone by what comes after it, a decay for one; a decay's own mask says
-    nothing of the gradient. Here the optimizer never sees what is frozen: it has no state for it, its gradients are
-    in no global norm, and whatever was chained or wrapped inside, the update that comes out changes no bit.
+    Zero updates within a chain can be undone by what comes later in it, for example by a decay. The mask of a decay
+    does not stop the gradient. Here the optimizer never sees a frozen parameter. It has no state for it, and the
+    gradient is in no global norm. Whatever was chained or wrapped inside, the update that comes out changes no bit.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
     Place:  around the whole optimizer: the last thing before `optax.apply_updates`. What is chained behind it may
             move frozen parameters again.
-    Units:  none.
-    Source: ours; big_vision's `schedule=[(regex, None)]` does the same. Optax's `freeze` stands in a chain, and its
-            `selective_transform` gives updates of +0.0, which turn a weight of -0.0 into +0.0.
+    Units:  those of the optimizer.
+    Source: big_vision's `schedule=[(regex, None)]` does the same. Optax's `selective_transform` gives updates of +0.0,
+            which turn a weight of -0.0 into +0.0.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
@@ -151,7 +151,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the others; its `update` needs
-        `params`. Rules inside may go on speaking of what is frozen, and decide on the others as if it were there. To
+        `params`. Rules inside may still name frozen parameters, and decide on the others as if these were there. To
         unfreeze, make a new state: the old one has no place for what was frozen.
 
     Raises:

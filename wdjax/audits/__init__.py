@@ -61,11 +61,9 @@ def audit(
     and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so that a large
     model costs little; rules of wdjax decide on them as on the model itself. Values of `params` are not used.
 
-    Rule:   none is applied; the rate is the part of the first real step, with zero gradient, that changes sign with
-            the weight's distance to the anchor, over that distance.
-    Place:  in a notebook or a unit test, before training.
-    Units:  a rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`.
-    Source: ours.
+    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
+    of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
+    that distance. Run the audit in a notebook or a unit test, before training.
 
     Args:
         optimizer: a finished `optax.GradientTransformation`, an `optax.MultiSteps`, or, to see what scales with the

@@ -46,8 +46,8 @@ def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     Rule:   u <- optimizer's u for the gradients, the parameters and a state in float32; u stays in float32
     Place:  around the optimizer, and behind it, last in the chain, a writer: `stochastic_rounding`, `compensated` or
             `master_weights`.
-    Units:  none. The state has the size of that for float32 parameters: Adam keeps 8 bytes a parameter.
-    Source: ours; torchao's low-bit optimizers compute in float32 as well.
+    Units:  those of the optimizer. The state is as large as for float32 parameters: Adam keeps 8 bytes a parameter.
+    Source: torchao's low-bit optimizers compute in float32 as well.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
@@ -91,10 +91,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
     Optax leaves the sum to JAX's promotion of dtypes, and of float8 and float32 there is none.
 
-    Rule:   p <- p + u, computed in at least float32, rounded to the nearest in the dtype of p
-    Place:  in the training step, in the place of `optax.apply_updates`; for other dtypes they do the same.
-    Units:  none.
-    Source: Optax.
+    The sum is computed in at least float32 and rounded to the nearest number in the dtype of the parameter. Call it in
+    the training step instead of `optax.apply_updates`. For other dtypes both do the same.
 
     Args:
         params: a tree of parameters.

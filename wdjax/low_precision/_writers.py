@@ -57,8 +57,8 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
     Rule:   p + u is rounded to one of its two neighbours in the dtype of p, to the upper with the probability
             (p + u - lower) / (upper - lower): the mean is p + u. What p can hold exactly is not rounded.
     Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`.
-    Units:  none. With zero gradient the mean of many weights follows the closed form of the decay; one weight
-            walks around it at random, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
+    Units:  those of the update. With zero gradient the mean of many weights follows the closed form of the decay. One
+            weight walks around it at random, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
     Source: Gupta et al. 2015; for weight decay Zamirai et al. 2020 (arXiv 2010.06192).
 
     Args:
@@ -113,8 +113,8 @@ def compensated() -> optax.GradientTransformation:
     Rule:   y <- u + residual; p <- p + y, rounded to the dtype of p; residual <- p before + y - p after
     Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`. The decay is in
             u, hence inside the compensation.
-    Units:  none. With zero gradient a weight is within 0.51 units in the last place of the closed form of the decay
-            after 10,000 steps of 3e-5. In bfloat16 steps down to 1e-7 of a weight are kept.
+    Units:  those of the update. With zero gradient a weight is within 0.51 units in the last place of the closed form
+            of the decay after 10,000 steps of 3e-5. In bfloat16 steps down to 1e-7 of a weight are kept.
     Source: Kahan 1965; for bfloat16 weights Zamirai et al. 2020 (arXiv 2010.06192). Deviation: the residual is no
             bfloat16, which loses decays again (3 units in the last place after 10,000 steps of 3e-5), but counts
             2^-16 parts of the distance of two neighbouring weights: as fine as float32 for bfloat16 weights.
@@ -172,8 +172,8 @@ def master_weights() -> optax.GradientTransformation:
 
     Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p
     Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`.
-    Units:  none. With zero gradient the copy follows the closed form of the decay, but for the decay's being that of
-            the rounded weight.
+    Units:  those of the update. With zero gradient the copy follows the closed form of the decay, except that the
+            decay is that of the rounded weight.
     Source: Micikevicius et al. 2018 (arXiv 1710.03740).
 
     Returns:

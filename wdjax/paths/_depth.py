@@ -147,7 +147,6 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. timm and BEiT apply it to
             the learning rate, and so to the decay that it multiplies: multiply the updates at the end of the chain by
             `by_depth(...).values(params)`.
-    Units:  none.
     Source: BEiT (arXiv 2106.08254); timm's `param_groups_layer_decay`, where the last norm counts as the last block:
             `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
 

@@ -94,7 +94,6 @@ def by_width(
 
     Rule:   (fan-in / base)^power for a matrix, 1 for all else.
     Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
-    Units:  none.
     Source: CompleteP, arXiv 2505.01618, Table 1 (hidden weight decay times the width multiplier, AdamW); the square
             root: arXiv 2510.15262.
 

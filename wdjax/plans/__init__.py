@@ -29,12 +29,11 @@ _NO_NUMBER = "not decayable"
 
 @_checks.known_arguments
 def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: Any = None) -> Plan:
-    """Who decays at which rate, by which rule and why, for the same arguments that the transformations get.
+    """Shows which parameters decay, at which rate, by which rule and why.
 
-    Rule:   none is applied: this is what `decoupled_decay(weight_decay, mask)` and its like will do to `params`.
-    Place:  before training; on parameters, or on the output of `jax.eval_shape`, which costs no memory.
-    Units:  those of `weight_decay`; with its default of 1, rates are multipliers.
-    Source: ours; the table is modelled on Flax's `tabulate`.
+    It takes the arguments that `decoupled_decay` and the other transformations take, and shows what they will do to
+    `params`. Nothing is applied. Call it before training, on parameters or on the output of `jax.eval_shape`, which
+    costs no memory. Rates are in the units of `weight_decay`. With its default of 1 they are multipliers.
 
     Args:
         params: a tree of arrays or `jax.ShapeDtypeStruct`s.

@@ -38,12 +38,14 @@ def sweep(
 ) -> Sweep:
     """Trains once for each combination of values and each seed, with one compilation for all.
 
-    Rule:   result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
-    Place:  around a whole training function that `jax.jit` can trace: it makes the data's order, the parameters and the
-            optimizer itself, loops with `jax.lax.scan`, and returns what is measured at the end.
-    Units:  those of `train`. Every value is a traced 0-d array of JAX's default float dtype, and every seed a traced
-            key, so that other values, seeds, and as many more as fill whole chunks, compile nothing.
-    Source: ours. For the uncertainty of the best setting see `Best`.
+    The result is
+
+        result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
+
+    `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
+    the optimizer itself, loops with `jax.lax.scan`, and returns what is measured at the end. Every value is a traced
+    0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing, and
+    neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
 
     Every setting gets the same seeds, hence the same initial weights and batches if `train` draws them from its key:
     settings are compared on equal terms.

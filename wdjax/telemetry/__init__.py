@@ -152,12 +152,11 @@ def monitor(
 
 @_checks.known_arguments
 def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
-    """What `monitor` measured in the last step, as a flat dictionary to log.
+    """Reads what `monitor` measured in the last step, as a flat dictionary to log.
 
-    Rule:   {prefix + "group/metric": value} of every monitor in the state
-    Place:  in the training loop, on the state after `update`; within the compiled step or outside.
-    Units:  those of `monitor`.
-    Source: ours. TensorBoard, Weights & Biases and clu take names with "/" for groups of plots.
+    The dictionary is {prefix + "group/metric": value} for every monitor in the state. Call it in the training loop on
+    the state after `update`, within the compiled step or outside. TensorBoard, Weights & Biases and clu read names with
+    "/" as groups of plots.
 
     Args:
         opt_state: the state of an optimizer with a `monitor` anywhere in it, or what holds one: a `TrainState`, an
