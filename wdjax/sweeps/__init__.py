@@ -44,8 +44,8 @@ def sweep(
 
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
     the optimizer itself, loops with `jax.lax.scan`, and returns what is measured at the end. Every value is a traced
-    0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing, and
-    neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
+    0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing,
+    and neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
 
     Every setting gets the same seeds, hence the same initial weights and batches if `train` draws them from its key:
     settings are compared on equal terms.
