@@ -192,7 +192,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], set[str], set[str]]] = {
         {"decays frozen", "no decay"},
         {"norm/scale"},
     ),
-    "biases": (optax.adamw(LR), {}, {"decays no weights"}, {"Dense_0/bias", "norm/scale"}),
+    "biases": (optax.adamw(LR), {}, {"decays non-weights"}, {"Dense_0/bias", "norm/scale"}),
     "twice": (
         wdjax.with_decoupled_decay(optax.adamw(LR, weight_decay=WD, mask=WEIGHTS.mask), WD, WEIGHTS, learning_rate=LR),
         {"expected": LR * WD, "mask": WEIGHTS},
@@ -208,7 +208,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], set[str], set[str]]] = {
     "other parameters": (
         wdjax.adamw(LR, WD, wdjax.only("scale")),
         {"expected": LR * WD, "mask": WEIGHTS},
-        {"not as expected", "decays no weights"},
+        {"not as expected", "decays non-weights"},
         {"Dense_0/kernel", "norm/scale"},
     ),
     "behind MultiSteps": (
@@ -512,7 +512,7 @@ def test_the_report_is_made_of_values() -> None:
     assert [row.role for row in audit.parameters] == ["bias", "kernel", "norm"]
     json.dumps([row._asdict() for row in audit.parameters])
     text = str(audit)
-    assert "suspect [decays no weights]" in text
+    assert "suspect [decays non-weights]" in text
     assert "Dense_0/kernel" in text
     with pytest.raises(KeyError, match=r"no parameter has the path 'Dense_1/kernel'"):
         audit["Dense_1/kernel"]

@@ -81,7 +81,7 @@ def check_places_kinds_and_what_scales(row: Row, audit: wdjax.Audit) -> None:
 def check_findings(row: Row, audit: wdjax.Audit) -> None:
     names = {finding.name for finding in audit.findings}
     assert ("grows" in names) == any(expected(row, path) < 0 for path in SHAPES)
-    assert ("decays no weights" in names) == audit["Dense_0/bias"].decays
+    assert ("decays non-weights" in names) == audit["Dense_0/bias"].decays
     assert ("no decay" in names) == (row.place == "none")
     assert bool({"seen by the moments", "rescaled"} & names) == (row.place == "gradient")
     assert ("not finite" in names) == (row.nan_from_step == 1)
@@ -129,7 +129,7 @@ def line(row: Row, audit: wdjax.Audit) -> str:
         cells += [each.place, each.kind, "yes" if each.scales_with_learning_rate else "no", beside]
     else:
         cells += ["none", "", "", ""]
-    found = [finding.name for finding in audit.findings if finding.name not in ("decays no weights", "no decay")]
+    found = [finding.name for finding in audit.findings if finding.name not in ("decays non-weights", "no decay")]
     if audit.calls_per_step > 1:
         found = [f"a step every {audit.calls_per_step} calls", *found]
     return f"| {' | '.join((*cells, ', '.join(found)))} |"

@@ -271,7 +271,7 @@ def test_what_is_no_number_passes_through(row: Row) -> None:
         "float0": jnp.arange(2),
     }
     updates = {**params, "gone": None, "float0": np.zeros(2, jax.dtypes.float0), "w": jnp.ones(3)}
-    optimizer = row.build(RATE, toward="init") if row.anchored else row.build(RATE)
+    optimizer = row.build(RATE, toward="init")
     state = optimizer.init(params)
     new, new_state = optimizer.update(updates, state, params)
     assert all(new[name] is updates[name] for name in updates if name != "w")
@@ -421,10 +421,11 @@ def test_gradient_with_respect_to_the_rate(row: Row) -> None:
 
 
 @every_row
-def test_donation_of_params_updates_and_state(row: Row) -> None:
+@pytest.mark.parametrize("toward", [None, "init"])
+def test_donation_of_params_updates_and_state(row: Row, toward: str | None) -> None:
     params, updates = make_params(), make_updates()
-    want = expected(row, updates, params) if not row.anchored else None
-    optimizer = row.build(RATE, toward="init") if row.anchored else row.build(RATE)
+    want = expected(row, updates, params) if toward is None else None
+    optimizer = row.build(RATE, toward=toward)
     state = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -443,15 +444,14 @@ def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     params, updates = ({"w": jax.device_put(jnp.linspace(-1.0, x, 32).reshape(8, 4), sharding)} for x in (1.0, 2.0))
-    optimizer = row.build(RATES["schedule"], toward="init") if row.anchored else row.build(RATES["schedule"])
+    optimizer = row.build(RATES["schedule"], toward="init")
     state = optimizer.init(params)
     compiled = jax.jit(optimizer.update).lower(updates, state, params).compile()
     for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert name not in compiled.as_text()
     new, state = compiled(updates, state, params)
     assert new["w"].sharding.is_equivalent_to(sharding, 2)
-    if row.anchored:
-        assert optax.tree.get(state, "anchor")["w"].sharding.is_equivalent_to(sharding, 2)
+    assert optax.tree.get(state, "anchor")["w"].sharding.is_equivalent_to(sharding, 2)
 
 
 @every_row

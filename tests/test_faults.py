@@ -83,7 +83,7 @@ def test_leaves_of_no_element_and_of_one(row: Row) -> None:
     params = {**NONE_AND_ONE, "scalar": jnp.array(2.0)}
     updates = {name: 1.0 if name == "Python" else jnp.ones_like(leaf) for name, leaf in params.items()}
     anchor = {name: 0.5 if name == "Python" else jnp.full_like(leaf, 0.5) for name, leaf in params.items()}
-    optimizer = row.build(RATE, toward=anchor) if row.anchored else row.build(RATE)
+    optimizer = row.build(RATE, toward=anchor)
     for run in (lambda f: f, jax.jit):
         new, _ = run(optimizer.update)(updates, optimizer.init(params), params)
         assert {name: leaf.shape for name, leaf in new.items()} == {name: np.shape(x) for name, x in params.items()}
@@ -147,10 +147,9 @@ def test_more_elements_than_an_int32_can_count(row: Row) -> None:
     updates, after = jax.eval_shape(optimizer.update, params, state, params)
     assert updates == params
     assert after == state
-    assert all(leaf.shape == () for leaf in jax.tree.leaves(state))  # A decay keeps no memory of the weights,
-    if row.anchored:  # but where it is asked to.
-        anchored = jax.eval_shape(row.build(RATE, toward="init").init, params)
-        assert optax.tree.get(anchored, "anchor") == params
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(state))  # A decay keeps no copy of the weights,
+    anchored = jax.eval_shape(row.build(RATE, toward="init").init, params)
+    assert optax.tree.get(anchored, "anchor") == params  # except where it is asked to.
 
 
 def test_penalties_and_plans_of_more_elements_than_an_int32_can_count() -> None:
@@ -277,11 +276,10 @@ def test_of_a_sparse_matrix_the_data_decays_and_the_indices_never(row: Row) -> N
         assert bits(new["bias"]) == bits(updates["bias"])
         assert isinstance(new["kernel"], sparse.BCOO)
         assert new["kernel"].shape == (2, 3)
-    if row.anchored:
-        start = jax.tree.map(jnp.zeros_like, params)
-        optimizer = row.build(RATE, wdjax.only("kernel"), toward="init")
-        by_init, _ = optimizer.update(updates, optimizer.init(start), params)
-        np.testing.assert_allclose(by_init["kernel"].data, want, rtol=2e-6)
+    start = jax.tree.map(jnp.zeros_like, params)
+    optimizer = row.build(RATE, wdjax.only("kernel"), toward="init")
+    by_init, _ = optimizer.update(updates, optimizer.init(start), params)
+    np.testing.assert_allclose(by_init["kernel"].data, want, rtol=2e-6)
 
 
 @pytest.mark.peers

@@ -109,12 +109,7 @@ def assert_replicas_are_equal(tree: Any) -> None:
 def test_elementwise_rules_keep_the_sharding_and_need_no_collective(name: str) -> None:
     params, start = (jax.device_put(make_params(seed), LAYOUTS[name].shardings()) for seed in (0, 1))
     updates = jax.device_put(make_params(2), LAYOUTS[name].shardings())
-    rules = [
-        row.build(lambda count: jnp.asarray(0.3), toward="init" if row.anchored else None)
-        if row.anchored
-        else row.build(0.3)
-        for row in ELEMENTWISE
-    ]
+    rules = [row.build(lambda count: jnp.asarray(0.3), toward="init") for row in ELEMENTWISE]
     states = [rule.init(start) for rule in rules]
 
     def act(updates: Any, states: Any, params: Any) -> Any:
@@ -123,8 +118,7 @@ def test_elementwise_rules_keep_the_sharding_and_need_no_collective(name: str) -
     compiled = jax.jit(act).lower(updates, states, params).compile()
     assert collectives(compiled) == {}
     for row, before, (new, after) in zip(ELEMENTWISE, states, compiled(updates, states, params), strict=True):
-        anchors = make_params(1) if row.anchored else jax.tree.map(np.zeros_like, make_params())
-        want = jax.tree.map(lambda u, w, a: row.oracle(u, w, 0.3, a), make_params(2), make_params(), anchors)  # noqa: B023
+        want = jax.tree.map(lambda u, w, a: row.oracle(u, w, 0.3, a), make_params(2), make_params(), make_params(1))  # noqa: B023
         chex.assert_trees_all_close(jax.device_get(new), want, rtol=1e-12, atol=1e-14)
         for old_tree, new_tree in ((updates, new), (before, after)):
             for old, leaf in zip(jax.tree.leaves(old_tree), jax.tree.leaves(new_tree), strict=True):

@@ -281,7 +281,7 @@ def test_stacked_on_eight_devices(row: Row) -> None:
     assert_forms_agree(row.build, 1, (plain, deep), run=run_pmap)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.anchored], ids=lambda row: row.name)
+@every_row
 def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     axis = -1
     params, updates, anchor = listed(), listed(seed=1), listed(seed=2)

@@ -98,7 +98,7 @@ def audit(
         Dense_0/bias         1    (3,)  float32  0.0001  update  L2    zero    yes              100%
         Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
         <BLANKLINE>
-        suspect [decays no weights]: a bias, a norm or another parameter that is no weight of a layer decays \
+        suspect [decays non-weights]: a bias, a norm or another parameter that is no weight of a layer decays \
 ('Dense_0/bias'). Give mask=weights_only(), or its .mask to a function of Optax.
     """
     with warnings.catch_warnings(record=True) as caught:

@@ -135,7 +135,7 @@ _CHECKS = (
     ),
     _Check(
         "suspect",
-        "decays no weights",
+        "decays non-weights",
         "a bias, a norm or another parameter that is no weight of a layer decays",
         "Give mask=weights_only(), or its .mask to a function of Optax.",
         lambda row, context: row.decays and row.role not in _DECAYING_ROLES,

@@ -1,12 +1,12 @@
-"""What people plot of weight decay, measured in the step itself: how large weights, updates and decay are, by group.
+"""What people plot of weight decay, measured in the step itself: the size of weights, updates and decay, by group.
 
-`monitor` stands around a finished optimizer and changes nothing. It looks at the parameters and at the update that
-comes out, and keeps a few scalars for each group of parameters in its state; `scalars` takes them out of whatever the
-state is nested in, as a dictionary for TensorBoard, Weights & Biases or clu.
+`monitor` stands around a finished optimizer and changes nothing. It looks at the parameters and at the update, and
+keeps a few scalars for each group of parameters in its state. `scalars` reads them from any state that holds the
+monitor, as a dictionary for TensorBoard, Weights & Biases or clu.
 
-What is known of an update is its sum, not its parts: how much of it is decay, the monitor is told, by the arguments
-that the decay itself got. All else is measured. Each array gives a handful of sums, of products of the parameter, the
-update and the decay, taken in one fused reduction (`_sums`); everything else is arithmetic on these scalars.
+An update does not show which part of it is decay. So the monitor gets the arguments of the decay and computes that part
+from them. The rest is measured. Each array gives a few sums of products of the parameter, the update and the decay,
+taken in one fused reduction (`_sums`). All metrics are arithmetic on these sums.
 """
 
 from collections.abc import Callable, Mapping, Sequence
