@@ -138,7 +138,7 @@ def copying(numbers: int) -> Run:
 def torch_runs(tree: trees.Tree, quick: bool) -> dict[str, Run]:
     """PyTorch's AdamW on the same shapes, nothing where there is no PyTorch."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # Optional: beside wdjax if it is installed.
     except ImportError:
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

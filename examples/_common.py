@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 # Black, blue, vermilion and green of Okabe and Ito, which a colour-blind reader can tell apart.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 # The same in every picture that compares them, so that a reader of two pictures learns the colours once.
-METHOD_COLORS = dict(zip(("no decay", "L2 in Adam", "decoupled decay"), COLORS[:3], strict=True))
+METHOD_COLORS = {"no decay": COLORS[0], "L2 in Adam": COLORS[1], "decoupled decay": COLORS[2]}
 plt.rcParams.update(
     {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 )

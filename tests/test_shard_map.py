@@ -265,6 +265,7 @@ def test_what_all_devices_have_counts_once_where_that_is_known() -> None:
     np.testing.assert_allclose(half, sum(np.sum(p**2) for p in params.values()), rtol=1e-14)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 cannot batch a psum within shard_map.")
 def test_stacked_layers_each_with_its_own_rate_and_norm() -> None:
     w = np.random.default_rng(0).normal(size=(3, 8, 4))
     rates = 0.1 * wdjax.by_depth("blocks", 0.5, axis=0)
