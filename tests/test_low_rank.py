@@ -420,8 +420,9 @@ def test_nnx_training_step(kind: str) -> None:
         return value
 
     def leaf(name: str) -> np.ndarray:
-        state = nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.Param)))
-        return np.asarray(next(value for path, value in state if path[-1] == name), np.float64)
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        (array,) = jax.tree.leaves(next(variable for path, variable in state if path[-1] == name))
+        return np.asarray(array, np.float64)
 
     x, y = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
     w0, a, b = leaf("kernel"), leaf("lora_a"), leaf("lora_b")
