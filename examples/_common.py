@@ -199,6 +199,18 @@ def draw_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, option
     save(figure, f"{100 * wrong:g} % of the training labels are wrong:\n{message}", options.out, size=16)
 
 
+def draw_bounds(axes: Any, bound: float) -> None:
+    """Draws what a difference is to be compared with: the bound of the check, and one rounding."""
+    for value, style, label, above in (
+        (bound, "--", f"the check allows {bound:g}", 5),
+        (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
+    ):
+        axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
+        axes.annotate(
+            label, (0.98, value), (0, above), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
+        )
+
+
 def save(figure: Any, title: str, path: Path, size: float = 13) -> None:
     """Writes the picture under its one message, and says where."""
     figure.suptitle(title, fontsize=size, fontweight="bold")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _common import COLORS, arguments, digits, group_norms, print_table, save, shuffled_batches
+from _common import COLORS, arguments, digits, draw_bounds, group_norms, print_table, save, shuffled_batches
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 from train_digits import MLP
@@ -146,14 +146,7 @@ def draw(differences: Sequence[float], devices: int, path: Path) -> None:
         color=COLORS[1],
         ha="right",
     )
-    for value, style, label, above in (
-        (BOUND, "--", f"the check allows {BOUND:g}", 5),
-        (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
-    ):
-        axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
-        axes.annotate(
-            label, (0.98, value), (0, above), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
-        )
+    draw_bounds(axes, BOUND)
     axes.set(xlabel="step", ylabel="largest difference of parameters\n(relative to the array's largest, log scale)")
     axes.set(xlim=(0, len(visible)), ylim=(1e-8, 1e-3))
     alike = f"pmap over {devices} devices and one device train alike"

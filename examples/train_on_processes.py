@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _common import COLORS, arguments, digits, group_norms, print_table, save, shuffled_batches
+from _common import COLORS, arguments, digits, draw_bounds, group_norms, print_table, save, shuffled_batches
 from _processes import DEVICES_EACH, run_together
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
@@ -183,14 +183,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
         axes.semilogy(list(ways), visible, style, color=color, linewidth=width)
         label = "uninterrupted" if run is whole else "restored from the halfway checkpoint"
         axes.annotate(label, (next(iter(ways)), visible[0]), (0, 12), textcoords="offset points", color=color)
-    for value, style, label, above in (
-        (BOUND, "--", f"the check allows {BOUND:g}", 5),
-        (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
-    ):
-        axes.axhline(value, color=COLORS[2], linestyle=style, linewidth=2)
-        axes.annotate(
-            label, (0.98, value), (0, above), ("axes fraction", "data"), "offset points", color=COLORS[2], ha="right"
-        )
+    draw_bounds(axes, BOUND)
     steps = len(one["losses"])
     axes.set(xlabel="step", ylabel="largest difference from one process\n(relative to the array's largest, log scale)")
     axes.set(xlim=(0, steps), ylim=(1e-8, 1e-3))
