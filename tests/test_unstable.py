@@ -139,7 +139,10 @@ def test_a_norm_within_shard_map_is_that_of_the_whole(without: str) -> None:
             return wdjax.l2_penalty(params, 2.0, axis_name="d")
 
         summed = jax.shard_map(penalty, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec())(params)
-    np.testing.assert_allclose(summed, np.sum(np.arange(16.0) ** 2))
+        shared = jax.shard_map(penalty, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=True)
+        np.testing.assert_allclose(summed, np.sum(np.arange(16.0) ** 2))
+        if without != "attributes of types":  # Then the caller is believed, who says that all is split.
+            np.testing.assert_allclose(shared({"w": jnp.ones((3, 1))}), 3.0)
 
 
 def test_an_array_is_gathered_from_all_devices() -> None:
