@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import wdjax
-from wdjax import _unstable
+from wdjax._engine import unstable as _unstable
 
 WDJAX = Path(wdjax.__file__).parent
 UNSTABLE = re.compile(
@@ -32,8 +32,8 @@ IMPORTS = {
 
 def test_one_file_has_them_all() -> None:
     using = {path.relative_to(WDJAX).as_posix() for path in WDJAX.rglob("*.py") if UNSTABLE.search(path.read_text())}
-    assert using == {"_unstable.py"}
-    imported = re.findall(r"^    from (jax\.\S+) import (\w+)", (WDJAX / "_unstable.py").read_text(), re.M)
+    assert using == {"_engine/unstable.py"}
+    imported = re.findall(r"^    from (jax\.\S+) import (\w+)", (WDJAX / "_engine/unstable.py").read_text(), re.M)
     assert {name: module for module, name in imported} == IMPORTS
 
 
@@ -41,7 +41,7 @@ def test_one_file_has_them_all() -> None:
 def test_it_can_be_imported_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The module exists but lacks the name. A missing module also raises ImportError.
     monkeypatch.setitem(sys.modules, IMPORTS[name], types.ModuleType(IMPORTS[name]))
-    spec = importlib.util.spec_from_file_location("unstable_once_more", WDJAX / "_unstable.py")
+    spec = importlib.util.spec_from_file_location("unstable_once_more", WDJAX / "_engine/unstable.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

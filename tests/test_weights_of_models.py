@@ -18,7 +18,7 @@ from test_weights_only import answers, array, decided, expected_of, fails
 
 import wdjax
 from wdjax import Rules, all_but, by_path, canonical_paths, register_layer, weights_only
-from wdjax._leaves import flatten_with_paths, structure
+from wdjax._engine.trees import flatten_with_paths, structure
 
 
 def of_model(case: zoo.Case, **options: Any) -> Rules:

@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 import wdjax
 from wdjax import Rules, all_but, by_path, weights_only
-from wdjax._leaves import flatten_with_paths
+from wdjax._engine.trees import flatten_with_paths
 
 DATA = pathlib.Path(__file__).parent / "data" / "masks"
 JAX_LISTS, TORCH_LISTS = (sorted((DATA / family).glob("*.json")) for family in ("jax", "torch"))

@@ -12,7 +12,7 @@ Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); wh
 optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
-from ._action import DecayState as DecayState
+from ._engine.loop import DecayState as DecayState
 from .audits import Audit as Audit
 from .audits import Audited as Audited
 from .audits import Finding as Finding

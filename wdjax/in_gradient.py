@@ -12,15 +12,15 @@ from typing import Any
 
 import optax
 
-from . import _checks
-from ._action import Action, transformation
-from ._arithmetic import away, plus
+from ._engine import checks
+from ._engine.arithmetic import away, plus
+from ._engine.loop import Action, transformation
 from .penalties import L2, Penalty, checked_kind
 
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
     """Adds weight_decay times the weight to its gradient: L2 regularization, without touching the loss.
 
@@ -58,7 +58,7 @@ def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
     return _add("add_l2_to_grads", L2(), {"weight_decay": weight_decay}, mask, toward)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def add_penalty_to_grads(
     kind: Penalty, strength: Any, mask: Any = None, *, toward: Any = None
 ) -> optax.GradientTransformation:

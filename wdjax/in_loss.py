@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _arithmetic, _axes, _checks, _leaves
-from ._action import Action
+from ._engine import arithmetic, checks, mesh_axes, trees
+from ._engine.loop import Action
 from .penalties import L2, Penalty, checked_kind
 
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def l2_penalty(
     params: PyTree, weight_decay: Any, mask: Any = None, *, toward: PyTree = None, axis_name: Any = None
 ) -> jax.Array:
@@ -60,7 +60,7 @@ def l2_penalty(
     return _penalty("l2_penalty", "weight_decay", params, L2(), weight_decay, mask, toward, axis_name)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def penalty(
     params: PyTree,
     kind: Penalty,
@@ -101,26 +101,26 @@ def _penalty(
         raise ValueError(
             f"{where}: toward={toward!r} needs a state, and a loss has none. Write {where}(..., toward=initial_params)."
         )
-    axes = _axes.names(where, axis_name)
-    if set(axes) & set(_axes.names(where, getattr(kind, "axis_name", None))):
+    axes = mesh_axes.names(where, axis_name)
+    if set(axes) & set(mesh_axes.names(where, getattr(kind, "axis_name", None))):
         raise ValueError(
             f"{where}: {kind!r} takes its norms over all devices of {axis_name!r} already, and axis_name={axis_name!r} "
             f"would count them once for each. Leave axis_name out of {where}."
         )
     action = Action(where, {name: rate}, mask, toward)
-    leaves = _leaves.flatten_with_paths(params)
+    leaves = trees.flatten_with_paths(params)
     terms = action.terms(params, leaves, None)
-    dtype = jnp.finfo(_arithmetic.compute_dtype(*(leaf for _, leaf in leaves if _leaves.is_decayable(leaf)))).dtype
-    totals: dict[_axes.Names, jax.Array] = {(): jnp.zeros([], dtype)}
+    dtype = jnp.finfo(arithmetic.compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype
+    totals: dict[mesh_axes.Names, jax.Array] = {(): jnp.zeros([], dtype)}
     for (_, param), term in zip(leaves, terms, strict=True):
         if term is not None:
-            wide = _arithmetic.compute_dtype(param)
+            wide = arithmetic.compute_dtype(param)
             anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
-            far = _arithmetic.away(jnp.asarray(param, wide), anchor)
-            rate, axis = _arithmetic.product(term.factors, wide)
+            far = arithmetic.away(jnp.asarray(param, wide), anchor)
+            rate, axis = arithmetic.product(term.factors, wide)
             with jax.numpy_dtype_promotion("standard"):  # Of complex weights, a real norm meets the complex.
                 value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
             value = jnp.sum(rate * value).astype(dtype)
-            split = _axes.split_over(where, value, axes)
+            split = mesh_axes.split_over(where, value, axes)
             totals[split] = totals[split] + value if split in totals else value
-    return sum((_axes.total(value, split) for split, value in totals.items()), jnp.zeros([], dtype))
+    return sum((mesh_axes.total(value, split) for split, value in totals.items()), jnp.zeros([], dtype))

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _leaves
-from ._action import Action, DecayState, transformation
-from ._arithmetic import Rate, away, cast, compute_dtype, minus, plus, subtracted
+from ._engine import checks, trees
+from ._engine.arithmetic import Rate, away, cast, compute_dtype, minus, plus, subtracted
+from ._engine.loop import Action, DecayState, transformation
 
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
     """Decays weights in proportion to the learning rate, untouched by the optimizer's scaling: AdamW's weight decay.
 
@@ -62,7 +62,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
     return transformation(action, _decoupled)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
     """Decays weights by a fraction of their own each step, whatever the learning rate is.
 
@@ -93,7 +93,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
     return transformation(action, subtracted)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def continuous_decay(
     weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
 ) -> optax.GradientTransformation:
@@ -134,7 +134,7 @@ def _continuous(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate
     return minus(update, rate._replace(value=-jnp.expm1(-rate.value)), away(p, a))
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Lets a decay act only where it pulls a weight the way the optimizer moves it anyway, ties included.
 
@@ -181,17 +181,17 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
         return state
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        _checks.params_given("cautious", params)
-        blanks = jax.tree.map(_blank, updates, is_leaf=_leaves.is_hole)
+        checks.params_given("cautious", params)
+        blanks = jax.tree.map(_blank, updates, is_leaf=trees.is_hole)
         terms, state = inner.update(blanks, state, params, **extra_args)
-        return jax.tree.map(_add_where_agreed, updates, blanks, terms, is_leaf=_leaves.is_hole), state
+        return jax.tree.map(_add_where_agreed, updates, blanks, terms, is_leaf=trees.is_hole), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _blank(update: Any) -> Any:
     # Minus zero, the number that adding to anything changes no bit of it.
-    return -jnp.zeros_like(update, dtype=compute_dtype(update)) if _leaves.is_decayable(update) else update
+    return -jnp.zeros_like(update, dtype=compute_dtype(update)) if trees.is_decayable(update) else update
 
 
 def _add_where_agreed(update: Any, blank: Any, term: Any) -> Any:

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import optax
 
-from . import _checks
-from ._action import Action, transformation
-from ._arithmetic import Rate, away, unless_off
+from ._engine import checks
+from ._engine.arithmetic import Rate, away, unless_off
+from ._engine.loop import Action, transformation
 from .penalties import Penalty, checked_kind
 
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def proximal_step(
     kind: Penalty, strength: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
 ) -> optax.GradientTransformation:

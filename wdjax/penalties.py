@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from . import _axes
+from ._engine import mesh_axes
 
 
 @runtime_checkable
@@ -136,7 +136,7 @@ class GroupLasso:
     axis_name: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _axes.names("GroupLasso", self.axis_name)
+        mesh_axes.names("GroupLasso", self.axis_name)
         if self.axis is None:
             return
         try:
@@ -157,7 +157,7 @@ class GroupLasso:
                 f"GroupLasso: axis={self.axis} is out of range for an array of shape {w.shape}. "
                 "Select the arrays that have it with a mask, such as only('kernel')."
             )
-        split = _axes.split_over("GroupLasso", w, _axes.names("GroupLasso", self.axis_name))
+        split = mesh_axes.split_over("GroupLasso", w, mesh_axes.names("GroupLasso", self.axis_name))
         return _norm(w, tuple(axis % w.ndim for axis in axes), split)
 
     def value(self, w: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ class Huber:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm(w: jax.Array, axes: tuple[int, ...], split: _axes.Names) -> jax.Array:
+def _norm(w: jax.Array, axes: tuple[int, ...], split: mesh_axes.Names) -> jax.Array:
     """The norm over some axes, which are kept, and over the mesh axes that split them: one sum over all devices.
 
     To scale by the largest weight would be simpler, and a second communication. Of the squares of the weights as they
@@ -214,7 +214,7 @@ def _norm(w: jax.Array, axes: tuple[int, ...], split: _axes.Names) -> jax.Array:
     power = int(0.7 * info.maxexp)
     scales = jnp.array([2.0**-power, 1.0, 2.0**power], info.dtype).reshape(3, *[1] * w.ndim)
     squares = jnp.sum(_square(wide[None] * scales.astype(wide.dtype)), tuple(axis + 1 for axis in axes), keepdims=True)
-    large, plain, small = _axes.total(squares, split)
+    large, plain, small = mesh_axes.total(squares, split)
     is_large, is_small = jnp.isinf(plain), plain < 2.0 ** (-info.maxexp // 2)
     root = jnp.sqrt(jnp.where(is_large, large, jnp.where(is_small, small, plain)))
     norm = root * jnp.where(is_large, 2.0**power, jnp.where(is_small, 2.0**-power, 1.0)).astype(info.dtype)
@@ -222,11 +222,13 @@ def _norm(w: jax.Array, axes: tuple[int, ...], split: _axes.Names) -> jax.Array:
 
 
 @_norm.defjvp
-def _norm_jvp(axes: tuple[int, ...], split: _axes.Names, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _norm_jvp(
+    axes: tuple[int, ...], split: mesh_axes.Names, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
     (w,), (dw,) = primals, tangents
     norm = _norm(w, axes, split)
     along = jnp.sum(jnp.real(jnp.conj(_direction(w, norm)) * dw), axes, keepdims=True)
-    return norm, _axes.total(along, split)
+    return norm, mesh_axes.total(along, split)
 
 
 def _direction(w: jax.Array, norm: jax.Array) -> jax.Array:

@@ -13,13 +13,13 @@ from typing import Any
 
 import optax
 
-from . import _checks
-from ._action import Action
+from ._engine import checks
+from ._engine.loop import Action
 from .in_gradient import add_l2_to_grads
 from .in_update import decoupled_decay
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def sgd_l2(
     learning_rate: Any,
     weight_decay: Any,
@@ -61,7 +61,7 @@ def sgd_l2(
     )
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def sgdw(
     learning_rate: Any,
     weight_decay: Any,
@@ -107,7 +107,7 @@ def sgdw(
     return _watched("sgdw", chain, learning_rate, weight_decay, mask)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def adam_l2(
     learning_rate: Any,
     weight_decay: Any,
@@ -152,7 +152,7 @@ def adam_l2(
     )
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def adamw(
     learning_rate: Any,
     weight_decay: Any,

@@ -22,13 +22,13 @@ except ImportError as error:
         "or pip install chex."
     ) from error
 
-from . import _checks, _leaves
-from ._action import Action, DecayState
-from ._arithmetic import compute_dtype
-from ._unstable import whole
+from ._engine import checks, trees
+from ._engine.arithmetic import compute_dtype
+from ._engine.loop import Action, DecayState
+from ._engine.rules import PerLayer
+from ._engine.unstable import whole
 from .audits import Audit, audit
 from .audits._findings import NAMES
-from .paths._rules import PerLayer
 from .plans import Plan
 from .plans._planned import show_rate
 
@@ -131,7 +131,7 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
     return np.sign(w) * np.maximum(np.abs(w) - np.asarray(threshold, np.float64), 0.0)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def assert_only_decays(
     optimizer: optax.GradientTransformation,
     params: PyTree,
@@ -175,11 +175,11 @@ def assert_only_decays(
     updates, _ = optimizer.update(zeros, state, probe)
     chex.assert_trees_all_equal_structs(updates, probe)
     stepped = optax.apply_updates(probe, updates)
-    leaves = _leaves.flatten_with_paths(probe)
+    leaves = trees.flatten_with_paths(probe)
     terms = action.terms(probe, leaves, DecayState(jnp.zeros([], jnp.int32)))
-    moves, results = ([leaf for _, leaf in _leaves.flatten_with_paths(tree)] for tree in (updates, stepped))
+    moves, results = ([leaf for _, leaf in trees.flatten_with_paths(tree)] for tree in (updates, stepped))
     for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
-        if _leaves.is_hole(before) or jnp.size(before) == 0:
+        if trees.is_hole(before) or jnp.size(before) == 0:
             continue
         fraction = 1.0
         for factor in () if term is None else term.factors:
@@ -318,7 +318,7 @@ def _as_float64(x: Any) -> np.ndarray:
 
 
 def _moved_from_zero(param: Any) -> Any:
-    if not _leaves.is_decayable(param):
+    if not trees.is_decayable(param):
         return param
     return param + jnp.where(jnp.real(param) < 0, -1, 1).astype(jnp.asarray(param).dtype)
 

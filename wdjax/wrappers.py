@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from . import _checks, _leaves
-from ._action import Action, DecayState
-from ._arithmetic import compute_dtype, subtracted
-from ._steps import SKIPPING, nodes, stepped
-from ._unstable import explicit_axes, is_traced, may_be_split
+from ._engine import checks, trees
+from ._engine.arithmetic import compute_dtype, subtracted
+from ._engine.loop import Action, DecayState
+from ._engine.masks import booleans
+from ._engine.steps import SKIPPING, nodes, stepped
+from ._engine.unstable import explicit_axes, is_traced, may_be_split
 from .paths import Rules
-from .paths._masks import booleans
 
 PyTree = Any
 
@@ -48,7 +48,7 @@ class WithDecoupledDecayState(NamedTuple):
     inner_state: Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def with_decoupled_decay(
     optimizer: Any, weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def with_decoupled_decay(
         1.9
     """
     where = "with_decoupled_decay"
-    inner = _checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
+    inner = checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
@@ -107,7 +107,7 @@ def with_decoupled_decay(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, WithDecoupledDecayState]:
-        _checks.params_given(where, params)
+        checks.params_given(where, params)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
         flags = stepped(before, after)
@@ -129,7 +129,7 @@ def with_decoupled_decay(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
     """Keeps the parameters of a mask bit for bit; unlike `optax.freeze` it stands around the optimizer, not in a chain.
 
@@ -168,7 +168,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
         {'encoder': 2.0, 'head': 1.9}
     """
     where = "freeze"
-    inner = _checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
+    inner = checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
     if mask is None:
         raise TypeError(f"{where}: the mask is None. Say what is frozen: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
@@ -178,7 +178,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
         return inner.init(_Frozen(mask, params).hidden(params))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        _checks.params_given(where, params)
+        checks.params_given(where, params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
         moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params), **extra_args)
@@ -192,7 +192,7 @@ class _Frozen:
 
     def __init__(self, mask: Any, params: PyTree):
         self.params = params
-        self.leaves = _leaves.flatten_with_paths(params)
+        self.leaves = trees.flatten_with_paths(params)
         if isinstance(mask, Rules):
             self.flags = [bool(decision and decision.value) for decision in mask._decisions("freeze", self.leaves)]
         else:
@@ -200,7 +200,7 @@ class _Frozen:
 
     def hidden(self, tree: PyTree) -> PyTree:
         """A tree like params with empty places for what is frozen."""
-        return self._mapped(lambda x, i: _leaves.Hidden.of(self.leaves[i][1]) if self.flags[i] else x, tree)
+        return self._mapped(lambda x, i: trees.Hidden.of(self.leaves[i][1]) if self.flags[i] else x, tree)
 
     def hidden_in_argument(self, name: str, value: Any) -> Any:
         """What line searches and the like get besides: gradients, and functions of all parameters."""
@@ -217,7 +217,7 @@ class _Frozen:
 
     def kept(self, updates: PyTree, moved: PyTree) -> PyTree:
         """The updates of the others from `moved`, and for what is frozen those that change no bit."""
-        given = iter(jax.tree.leaves(updates, is_leaf=_leaves.is_hole))  # In the order in which `moved` is mapped.
+        given = iter(jax.tree.leaves(updates, is_leaf=trees.is_hole))  # In the order in which `moved` is mapped.
 
         def update(place: Any, i: int) -> Any:
             incoming = next(given)
@@ -227,15 +227,15 @@ class _Frozen:
 
     def _mapped(self, leaf_fn: Any, tree: PyTree) -> PyTree:
         paths = [path for path, _ in self.leaves]
-        return _leaves.map_with_params(leaf_fn, "freeze", tree, self.params, paths, applies=lambda leaf: True)
+        return trees.map_with_params(leaf_fn, "freeze", tree, self.params, paths, applies=lambda leaf: True)
 
 
 def _no_update(update: Any, param: Any) -> Any:
     """What to add to a parameter to keep every bit of it, in the dtype and with the sharding of its update."""
-    if _leaves.is_decayable(update):
+    if trees.is_decayable(update):
         return _minus_zero(update, param)
-    if _leaves.is_hole(update):
-        return _minus_zero(param, param) if _leaves.is_decayable(param) else update
+    if trees.is_hole(update):
+        return _minus_zero(param, param) if trees.is_decayable(param) else update
     # The gradient of an integer may be of float0, which has no bits; and a key can't be added to.
     dtype = getattr(update, "dtype", type(update))
     is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))

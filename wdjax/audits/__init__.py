@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _checks, _leaves
-from .._action import Action, DecayState
-from .._hazards import smallest_fraction
-from .._steps import nodes
+from .._engine import checks, trees
+from .._engine.hazards import smallest_fraction
+from .._engine.loop import Action, DecayState
+from .._engine.masks import booleans
+from .._engine.rules import PerLayer
+from .._engine.steps import nodes
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low
 from ..low_precision._writers import NARROW_UPDATES
 from ..paths import Leaf, Rules
-from ..paths._masks import booleans
 from ..paths._roles import role
-from ..paths._rules import PerLayer
 from ..paths._standard import parameter_at
 from ._findings import Context, findings_of
 from ._measures import Facts, measure
@@ -42,7 +42,7 @@ _LONGEST_RUN = 8192  # Steps to see whether a decay survives rounding.
 _SMALL_MODEL = 2**24  # Parameters: so many are probed at full size without being asked to.
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def audit(
     optimizer: Any,
     params: PyTree,
@@ -125,11 +125,11 @@ def _audit(
     if is_function and learning_rate is None:
         learning_rate = 1e-3
     if learning_rate is not None:
-        learning_rate = _checks.rate(where, "learning_rate", learning_rate)
+        learning_rate = checks.rate(where, "learning_rate", learning_rate)
     rate: Any = learning_rate
     build: Any = optimizer if is_function else lambda _: optimizer
-    finished = _checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
-    leaves = _leaves.flatten_with_paths(params)
+    finished = checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
+    leaves = trees.flatten_with_paths(params)
     action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
     action.init(params)  # Which says at once what does not fit.
     kept_still = _chosen(where, frozen, params, leaves)
@@ -143,7 +143,7 @@ def _audit(
             return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
 
     # Some optimizers do not run in float64, and trees and masks with shapes of their own do not fit small copies.
-    size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if _leaves.is_decayable(leaf))
+    size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if trees.is_decayable(leaf))
     sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
     try:
         kinds = [(longest, exact) for longest in sizes for exact in (True, False)]

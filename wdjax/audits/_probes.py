@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _leaves
+from .._engine import trees
 from ..low_precision import apply_updates
 from ..low_precision._rounding import is_low
 
@@ -69,10 +69,10 @@ class Probes:
     ):
         self.optimizer = optimizer
         self.extra_args = extra_args
-        found = _leaves.flatten_with_paths(params)
-        self.leaves = [_leaves.describe(path, leaf) for path, leaf in found]
-        self.indices = [i for i, (_, leaf) in enumerate(found) if _leaves.is_decayable(leaf)]
-        self._treedef = _leaves.structure(params)
+        found = trees.flatten_with_paths(params)
+        self.leaves = [trees.describe(path, leaf) for path, leaf in found]
+        self.indices = [i for i, (_, leaf) in enumerate(found) if trees.is_decayable(leaf)]
+        self._treedef = trees.structure(params)
         self._given = [leaf for _, leaf in found]
         self.longest = longest
         self.exact = exact
@@ -140,7 +140,7 @@ class Probes:
         start, before, moved = self._numbers(params), state, []
         for _ in range(calls):
             updates, state = self.update(grads, state, params)
-            dtypes = (x.dtype for x in jax.tree.leaves(updates) if _leaves.is_decayable(x))
+            dtypes = (x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x))
             self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
             moved.append(self._numbers(updates))
             params = apply_updates(params, updates)
@@ -212,12 +212,12 @@ class Probes:
         return self._numbers(self.tree(self.weights, wide=False))
 
     def _numbers(self, tree: PyTree) -> Arrays:
-        found = dict(_leaves.flatten_with_paths(tree))
+        found = dict(trees.flatten_with_paths(tree))
         arrays: Arrays = [None] * len(self.leaves)
         for i in self.indices:
             value = found.get(self.leaves[i].path)
             shape = self.weights[i].shape
-            if _leaves.is_hole(value):
+            if trees.is_hole(value):
                 arrays[i] = np.zeros(shape)
                 continue
             array = np.asarray(value)
@@ -226,7 +226,7 @@ class Probes:
 
     @contextlib.contextmanager
     def _asked_of_true_shapes(self) -> Iterator[None]:
-        with _leaves.shapes_taken_for(self._true_shapes if self.is_small else {}):
+        with trees.shapes_taken_for(self._true_shapes if self.is_small else {}):
             yield
 
 

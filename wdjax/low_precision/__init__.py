@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _checks, _leaves
-from .._steps import nodes
+from .._engine import checks, trees
+from .._engine.steps import nodes
 from ._rounding import for_each, is_low
 from ._writers import WRITERS as WRITERS
 from ._writers import CompensatedState as CompensatedState
@@ -36,7 +36,7 @@ from ._writers import stochastic_rounding as stochastic_rounding
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer in float32 on gradients and parameters of lower precision.
 
@@ -69,7 +69,7 @@ def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         >>> updates["kernel"].dtype, round(float(updates["kernel"][0]), 6)
         (dtype('float32'), -0.002)
     """
-    inner = _checks.finished("in_float32", optimizer, "in_float32(optax.adam(1e-3))")
+    inner = checks.finished("in_float32", optimizer, "in_float32(optax.adam(1e-3))")
 
     def init_fn(params: PyTree) -> Any:
         state = inner.init(_widened(params))
@@ -112,7 +112,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """
 
     def add(p: Any, u: Any) -> Any:
-        if p is None or u is None or not (_leaves.is_decayable(p) and _leaves.is_decayable(u)):
+        if p is None or u is None or not (trees.is_decayable(p) and trees.is_decayable(u)):
             return optax.apply_updates(p, u)  # pyright: ignore[reportArgumentType]
         dtype = jnp.promote_types(*(jnp.float32 if is_low(x) else jnp.result_type(x) for x in (p, u)))
         return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(jnp.result_type(p))

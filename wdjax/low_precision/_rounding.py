@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _leaves
+from .._engine import trees
 
 PyTree = Any
 
@@ -34,7 +34,7 @@ def for_each(
 
     Of a box whose content is gone None is left: Flax would ask it for the sharding of what it holds.
     """
-    boxes = _leaves._box_types()
+    boxes = trees._box_types()
 
     def act(x: Any) -> Any:
         if isinstance(x, boxes):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _checks, _leaves
+from .._engine import checks, trees
 from ._rounding import for_each, is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
@@ -50,7 +50,7 @@ class MasterWeightsState(NamedTuple):
 WRITERS = (StochasticRoundingState, CompensatedState, MasterWeightsState)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
     """Rounds weights of low precision up or down at random, so that on average they are where they should be.
 
@@ -106,7 +106,7 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: StochasticRoundingState(jnp.zeros([], jnp.int32)), update_fn)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def compensated() -> optax.GradientTransformation:
     """Keeps what rounding takes from each weight, and adds it to the next step: Kahan summation.
 
@@ -166,7 +166,7 @@ def compensated() -> optax.GradientTransformation:
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def master_weights() -> optax.GradientTransformation:
     """Keeps a float32 copy of weights of low precision, moves the copy, and rounds it to the weights.
 
@@ -222,17 +222,17 @@ def _written(
     states: PyTree = _STATELESS,
 ) -> tuple[PyTree, PyTree]:
     """The updates after `write(update, param, state, index) -> (update, state)` of each leaf that it acts on."""
-    _checks.params_given(where, params)
-    leaves = _leaves.flatten_with_paths(params)
-    kept = {} if states is _STATELESS else dict(_leaves.flatten_with_paths(states))
+    checks.params_given(where, params)
+    leaves = trees.flatten_with_paths(params)
+    kept = {} if states is _STATELESS else dict(trees.flatten_with_paths(states))
     narrow: dict[str, Any] = {}
 
     def act(update: Any, i: int) -> Any:
         path, p = leaves[i]
         if not acts(p):
             return update
-        _checks.same_shape(where, path, update, p)
-        if states is not _STATELESS and _leaves.is_hole(kept.get(path)):
+        checks.same_shape(where, path, update, p)
+        if states is not _STATELESS and trees.is_hole(kept.get(path)):
             raise ValueError(
                 f"{where}: the state has nothing for {path!r}, which is {p.dtype} now: it was made for other "
                 "parameters. Make a new one: optimizer.init(params)."
@@ -242,14 +242,14 @@ def _written(
         update, kept[path] = write(jnp.asarray(update, jnp.float32), jnp.asarray(p), kept.get(path), i)
         return update
 
-    updates = _leaves.map_with_params(act, where, updates, params, [path for path, _ in leaves])
+    updates = trees.map_with_params(act, where, updates, params, [path for path, _ in leaves])
     if narrow:
         path, dtype = next(iter(narrow.items()))
-        _checks.warn(
+        checks.warn(
             f"{where}: the update of {path!r} comes in {dtype} (and {len(narrow) - 1} more like it): {NARROW_UPDATES}. "
             f"Write optax.chain(in_float32(optimizer), {where}(...))."
         )
     if states is _STATELESS:
         return updates, None
-    order = [path for path, _ in _leaves.flatten_with_paths(states)]
-    return updates, jax.tree.unflatten(_leaves.structure(states), [kept[path] for path in order])
+    order = [path for path, _ in trees.flatten_with_paths(states)]
+    return updates, jax.tree.unflatten(trees.structure(states), [kept[path] for path in order])

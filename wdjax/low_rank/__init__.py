@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import _axes, _checks, _leaves
-from .._action import Action, DecayState, Term
-from .._arithmetic import Rate, cast, compute_dtype, plus, product
-from .._unstable import varying_axes
+from .._engine import checks, mesh_axes, trees
+from .._engine.arithmetic import Rate, cast, compute_dtype, plus, product
+from .._engine.loop import Action, DecayState, Term
+from .._engine.unstable import varying_axes
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
 from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
@@ -38,7 +38,7 @@ from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
 PyTree = Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def decoupled_lora_decay(
     weight_decay: Any, mask: Any = None, *, scale: Any = 1.0, pairs: Mapping[str, tuple[str, str]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -116,7 +116,7 @@ def decoupled_lora_decay(
     given = checked(pairs)
 
     def init_fn(params: PyTree) -> DecayState:
-        leaves = _leaves.flatten_with_paths(params)
+        leaves = trees.flatten_with_paths(params)
         tree = dict(leaves)
         factors = factors_of(list(tree), given)
         state = rates.init(params, acts_on=factors.__contains__)
@@ -131,10 +131,10 @@ def decoupled_lora_decay(
         updates: PyTree, state: Any, params: PyTree = None, *, base: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, DecayState]:
         del extra_args
-        _checks.params_given(WHERE, params)
-        leaves = _leaves.flatten_with_paths(params)
+        checks.params_given(WHERE, params)
+        leaves = trees.flatten_with_paths(params)
         tree = dict(leaves)
-        frozen = tree if base is None else dict(_leaves.flatten_with_paths(base))
+        frozen = tree if base is None else dict(trees.flatten_with_paths(base))
         factors = factors_of(list(tree), given)
         terms, sizes = rates.terms(params, leaves, state), scales.terms(params, leaves, state)
         _refuse_idle(terms, leaves, factors)
@@ -147,7 +147,7 @@ def decoupled_lora_decay(
             size = next((sizes[index[p]] for p in (pair.left, pair.right) if p in index and sizes[index[p]]), None)
             if size is None:  # A scale of zero.
                 return update
-            _checks.same_shape(WHERE, path, update, param)
+            checks.same_shape(WHERE, path, update, param)
             w0, left, right = pair.matrices(tree, frozen, is_given=base is not None)
             dtype = compute_dtype(update, w0, left, right)
             rate = _along(*product((*term.factors, *size.factors), dtype), param)
@@ -159,13 +159,13 @@ def decoupled_lora_decay(
             pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
             # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
             split = sorted(varying_axes(pull) - varying_axes(param), key=str)
-            pull = _axes.total(pull, tuple(split))
+            pull = mesh_axes.total(pull, tuple(split))
             new = plus(cast(update, dtype), Rate(rate, is_known=isinstance(rate, np.generic)), pull)
             return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
 
         # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
         with jax.numpy_dtype_promotion("standard"):
-            updates = _leaves.map_with_params(act, WHERE, updates, params, list(tree))
+            updates = trees.map_with_params(act, WHERE, updates, params, list(tree))
         return updates, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -193,7 +193,7 @@ def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) ->
 def _refuse_idle(terms: Sequence[Term | None], leaves: Sequence[tuple[str, Any]], factors: Mapping[str, Pair]) -> None:
     """Refuses a mask or a table of rates that means no factor, or one whose partner and weight are not known."""
     chosen = [path for (path, _), term in zip(leaves, terms, strict=True) if term is not None]
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves if _leaves.is_decayable(leaf)}
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves if trees.is_decayable(leaf)}
     for path in chosen:
         found = None if path in factors else role(parameter_at(path, shapes))
         if found is not None and found.name == ADAPTER:

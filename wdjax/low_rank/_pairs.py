@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from .. import _leaves
+from .._engine import trees
 from ..paths._patterns import nearest
 
 WHERE = "decoupled_lora_decay"
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
             raise ValueError(self._no_weight(frozen, is_given=is_given))
         w0 = frozen[weight]
         for path, leaf in ((self.left, left), (self.right, right), (weight, w0)):
-            if not _leaves.is_decayable(leaf):
+            if not trees.is_decayable(leaf):
                 raise ValueError(
                     f"{WHERE}: {path!r} is {getattr(leaf, 'dtype', type(leaf).__name__)}, and W0, A and B must be "
                     "floating-point. Give a dequantized W0: optimizer.update(grads, state, params, base=...)."
@@ -203,7 +203,7 @@ def checked(pairs: Any) -> dict[str, tuple[str, str]]:
 
 
 def has(tree: dict[str, Any], path: str) -> bool:
-    return path in tree and not _leaves.is_hole(tree[path])
+    return path in tree and not trees.is_hole(tree[path])
 
 
 def _nearest(path: str, paths: Sequence[str]) -> str:

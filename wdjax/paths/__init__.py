@@ -28,11 +28,11 @@ A rule that matches nothing, a rule that never decides because earlier ones take
 no rule covers are errors: a typo in a pattern stops the program before the first step.
 """
 
-from .._leaves import Leaf as Leaf
-from .._leaves import canonical_paths as canonical_paths
+from .._engine.rules import Rules as Rules
+from .._engine.trees import Leaf as Leaf
+from .._engine.trees import canonical_paths as canonical_paths
 from ._depth import by_depth as by_depth
 from ._modules import register_layer as register_layer
-from ._rules import Rules as Rules
 from ._standard import weights_only as weights_only
 from ._tables import all_but as all_but
 from ._tables import by_path as by_path

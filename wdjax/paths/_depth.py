@@ -5,10 +5,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import _checks, _leaves
+from .._engine import checks, trees
+from .._engine.rules import Decision, PerLayer, Rules, Tree, entries
 from . import _patterns
 from ._patterns import Pattern
-from ._rules import Decision, PerLayer, Rules, Tree, entries
 
 _NUMBER = r"(\d+)"
 
@@ -87,7 +87,7 @@ class ByDepth(Rules, kind="by_depth"):
         everyone = range(len(tree.leaves))
         found = set().union(*(_patterns.matching(tree, pattern, everyone, everyone) for pattern in self.blocks))
         # What `freeze` hides counts too: it says what stood there.
-        found = {i for i in found - first if _leaves.is_decayable(tree.leaves[i])}
+        found = {i for i in found - first if trees.is_decayable(tree.leaves[i])}
         deciding = found.intersection(asked)
         sizes: dict[int, str] = {}
         for i in sorted(deciding or found):
@@ -138,7 +138,7 @@ class ByDepth(Rules, kind="by_depth"):
         return by_depth(**{k: _patterns.from_plain(v) if k in ("blocks", "first") else v for k, v in arguments.items()})
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = None) -> Rules:
     """Multipliers that fall by a factor from each block of a model to the one below it: layer-wise decay.
 
@@ -174,7 +174,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
         >>> wdjax.by_depth("block_*", 0.5, first="stem").values(params)
         {'block_0': 0.25, 'block_1': 0.5, 'head': 1.0, 'stem': 0.125}
     """
-    factor = _checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
+    factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
     if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
         raise TypeError(f"by_depth: axis counts stacked blocks, got {axis!r}. Write axis=0, or leave it out.")
     checked = _patterns.checked("by_depth", blocks)

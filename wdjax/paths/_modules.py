@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .. import _checks, _leaves
+from .._engine import checks, trees
 from ._roles import EMBEDDING, KERNEL, Role
 
 PyTree = Any
@@ -49,7 +49,7 @@ class _Registered(NamedTuple):
 _REGISTRY: dict[type, _Registered] = {}
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequence[str] = ()) -> None:
     """Says of a layer class of your own which of its parameters are weights, for `weights_only(model)`.
 
@@ -157,7 +157,7 @@ def _owners_in_linen(
                 "call_kwargs={'train': False} for its keyword arguments."
             ) from error
     for collection, tree in variables.items():
-        for path, _ in _leaves.flatten_with_paths(tree):
+        for path, _ in trees.flatten_with_paths(tree):
             if collection != "params":
                 yield f"{collection}/{path}", Role("statistic", f"in the collection {collection!r}")
                 continue
@@ -204,7 +204,7 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     if len(flat) == 1 and not flat[0][0]:  # It is no tree: a plain value, or an NNX module of the older kind.
         return sorted(vars(node).items()) if _is_a(node, "flax.nnx", "Module") else []
-    return [("/".join(map(_leaves.key_text, keys)), child) for keys, child in flat]
+    return [("/".join(map(trees.key_text, keys)), child) for keys, child in flat]
 
 
 def _owner(kind: type, name: str) -> Owner | _Own:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .._leaves import Leaf
-from ._rules import Rules, Tree
+from .._engine.rules import Rules, Tree
+from .._engine.trees import Leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import _checks
-from .._leaves import Leaf
+from .._engine import checks
+from .._engine.rules import Decision, Rules, Tree, entries
+from .._engine.trees import Leaf
 from . import _modules, _patterns
 from ._modules import Owner
 from ._roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
-from ._rules import Decision, Rules, Tree, entries
 
 # What holds an array inside a parameter (a Variable, a named array) and says nothing of it.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
@@ -135,7 +135,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def weights_only(
     model: Any = None,
     *inputs: Any,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks
+from .._engine import checks
+from .._engine.rules import TABLE, Decision, Rules, Tree, entries, from_plain, plain
 from . import _patterns
 from ._patterns import Pattern
-from ._rules import TABLE, Decision, Rules, Tree, entries, from_plain, plain
 
 
 class _Missing(enum.Enum):
@@ -96,7 +96,7 @@ def _decisions(tree: Tree, group: Sequence[int], value: Any) -> dict[int, Decisi
     return dict.fromkeys(group, Decision(value, ""))
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def by_path(
     rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = MISSING, syntax: str = "shell"
 ) -> Rules:
@@ -142,7 +142,7 @@ def by_path(
     return Table(tuple(table), default if default is MISSING else _checked_value(default))
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
     """The mask that is True for the parameters that any of the patterns matches, and False for all others.
 
@@ -163,7 +163,7 @@ def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
     return Table(((_patterns.checked("only", patterns, syntax), True),), default=False)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
     """The mask that is False for the parameters that any of the patterns matches, and True for all others.
 
@@ -189,7 +189,7 @@ def _checked_value(value: Any) -> Any:
         return bool(value)
     if isinstance(value, (str, Rules)):
         return value
-    return _checks.rate("by_path", "a value of the table", value, write=TABLE)
+    return checks.rate("by_path", "a value of the table", value, write=TABLE)
 
 
 def _uncovered(paths: list[str]) -> str:

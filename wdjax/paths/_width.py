@@ -6,10 +6,10 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import _checks
-from .._leaves import Leaf
+from .._engine import checks
+from .._engine.rules import Decision, Rules, Tree, entries
+from .._engine.trees import Leaf
 from ._roles import KERNEL, Parameter, role
-from ._rules import Decision, Rules, Tree, entries
 from ._standard import parameter_at
 
 
@@ -82,7 +82,7 @@ class ByWidth(Rules, kind="by_width"):
         return by_width(**entries("by_width", arguments, {"base"}, {"power", "stacked_axes"}))
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def by_width(
     base: float, *, power: float = 1.0, fan_in: Callable[[Leaf], float] | None = None, stacked_axes: int = 0
 ) -> Rules:
@@ -120,7 +120,7 @@ def by_width(
         >>> wdjax.by_width(256).values(params)
         {'Dense_0': {'bias': 1.0, 'kernel': 2.0}}
     """
-    base = _checks.positive("by_width", "base", base, "by_width(256)")
+    base = checks.positive("by_width", "base", base, "by_width(256)")
     if not _is_number(power):
         raise TypeError(f"by_width: power must be a finite number, got {power!r}. Write by_width(256, power=0.5).")
     if fan_in is not None and not callable(fan_in):

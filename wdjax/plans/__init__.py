@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks, _leaves
-from .._unstable import is_traced
+from .._engine import checks, trees
+from .._engine.masks import booleans
+from .._engine.rules import Decision, PerLayer, check_stack
+from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules
-from ..paths._masks import booleans
 from ..paths._roles import BIAS, role
-from ..paths._rules import Decision, PerLayer, check_stack
 from ..paths._standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
@@ -27,7 +27,7 @@ PyTree = Any
 _NO_NUMBER = "not decayable"
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: Any = None) -> Plan:
     """Shows which parameters decay, at which rate, by which rule and why.
 
@@ -63,9 +63,9 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
         decayed 6 of 9 parameters in 1 of 2 arrays
     """
     where = "plan"
-    leaves = _leaves.flatten_with_paths(params)
+    leaves = trees.flatten_with_paths(params)
     if not isinstance(weight_decay, Rules):
-        weight_decay = _checks.rate(where, "weight_decay", weight_decay)
+        weight_decay = checks.rate(where, "weight_decay", weight_decay)
     chosen = _asked(where, mask, params, leaves, "all")
     kept = _asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
@@ -74,7 +74,7 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
     else:
         rates = [Decision(weight_decay, "")] * len(leaves)
     rows = [
-        _planned(_leaves.describe(path, leaf), _leaves.is_decayable(leaf), *decisions)
+        _planned(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
         if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
     ]
@@ -140,7 +140,7 @@ def _shown(factors: Sequence[Any]) -> Rate:
 def _warn(rows: Sequence[Planned]) -> None:
     decayable = [row for row in rows if row.rule != _NO_NUMBER]
     if decayable and not any(row.decays for row in decayable):
-        _checks.warn(
+        checks.warn(
             f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay, or they are "
             "frozen. Print the plan to see which rule took each."
         )
@@ -148,7 +148,7 @@ def _warn(rows: Sequence[Planned]) -> None:
     roles = {row.path: role(parameter_at(row.path, shapes)) for row in decayable}
     biases = [path for path, found in roles.items() if found is not None and found.name == BIAS]
     if biases and all(row.decays for row in decayable):
-        _checks.warn(
+        checks.warn(
             f"plan: everything decays, biases too: {', '.join(map(repr, biases[:3]))}. For the weights alone give "
             "mask=weights_only()."
         )

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _axes, _checks, _leaves
-from .._action import Action, DecayState, _acts
-from .._steps import nodes, stepped
+from .._engine import checks, mesh_axes, trees
+from .._engine.loop import Action, DecayState, _acts
+from .._engine.rules import Decision
+from .._engine.steps import nodes, stepped
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low, is_narrow
 from ..paths import Rules
-from ..paths._rules import Decision
 from ..plans import _asked, _planned
 from ._sums import METRICS as METRICS
 from ._sums import Sums, metrics, sums
@@ -45,7 +45,7 @@ class MonitorState(NamedTuple):
     inner_state: Any
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def monitor(
     optimizer: Any,
     weight_decay: Any = 0.0,
@@ -124,10 +124,10 @@ def monitor(
         ['undecayed/weight_norm', 'undecayed/weight_rms']
     """
     where = "monitor"
-    inner = _checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)")
+    inner = checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
     _check_groups(where, groups)
-    axes = _axes.names(where, axis_name)
+    axes = mesh_axes.names(where, axis_name)
 
     def init_fn(params: PyTree) -> MonitorState:
         measured = _nothing_measured(action, groups, params)
@@ -135,7 +135,7 @@ def monitor(
         return MonitorState(action.init(params, acts_on=lambda path: False), measured, inner.init(params))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
-        _checks.params_given(where, params)
+        checks.params_given(where, params)
         updates, after = inner.update(updates, state.inner_state, params, **extra_args)
         measured = _measured(action, groups, updates, state.decay, params, _is_written(after), axes)
         flags = jnp.array(stepped(state.inner_state, after), bool)
@@ -150,7 +150,7 @@ def monitor(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@_checks.known_arguments
+@checks.known_arguments
 def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
     """Reads what `monitor` measured in the last step, as a flat dictionary to log.
 
@@ -187,7 +187,7 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
             "monitor(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3); then scalars(opt_state)."
         )
     for measured in monitors:
-        for path, value in _leaves.flatten_with_paths(measured):
+        for path, value in trees.flatten_with_paths(measured):
             if prefix + path in found:
                 raise ValueError(
                     f"scalars: {len(monitors)} monitors in this state measure {path!r}. Name their groups apart: "
@@ -213,7 +213,7 @@ def _is_monitor(node: Any) -> bool:
 
 
 def _nothing_measured(action: Action, groups: Any, params: PyTree) -> Any:
-    leaves = _leaves.flatten_with_paths(params)
+    leaves = trees.flatten_with_paths(params)
     if not leaves:
         # `optax.tree.map_params` asks with a tree of nothing where parameters are in the state: a leaf is any groups.
         return jnp.zeros([], jnp.float32)
@@ -236,14 +236,14 @@ def _check_groups(where: str, groups: Any) -> None:
 
 def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """The group of each leaf; None for what is no number."""
-    counted = [_leaves.is_decayable(leaf) for _, leaf in leaves]
+    counted = [trees.is_decayable(leaf) for _, leaf in leaves]
     if isinstance(groups, Rules):
         decisions = groups._decisions(action.where, leaves)
         return [d.value if d and number else None for d, number in zip(decisions, counted, strict=True)]
     if groups is None:
         return _rules(action, params, leaves)
     labels = [
-        groups(_leaves.describe(path, leaf)) if number else None
+        groups(trees.describe(path, leaf)) if number else None
         for (path, leaf), number in zip(leaves, counted, strict=True)
     ]
     for (path, _), number, label in zip(leaves, counted, labels, strict=True):
@@ -259,11 +259,9 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
     rates = rate._decisions(action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
     labels: list[str | None] = []
     for row, (path, leaf), choice, rated in zip(action._factors(params, leaves), leaves, chosen, rates, strict=True):
-        label = UNDECAYED if _leaves.is_decayable(leaf) else None
+        label = UNDECAYED if trees.is_decayable(leaf) else None
         if _acts(row):
-            shown = _planned(
-                _leaves.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, "")
-            )
+            shown = _planned(trees.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, ""))
             label = shown.rule.replace("'", "")
         labels.append(label)
     return labels
@@ -282,26 +280,28 @@ def _measured(
     state: DecayState,
     params: PyTree,
     is_written: Callable[[Any], bool],
-    axes: _axes.Names,
+    axes: mesh_axes.Names,
 ) -> dict[str, dict[str, jax.Array]]:
-    leaves = _leaves.flatten_with_paths(params)
+    leaves = trees.flatten_with_paths(params)
     labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state)
     moves: dict[int, Any] = {}
 
     def note(update: Any, i: int) -> Any:
-        _checks.same_shape(action.where, leaves[i][0], update, leaves[i][1])
+        checks.same_shape(action.where, leaves[i][0], update, leaves[i][1])
         moves[i] = update
         return update
 
-    _leaves.map_with_params(note, action.where, updates, params, [path for path, _ in leaves])
-    rows: dict[_axes.Names, dict[str, list[Sums]]] = {}  # By the mesh axes that arrays are split over, and by group.
+    trees.map_with_params(note, action.where, updates, params, [path for path, _ in leaves])
+    rows: dict[
+        mesh_axes.Names, dict[str, list[Sums]]
+    ] = {}  # By the mesh axes that arrays are split over, and by group.
     # What is left to promote are real rates beside complex weights.
     with jax.numpy_dtype_promotion("standard"):
         for i, label in enumerate(labels):
             if label is not None:
                 p = leaves[i][1]
                 update = moves[i] if i in moves else jnp.zeros_like(p)
-                groups_of = rows.setdefault(_axes.split_over(action.where, p, axes), {})
+                groups_of = rows.setdefault(mesh_axes.split_over(action.where, p, axes), {})
                 groups_of.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
     names = list(dict.fromkeys(label for label in labels if label is not None))
     if not names:
@@ -312,6 +312,6 @@ def _measured(
         return Sums(*(jnp.stack(column) for column in zip(*totals, strict=True)))
 
     nothing = [Sums(*[0.0] * len(Sums._fields))]
-    parts = [_axes.total(stacked([row.get(name, nothing) for name in names]), split) for split, row in rows.items()]
+    parts = [mesh_axes.total(stacked([row.get(name, nothing) for name in names]), split) for split, row in rows.items()]
     values = metrics(Sums(*(sum(column) for column in zip(*parts, strict=True))))
     return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(names)}

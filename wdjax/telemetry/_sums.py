@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._action import Term
-from .._arithmetic import away, cast, compute_dtype, product
+from .._engine.arithmetic import away, cast, compute_dtype, product
+from .._engine.loop import Term
 from ..low_precision._rounding import is_low, rounded
 
 METRICS = (

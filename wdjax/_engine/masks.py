@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _leaves
-from .._unstable import is_traced
-from ._rules import Rules
+from . import trees
+from .rules import Rules
+from .unstable import is_traced
 
 PyTree = Any
 
@@ -37,13 +37,13 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
     # A tree may be callable too, such as an Equinox module of booleans.
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
-    flags = {p: _boolean(where, p, flag) for p, flag in _leaves.flatten_with_paths(tree) if not _leaves.is_hole(flag)}
+    flags = {p: _boolean(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
     owners = [next((prefix for prefix in _prefixes(path) if prefix in flags), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)
-    bare = [path for owner, (path, leaf) in owned if owner is None and not _leaves.is_hole(leaf)]
+    bare = [path for owner, (path, leaf) in owned if owner is None and not trees.is_hole(leaf)]
     if bare:
         raise ValueError(_misfit(where, "it has no entry for", bare))
-    holes = {path for path, leaf in leaves if _leaves.is_hole(leaf)}
+    holes = {path for path, leaf in leaves if trees.is_hole(leaf)}
     used = set(owners)
     extra = [p for p in flags if p not in used and holes.isdisjoint(_prefixes(p))]
     if extra:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._unstable import is_traced, not_inlined
-from .paths._rules import PerLayer
+from .rules import PerLayer
+from .unstable import is_traced, not_inlined
 
 Scalar = Any  # A NumPy scalar where the value is known while tracing, else a 0-d array.
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from .. import _checks, _leaves
-from .._leaves import Leaf
-from .._unstable import is_traced
+from . import checks, trees
+from .trees import Leaf
+from .unstable import is_traced
 
 PyTree = Any
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
@@ -97,7 +97,7 @@ class Rules(abc.ABC):
             TypeError: if the values of the rules are not booleans.
             ValueError: if a rule matches nothing or never decides, or a parameter is not covered.
         """
-        leaves = _leaves.flatten_with_paths(params)
+        leaves = trees.flatten_with_paths(params)
         return _like(params, leaves, self._booleans("Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
@@ -109,8 +109,8 @@ class Rules(abc.ABC):
         Raises:
             ValueError: if a rule matches nothing or never decides, or a leaf (of any dtype) is not covered.
         """
-        leaves = _leaves.flatten_with_paths(params)
-        decisions = self._decisions("Rules.values", leaves, lambda leaf: not _leaves.is_hole(leaf))
+        leaves = trees.flatten_with_paths(params)
+        decisions = self._decisions("Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
         return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(decisions, leaves, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class Rules(abc.ABC):
                 "table for weight_decay: use wdjax.adamw or wdjax.decoupled_decay. The factor of a table is a scalar."
             )
         else:
-            factor = _checks.rate(self.kind, "the factor of a table", factor, write=f"0.1 * {TABLE}")
+            factor = checks.rate(self.kind, "the factor of a table", factor, write=f"0.1 * {TABLE}")
         return dataclasses.replace(self, factors=(*self.factors, factor))
 
     __rmul__ = __mul__
@@ -183,7 +183,7 @@ class Rules(abc.ABC):
         """Each leaf's boolean, for an error in the name of the function `where`."""
         self._check_booleans(where)
         pairs = zip(self._decisions(where, leaves), leaves, strict=True)
-        return [decision is not None and bool(decision.value) and _leaves.is_decayable(x) for decision, (_, x) in pairs]
+        return [decision is not None and bool(decision.value) and trees.is_decayable(x) for decision, (_, x) in pairs]
 
     def _rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
         """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
@@ -191,13 +191,13 @@ class Rules(abc.ABC):
         return [(0.0,) if d is None else (*d.factors, d.value) for d in self._decisions(where, leaves)]
 
     def _decisions(
-        self, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = _leaves.is_decayable
+        self, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = trees.is_decayable
     ) -> list[Decision | None]:
         """The decision on each leaf; None for one that no rule covers and `covers` does not ask for."""
         if not leaves:
             return []
         required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
-        tree = Tree(where, [_leaves.describe(path, leaf) for path, leaf in leaves], required)
+        tree = Tree(where, [trees.describe(path, leaf) for path, leaf in leaves], required)
         answers = self._answers(tree, range(len(leaves)))
         return [answers.get(i) for i in range(len(leaves))]
 
@@ -322,5 +322,5 @@ def _product(decision: Decision | None, leaf: Any) -> Any:
 
 
 def _like(params: PyTree, leaves: Sequence[tuple[str, Any]], values: Sequence[Any]) -> PyTree:
-    filled = [leaf if _leaves.is_hole(leaf) else value for (_, leaf), value in zip(leaves, values, strict=True)]
-    return jax.tree.unflatten(_leaves.structure(params), filled)
+    filled = [leaf if trees.is_hole(leaf) else value for (_, leaf), value in zip(leaves, values, strict=True)]
+    return jax.tree.unflatten(trees.structure(params), filled)

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _checks, _hazards, _leaves
-from ._arithmetic import Rule, act, as_arguments, compute_dtype, strength
-from .paths import Rules
-from .paths._masks import booleans
-from .paths._rules import check_stack
+from . import checks, hazards, trees
+from .arithmetic import Rule, act, as_arguments, compute_dtype, strength
+from .masks import booleans
+from .rules import Rules, check_stack
 
 PyTree = Any
 
@@ -50,7 +49,7 @@ class Term(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What acts on one parameter, as `_arithmetic.act` takes it."""
+    """What acts on one parameter, as `arithmetic.act` takes it."""
 
     axis: int | None
     anchor: Any
@@ -81,7 +80,7 @@ class Action:
 
     def __post_init__(self) -> None:
         checked = {
-            name: value if isinstance(value, Rules) else _checks.rate(self.where, name, value)
+            name: value if isinstance(value, Rules) else checks.rate(self.where, name, value)
             for name, value in self.rates.items()
         }
         object.__setattr__(self, "rates", checked)
@@ -104,7 +103,7 @@ class Action:
 
         A warning is given of one array at two places that `acts_on`, a function of the path, both are acted on.
         """
-        leaves = _leaves.flatten_with_paths(params)
+        leaves = trees.flatten_with_paths(params)
         anchor = None
         if self.keeps_anchor:
             # A copy: the state must not hold the buffers of params, or both could not be donated.
@@ -112,15 +111,15 @@ class Action:
         rows = self._factors(params, leaves)
         self._anchors(leaves, rows, anchor)
         acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row) and acts_on(leaf[0])]
-        _leaves.warn_of_aliases(self.where, acted_on)
+        trees.warn_of_aliases(self.where, acted_on)
         if self.is_per_step:
             self._warn_of_rates(leaves, rows)
         return DecayState(jnp.zeros([], jnp.int32), anchor)
 
     def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
         """The updates after `rule` acted on every leaf that is not off; `gates` are further factors of the rate."""
-        _checks.params_given(self.where, params)
-        leaves = _leaves.flatten_with_paths(params)
+        checks.params_given(self.where, params)
+        leaves = trees.flatten_with_paths(params)
         paths = [path for path, _ in leaves]
         given: list[Any] = [None] * len(leaves)
 
@@ -128,17 +127,17 @@ class Action:
             given[i] = update
             return update
 
-        _leaves.map_with_params(note, self.where, updates, params, paths)
+        trees.map_with_params(note, self.where, updates, params, paths)
         told = self.told(given, params, leaves, state)
 
         def act_on(update: Any, i: int) -> Any:
             (path, param), what = leaves[i], told[i]
             if what is None:
                 return update
-            _checks.same_shape(self.where, path, update, param)
+            checks.same_shape(self.where, path, update, param)
             return act(rule, what.axis, update, param, what.anchor, what.number, (*what.arrays, *gates))
 
-        return _leaves.map_with_params(act_on, self.where, updates, params, paths)
+        return trees.map_with_params(act_on, self.where, updates, params, paths)
 
     def told(
         self, updates: Sequence[Any], params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState
@@ -198,16 +197,16 @@ class Action:
         chosen = booleans(self.where, self.mask, params, leaves)
         factors: list[list[tuple[str, Any]] | None] = []
         for flag, (path, leaf), *rates in zip(chosen, leaves, *columns, strict=True):
-            row = list(itertools.chain(*rates)) if flag and _leaves.is_decayable(leaf) else None
+            row = list(itertools.chain(*rates)) if flag and trees.is_decayable(leaf) else None
             check_stack(self.where, path, (factor for _, factor in row or ()))
             factors.append(row)
         return factors
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
-        leaves = _leaves.flatten_with_paths(params)
-        dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if _leaves.is_decayable(leaf)}
-        if not _hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
+        leaves = trees.flatten_with_paths(params)
+        dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if trees.is_decayable(leaf)}
+        if not hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
             self._warn_of_rates(leaves, self._factors(params, leaves))
 
     def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> None:
@@ -216,7 +215,7 @@ class Action:
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if _acts(row)
         )
-        _hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
+        hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:
@@ -228,7 +227,7 @@ class Action:
         value = schedule(jnp.asarray(state.count))
         if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
             return value
-        return _checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
+        return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
     def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any], initial: PyTree) -> list[Any]:
         """Each leaf's anchor, None for zero; found by canonical path, and needed only where there is a decay."""
@@ -239,12 +238,12 @@ class Action:
                 f"{self.where}: toward='init', and the state holds no anchor: it comes from an optimizer without one. "
                 "Make a new state, optimizer.init(params), and take over the rest of the old one."
             )
-        given = dict(_leaves.flatten_with_paths(initial if self.keeps_anchor else self.toward))
-        holes = tuple(path + "/" for path, leaf in leaves if _leaves.is_hole(leaf))
+        given = dict(trees.flatten_with_paths(initial if self.keeps_anchor else self.toward))
+        holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
         paths = {path for path, _ in leaves}
         pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row)]
-        missing = [path for path, _ in pulled if _leaves.is_hole(given.get(path))]
-        extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or _leaves.is_hole(a))]
+        missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
+        extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or trees.is_hole(a))]
         if missing or extra:
             raise ValueError(
                 f"{self.where}: toward must be a tree like params; it lacks {missing[:5]} and has besides {extra[:5]}. "

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks
-from ._unstable import is_traced
-from .paths import Rules
-from .paths._rules import PerLayer
+from . import checks
+from .rules import PerLayer, Rules
+from .unstable import is_traced
 
 
 def warn_of_rates(
@@ -40,7 +39,7 @@ def warn_of_rates(
     if lost:
         (dtype, fraction), paths = next(iter(lost.items()))
         least = smallest_fraction(dtype)
-        _checks.warn(
+        checks.warn(
             f"{where}: the decay rounds to nothing: {argument} is {fraction:g} a step, and optax.apply_updates keeps "
             f"no change of less than {least:.3g} (2**{math.log2(least):.0f}) of a {dtype} weight: "
             f"{_named(paths, sum(map(len, lost.values())))}. {remedy(dtype)}"
@@ -50,7 +49,7 @@ def warn_of_rates(
         paths = beyond[fraction]
         does = "takes weights to zero (or their anchor) at once" if fraction == 1 else "takes weights past zero"
         never_settles = ", and as far again or farther: they never settle" if fraction >= 2 else ""
-        _checks.warn(
+        checks.warn(
             f"{where}: {argument} is {fraction:g} a step, which {does}{never_settles}: "
             f"{_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? If it is meant, "
             "continuous_decay(...) or proximal_step(L2(), ...) never overshoots."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._unstable import is_traced
+from .unstable import is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")

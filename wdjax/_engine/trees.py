@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
-from . import _checks
+from . import checks
 
 PyTree = Any
 
@@ -167,7 +167,7 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
     tied = [" and ".join(map(repr, same[:3])) for same in paths.values() if len(same) > 1]
     if tied:
         more = f" (and {len(tied) - 1} more such arrays)" if len(tied) > 1 else ""
-        _checks.warn(
+        checks.warn(
             f"{where}: {tied[0]} are one array{more}. In a tree of arrays they are parameters of their own: each gets "
             "its own update and its own decay, and the first step parts them. To keep them tied, have the array once "
             "in params and use it twice in the model: with NNX share the Variable and take nnx.state(model), with "

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ._unstable import varying_axes
+from .unstable import varying_axes
 
 Names = tuple[Hashable, ...]
 
