@@ -26,6 +26,7 @@ UNSTABLE = re.compile(
 IMPORTS = {
     "Tracer": "jax.core",
     "set_xla_metadata": "jax.experimental.xla_metadata",
+    "auto_axes": "jax.sharding",
     "process_allgather": "jax.experimental.multihost_utils",
 }
 

@@ -10,14 +10,14 @@ Complex weights: updates are taken as directions of descent, that is the conjuga
 
 from typing import Any
 
+import jax
 import optax
 
 from ._engine import checks
-from ._engine.arithmetic import away, plus
+from ._engine.arithmetic import LeafRule, Strength, away, plus, stateless
 from ._engine.loop import Action, transformation
-from .penalties import L2, Penalty, checked_kind
-
-PyTree = Any
+from .paths import stacks
+from .penalties import L2, Penalty, check_kind, check_strength, gradient
 
 
 @checks.known_arguments
@@ -55,12 +55,13 @@ def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
         {'bias': 2.0, 'kernel': 1.9}
     """
-    return _add("add_l2_to_grads", L2(), {"weight_decay": weight_decay}, mask, toward)
+    action = Action("add_l2_to_grads", {"weight_decay": weight_decay}, mask, toward)
+    return transformation(action, _L2)
 
 
 @checks.known_arguments
 def add_penalty_to_grads(
-    kind: Penalty, strength: Any, mask: Any = None, *, toward: Any = None
+    kind: Penalty, strength: Any, mask: Any = None, *, toward: Any = None, stacked_axes: Any = 0
 ) -> optax.GradientTransformation:
     """Adds strength times the gradient of any penalty, without touching the loss.
 
@@ -72,6 +73,8 @@ def add_penalty_to_grads(
     Args:
         kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
         strength, mask, toward: as `add_l2_to_grads`.
+        stacked_axes: how many leading axes stack layers, so that the penalty is that of each layer: a number for all
+            parameters, or a dictionary from patterns to numbers, {"layers": 1}. It matters for penalties of groups.
 
     Returns, Raises: as `add_l2_to_grads`.
 
@@ -84,9 +87,17 @@ def add_penalty_to_grads(
         [0.25, -0.5]
     """
     where = "add_penalty_to_grads"
-    return _add(where, checked_kind(where, kind), {"strength": strength}, mask, toward)
+    check_kind(where, kind, "value", "gradient")
+    action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
+    return transformation(action, _rule(where, kind))
 
 
-def _add(where: str, kind: Penalty, rates: dict[str, Any], mask: Any, toward: Any) -> optax.GradientTransformation:
-    action = Action(where, rates, mask, toward)
-    return transformation(action, lambda update, p, a, rate: plus(update, rate, kind.gradient(away(p, a))))
+def _rule(where: str, kind: Penalty) -> LeafRule:
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:
+        check_strength(where, kind, strength.value)
+        return plus(update, strength, gradient(kind, away(p, a)))
+
+    return stateless(rule, is_elementwise=getattr(kind, "is_elementwise", False))
+
+
+_L2 = _rule("add_l2_to_grads", L2())

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._engine import arithmetic, checks, mesh_axes, trees
+from ._engine import checks, mesh_axes, trees
+from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
-from .penalties import L2, Penalty, checked_kind
+from .paths import stacks
+from .penalties import L2, Penalty, check_kind, check_strength, weighted_value
 
 PyTree = Any
 
@@ -57,7 +59,7 @@ def l2_penalty(
         >>> float(wdjax.l2_penalty(params, 0.2, wdjax.all_but("bias")))
         2.5
     """
-    return _penalty("l2_penalty", "weight_decay", params, L2(), weight_decay, mask, toward, axis_name)
+    return _penalty(Action("l2_penalty", {"weight_decay": weight_decay}, mask, toward), params, L2(), axis_name)
 
 
 @checks.known_arguments
@@ -69,6 +71,7 @@ def penalty(
     *,
     toward: PyTree = None,
     axis_name: Any = None,
+    stacked_axes: Any = 0,
 ) -> jax.Array:
     """strength times any penalty of the weights, to add to the loss.
 
@@ -82,6 +85,7 @@ def penalty(
         params, strength, mask, toward: as `l2_penalty`.
         axis_name: as `l2_penalty`. A mesh axis that splits norms is given to the kind instead,
             `GroupLasso(axis_name="data")`.
+        stacked_axes: as `add_penalty_to_grads`.
 
     Returns, Raises: as `l2_penalty`.
 
@@ -91,15 +95,17 @@ def penalty(
         >>> float(wdjax.penalty({"kernel": jnp.array([3.0, -4.0])}, wdjax.GroupLasso(), 0.5))
         2.5
     """
-    return _penalty("penalty", "strength", params, checked_kind("penalty", kind), strength, mask, toward, axis_name)
+    where = "penalty"
+    check_kind(where, kind, "value")
+    action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
+    return _penalty(action, params, kind, axis_name)
 
 
-def _penalty(
-    where: str, name: str, params: PyTree, kind: Penalty, rate: Any, mask: Any, toward: PyTree, axis_name: Any
-) -> jax.Array:
+def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> jax.Array:
+    where, toward = action.where, action.toward
     if isinstance(toward, str):
         raise ValueError(
-            f"{where}: toward={toward!r} needs a state, and a loss has none. Write {where}(..., toward=initial_params)."
+            f"{where}: toward={toward!r} needs a state, but a loss has none. Write {where}(..., toward=initial_params)."
         )
     axes = mesh_axes.names(where, axis_name)
     if set(axes) & set(mesh_axes.names(where, getattr(kind, "axis_name", None))):
@@ -107,20 +113,13 @@ def _penalty(
             f"{where}: {kind!r} takes its norms over all devices of {axis_name!r} already, and axis_name={axis_name!r} "
             f"would count them once for each. Leave axis_name out of {where}."
         )
-    action = Action(where, {name: rate}, mask, toward)
     leaves = trees.flatten_with_paths(params)
-    terms = action.terms(params, leaves, None)
-    dtype = jnp.finfo(arithmetic.compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype
-    totals: dict[mesh_axes.Names, jax.Array] = {(): jnp.zeros([], dtype)}
-    for (_, param), term in zip(leaves, terms, strict=True):
-        if term is not None:
-            wide = arithmetic.compute_dtype(param)
-            anchor = None if term.anchor is None else jnp.asarray(term.anchor, wide)
-            far = arithmetic.away(jnp.asarray(param, wide), anchor)
-            rate, axis = arithmetic.product(term.factors, wide)
-            with jax.numpy_dtype_promotion("standard"):  # Of complex weights, a real norm meets the complex.
-                value = kind.value(far) if axis is None else jax.vmap(kind.value, axis)(far)
-            value = jnp.sum(rate * value).astype(dtype)
-            split = mesh_axes.split_over(where, value, axes)
-            totals[split] = totals[split] + value if split in totals else value
-    return sum((mesh_axes.total(value, split) for split, value in totals.items()), jnp.zeros([], dtype))
+    dtype = jnp.finfo(compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype
+
+    def value(_: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:
+        check_strength(where, kind, strength.value)
+        return weighted_value(kind, away(p, a), strength.value).astype(dtype)
+
+    rule = LeafRule(reduce=value, is_elementwise=getattr(kind, "is_elementwise", False))
+    total = action.total(rule, params, axes)
+    return jnp.zeros([], dtype) if total is None else total

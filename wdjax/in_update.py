@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ._engine import checks, trees
-from ._engine.arithmetic import Rate, away, cast, compute_dtype, minus, plus, subtracted
+from ._engine.arithmetic import Strength, away, cast, compute_dtype, minus, plus, stateless, subtracted
 from ._engine.loop import Action, DecayState, transformation
 
 PyTree = Any
@@ -59,7 +59,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
         {'bias': 2.0, 'kernel': 1.9}
     """
     action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, _decoupled)
+    return transformation(action, _DECOUPLED)
 
 
 @checks.known_arguments
@@ -90,7 +90,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward, is_per_step=True)
-    return transformation(action, subtracted)
+    return transformation(action, _SUBTRACTED)
 
 
 @checks.known_arguments
@@ -123,15 +123,18 @@ def continuous_decay(
     """
     rates = {"weight_decay": weight_decay, "learning_rate": learning_rate}
     action = Action("continuous_decay", rates, mask, toward, is_per_step=True, can_overshoot=False)
-    return transformation(action, _continuous)
+    return transformation(action, _CONTINUOUS)
 
 
-def _decoupled(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+def _decoupled(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
     return plus(update, rate, away(p, a))
 
 
-def _continuous(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+def _continuous(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
     return minus(update, rate._replace(value=-jnp.expm1(-rate.value)), away(p, a))
+
+
+_DECOUPLED, _SUBTRACTED, _CONTINUOUS = map(stateless, (_decoupled, subtracted, _continuous))
 
 
 @checks.known_arguments

@@ -12,16 +12,21 @@ import jax
 import optax
 
 from ._engine import checks
-from ._engine.arithmetic import Rate, away, unless_off
+from ._engine.arithmetic import Strength, away, stateless, unless_off
 from ._engine.loop import Action, transformation
-from .penalties import Penalty, checked_kind
-
-PyTree = Any
+from .paths import stacks
+from .penalties import ProximalPenalty, check_kind, check_strength
 
 
 @checks.known_arguments
 def proximal_step(
-    kind: Penalty, strength: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+    kind: ProximalPenalty,
+    strength: Any,
+    mask: Any = None,
+    *,
+    learning_rate: Any,
+    toward: Any = None,
+    stacked_axes: Any = 0,
 ) -> optax.GradientTransformation:
     """Moves the weights that the optimizer arrives at to the minimum of penalty plus squared distance.
 
@@ -32,13 +37,15 @@ def proximal_step(
     Source: Parikh & Boyd 2014; AdamProx (arXiv 2202.00089) and Adan (arXiv 2208.06677) for L2.
 
     Args:
-        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own
+            `ProximalPenalty`.
         strength: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
         learning_rate: the number or schedule that the optimizer has; a schedule is called with this
             transformation's own count of updates, from 0.
         toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
             compiled step); or "init" for the values at `init`, kept in the state.
+        stacked_axes: as `add_penalty_to_grads`.
 
     Returns:
         An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype;
@@ -58,11 +65,13 @@ def proximal_step(
         [1.5, 0.0]
     """
     where = "proximal_step"
-    checked_kind(where, kind)
-    action = Action(where, {"strength": strength, "learning_rate": learning_rate}, mask, toward)
+    check_kind(where, kind, "prox")
+    rates = {"strength": strength, "learning_rate": learning_rate}
+    action = Action(where, rates, mask, toward, stacked_axes=stacks(where, stacked_axes))
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Rate) -> jax.Array:
+    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
+        check_strength(where, kind, rate.value)
         new = kind.prox(away(p + update, a), rate.value)
         return unless_off(rate, update, (new if a is None else a + new) - p)
 
-    return transformation(action, rule)
+    return transformation(action, stateless(rule, is_elementwise=getattr(kind, "is_elementwise", False)))

@@ -20,36 +20,87 @@ import functools
 import math
 import numbers
 import operator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._engine import mesh_axes
 
 
 @runtime_checkable
 class Penalty(Protocol):
-    """Anything with these three methods is a penalty, and works in every place.
+    """Anything with a `value` is a penalty, for the loss and for the gradient.
 
-    `value` must be differentiable with `gradient` as its derivative, at zero too (no NaN there), and
-    `prox(w, step)` must be argmin over v of |v - w|^2 / 2 + step * value(v).
+    `value(w)` gives a scalar for an array, and is differentiable. A method `gradient(w)` is used instead of the
+    derivative of `value` if there is one: to save time, or to choose a subgradient where there is a corner. If the
+    penalty is a sum over elements, set `is_elementwise = True`: then strengths may be arrays.
     """
 
     def value(self, w: jax.Array) -> jax.Array: ...
 
-    def gradient(self, w: jax.Array) -> jax.Array: ...
+
+@runtime_checkable
+class ProximalPenalty(Protocol):
+    """Anything with a `prox` is a penalty for `proximal_step`.
+
+    `prox(w, step)` must be argmin over v of |v - w|^2 / 2 + step * value(v). If the penalty is a sum over elements,
+    set `is_elementwise = True`: then strengths, and so `step`, may be arrays.
+    """
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array: ...
+
+
+def gradient(kind: Any, w: jax.Array) -> jax.Array:
+    """The gradient of a penalty, as a direction of ascent; derived from its value if it has no `gradient`."""
+    if hasattr(kind, "gradient"):
+        return kind.gradient(w)
+    return jnp.conj(jax.grad(lambda w: jnp.sum(kind.value(w)))(w))
+
+
+def weighted_value(kind: Any, w: jax.Array, strength: Any) -> jax.Array:
+    """The sum of strength times value, over the parts of an array that have strengths of their own.
+
+    Args:
+        kind: a penalty.
+        w: an array.
+        strength: a scalar, or an array of the same rank that broadcasts against w.
+    """
+    parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
+
+    def value(w: jax.Array) -> jax.Array:
+        return kind.value(jnp.expand_dims(w, parts))
+
+    for _ in parts:
+        value = jax.vmap(value)
+    sizes = [np.shape(strength)[axis] for axis in parts]
+    return jnp.sum(jnp.reshape(strength, sizes) * value(jnp.moveaxis(w, parts, range(len(parts)))))
+
+
+def check_strength(where: str, kind: Any, strength: Any) -> None:
+    """Refuses an array as the strength of a penalty that is not a sum over what has strengths of its own."""
+    parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
+    if not parts or getattr(kind, "is_elementwise", False):
+        return
+    if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
+        return
+    raise ValueError(
+        f"{where}: a strength of shape {np.shape(strength)} differs within what {kind!r} takes together. Give one "
+        "strength for each group, by axes of size 1. A penalty of your own that is a sum over elements says so with "
+        "is_elementwise = True."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class L2:
     """Half the sum of squares: the penalty whose gradient is the weight itself.
 
-    Units:  with the half; Keras' `l2(r)` has none and is this with twice the strength.
+    Units:  with the half. Keras' `l2(r)` has no half and is this with twice the strength.
     Source: Hoerl & Kennard 1970 (ridge regression); Krogh & Hertz 1991.
     """
+
+    is_elementwise: ClassVar[bool] = True
 
     def value(self, w: jax.Array) -> jax.Array:
         return 0.5 * jnp.sum(_square(w))
@@ -68,6 +119,8 @@ class L1:
     Units:  of a weight: the gradient is +-1 whatever the weight's size, 0 at zero.
     Source: Tibshirani 1996; Beck & Teboulle 2009 for the proximal step.
     """
+
+    is_elementwise: ClassVar[bool] = True
 
     def value(self, w: jax.Array) -> jax.Array:
         return jnp.sum(_modulus(w))
@@ -93,6 +146,7 @@ class ElasticNet:
     """
 
     l1_ratio: float = 0.5
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not _is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
@@ -148,17 +202,19 @@ class GroupLasso:
             ) from None
         object.__setattr__(self, "axis", axis)
 
-    def _norm(self, w: jax.Array) -> jax.Array:
-        axes = (
-            tuple(range(w.ndim)) if self.axis is None else self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        )
-        if any(not -w.ndim <= axis < w.ndim for axis in axes):
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes of a norm, for an array of so many axes."""
+        axes = tuple(range(ndim)) if self.axis is None else self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if any(not -ndim <= axis < ndim for axis in axes):
             raise ValueError(
-                f"GroupLasso: axis={self.axis} is out of range for an array of shape {w.shape}. "
+                f"GroupLasso: axis={self.axis} is out of range for a {ndim}-dimensional array. "
                 "Select the arrays that have it with a mask, such as only('kernel')."
             )
+        return tuple(axis % ndim for axis in axes)
+
+    def _norm(self, w: jax.Array) -> jax.Array:
         split = mesh_axes.split_over("GroupLasso", w, mesh_axes.names("GroupLasso", self.axis_name))
-        return _norm(w, tuple(axis % w.ndim for axis in axes), split)
+        return _norm(w, self.axes(w.ndim), split)
 
     def value(self, w: jax.Array) -> jax.Array:
         return jnp.sum(self._norm(w))
@@ -185,6 +241,7 @@ class Huber:
     """
 
     delta: float = 1.0
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not _is_number(self.delta) or not 0 < self.delta < math.inf:
@@ -249,12 +306,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def checked_kind(where: str, kind: Any) -> Penalty:
-    """Refuses what is no penalty, in the name of the function `where`."""
-    if isinstance(kind, type) or not isinstance(kind, Penalty):
-        name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
-        raise TypeError(
-            f"{where}: kind must be a penalty with value, gradient and prox, got {kind!r}. "
-            f"Write {where}({name}(), ...), with {name} from wdjax."
-        )
-    return kind
+def check_kind(where: str, kind: Any, *needs: str) -> None:
+    """Refuses, in the name of the function `where`, a penalty that has none of the methods that are needed."""
+    if not isinstance(kind, type) and any(callable(getattr(kind, method, None)) for method in needs):
+        return
+    name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
+    raise TypeError(
+        f"{where}: kind must be a penalty with the method {' or '.join(needs)}, got {kind!r}. "
+        f"Write {where}({name}(), ...), with {name} from wdjax; a penalty of your own needs that method."
+    )

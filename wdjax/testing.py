@@ -25,7 +25,6 @@ except ImportError as error:
 from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype
 from ._engine.loop import Action, DecayState
-from ._engine.rules import PerLayer
 from ._engine.unstable import whole
 from .audits import Audit, audit
 from .audits._findings import NAMES
@@ -181,9 +180,7 @@ def assert_only_decays(
     for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
         if trees.is_hole(before) or jnp.size(before) == 0:
             continue
-        fraction = 1.0
-        for factor in () if term is None else term.factors:
-            fraction = fraction * (factor.along(before.ndim) if isinstance(factor, PerLayer) else np.float64(factor))
+        fraction = 0.0 if term is None else term.known()
         if term is None or not np.any(fraction):
             fault = _fault_if_touched(before, after)
         else:

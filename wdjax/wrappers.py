@@ -26,14 +26,17 @@ import optax
 from optax import contrib
 
 from ._engine import checks, trees
-from ._engine.arithmetic import compute_dtype, subtracted
+from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
-from ._engine.masks import booleans
+from ._engine.masks import flags
 from ._engine.steps import SKIPPING, nodes, stepped
-from ._engine.unstable import explicit_axes, is_traced, may_be_split
+from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
 from .paths import Rules
 
 PyTree = Any
+
+
+_SUBTRACTED = stateless(subtracted)
 
 
 class WithDecoupledDecayState(NamedTuple):
@@ -110,20 +113,20 @@ def with_decoupled_decay(
         checks.params_given(where, params)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
-        flags = stepped(before, after)
+        real = stepped(before, after)
         shares = _shares(before, after)
 
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
-            return action.apply(subtracted, tree, state.decay, params, *factors)
+            return action.run(_SUBTRACTED, tree, state.decay, params, gates=factors)[0]
 
         def subtract_from_iterate(node: Any) -> Any:
-            return node._replace(z=subtract(node.z, *flags)) if _is_schedule_free(node) else node
+            return node._replace(z=subtract(node.z, *real)) if _is_schedule_free(node) else node
 
         if shares:
             after = jax.tree.map(subtract_from_iterate, after, is_leaf=_is_schedule_free)
-        updates = subtract(updates, *flags, *shares)
+        updates = subtract(updates, *real, *shares)
         count = state.decay.count
-        next_count = jnp.where(jnp.all(jnp.array(flags, bool)), optax.safe_increment(count), count)
+        next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -175,13 +178,13 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
         mask._check_booleans(where)
 
     def init_fn(params: PyTree) -> Any:
-        return inner.init(_Frozen(mask, params).hidden(params))
+        return inner.init(_Frozen(mask, params).hidden(params, is_params=True))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
-        moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params), **extra_args)
+        moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params, is_params=True), **extra_args)
         return frozen.kept(updates, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -193,14 +196,18 @@ class _Frozen:
     def __init__(self, mask: Any, params: PyTree):
         self.params = params
         self.leaves = trees.flatten_with_paths(params)
-        if isinstance(mask, Rules):
-            self.flags = [bool(decision and decision.value) for decision in mask._decisions("freeze", self.leaves)]
-        else:
-            self.flags = booleans("freeze", mask, params, self.leaves)
+        self.flags = flags("freeze", mask, params, self.leaves, of_all=True)
 
-    def hidden(self, tree: PyTree) -> PyTree:
-        """A tree like params with empty places for what is frozen."""
-        return self._mapped(lambda x, i: trees.Hidden.of(self.leaves[i][1]) if self.flags[i] else x, tree)
+    def hidden(self, tree: PyTree, *, is_params: bool = False) -> PyTree:
+        """A tree like params with empty places for what is frozen. Gradients are 0 in the frozen parts of the rest."""
+
+        def hide(x: Any, i: int) -> Any:
+            flag = self.flags[i]
+            if flag is True:
+                return trees.Hidden.of(self.leaves[i][1])
+            return x if flag is False or is_params or trees.is_hole(x) else _where(flag, jnp.zeros_like(x), x)
+
+        return self._mapped(hide, tree)
 
     def hidden_in_argument(self, name: str, value: Any) -> Any:
         """What line searches and the like get besides: gradients, and functions of all parameters."""
@@ -210,24 +217,36 @@ class _Frozen:
             return value
 
         def of_the_others(tree: PyTree, *args: Any, **kwargs: Any) -> Any:
-            result = value(self._mapped(lambda x, i: self.leaves[i][1] if self.flags[i] else x, tree), *args, **kwargs)
+            whole = self._mapped(lambda x, i: self.leaves[i][1] if self.flags[i] is True else x, tree)
+            result = value(whole, *args, **kwargs)
             return self.hidden(result) if name == "grad_fn" else result
 
         return of_the_others
 
     def kept(self, updates: PyTree, moved: PyTree) -> PyTree:
         """The updates of the others from `moved`, and for what is frozen those that change no bit."""
-        given = iter(jax.tree.leaves(updates, is_leaf=trees.is_hole))  # In the order in which `moved` is mapped.
+        given, _ = self._beside(updates)
 
-        def update(place: Any, i: int) -> Any:
-            incoming = next(given)
-            return _no_update(incoming, self.leaves[i][1]) if self.flags[i] else place
+        def update(new: Any, i: int) -> Any:
+            flag, param = self.flags[i], self.leaves[i][1]
+            if flag is False:
+                return new
+            old = given[i] if flag is True else new
+            return _no_update(old, param) if flag is True else _where(flag, _no_update(old, param), new)
 
         return self._mapped(update, moved)
 
     def _mapped(self, leaf_fn: Any, tree: PyTree) -> PyTree:
-        paths = [path for path, _ in self.leaves]
-        return trees.map_with_params(leaf_fn, "freeze", tree, self.params, paths, applies=lambda leaf: True)
+        found, rebuilt = self._beside(tree)
+        return rebuilt([leaf_fn(leaf, i) for i, leaf in enumerate(found)])
+
+    def _beside(self, tree: PyTree) -> Any:
+        return trees.beside("freeze", tree, self.params, [path for path, _ in self.leaves])
+
+
+@jax.jit
+def _where(flag: Any, if_frozen: Any, if_not: Any) -> jax.Array:
+    return automatic(jnp.where, (flag, if_frozen, if_not), like=if_not)
 
 
 def _no_update(update: Any, param: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The arithmetic of one parameter: a rate, and what a place does with it, in safe dtypes.
+"""The arithmetic of one parameter: what acts on it, and the rule of a place, in safe dtypes.
 
-A place's rule is a function `rule(update, param, anchor, rate) -> update` on arrays of one dtype, at least float32.
-`act` runs it on one parameter, as a jitted function of its own: traced and compiled once for every shape and dtype,
-however many parameters have them and whatever their rates are. That is why a rate is an argument and not a constant.
-Inside somebody's jit all of it is inlined and fused as if it had been written there.
+A place is a `LeafRule`: functions of one parameter. `act` runs it on one parameter, as a jitted function of its own:
+it is traced and compiled once for every shape and dtype, however many parameters have them and whatever their rates
+are. That is why a rate is an argument and not a constant. Inside a jit of the caller all of it is inlined and fused
+as if it had been written there.
 """
 
 import functools
@@ -14,130 +14,208 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .rules import PerLayer
-from .unstable import is_traced, not_inlined
+from . import trees
+from .unstable import automatic, is_traced
 
 Scalar = Any  # A NumPy scalar where the value is known while tracing, else a 0-d array.
 
 
-class Rate(NamedTuple):
-    """The rate of one parameter in this step.
+class Strength(NamedTuple):
+    """The rate of one parameter in this step: the product of all that multiplies it.
 
     Attributes:
-        value: a scalar in the real dtype of the arithmetic.
-        is_known: whether it is known while tracing; it is not zero then, because what is off for good is left alone.
+        value: a scalar, or an array of the parameter's rank that broadcasts against it; in the real dtype of the
+            arithmetic.
+        is_known: whether it is known while tracing. Then it is not zero, because a decay that is off for good never
+            gets here.
     """
 
     value: Any
     is_known: bool = False
 
 
-Rule = Callable[[jax.Array, jax.Array, jax.Array | None, Rate], jax.Array]
-
-
-class Strength(NamedTuple):
-    """A product of factors, parted into what is known while tracing and what is not.
+class LeafRule(NamedTuple):
+    """What a place does to one parameter. The arrays that its functions get have one dtype, at least float32.
 
     Attributes:
-        number: the product of the numbers.
-        arrays: the 0-d arrays; and of stacked layers one array of shape (layers,) for each `PerLayer`.
-        axis: the axis that counts the layers, or None.
+        apply: (update, param, anchor, strength, state, totals) -> (update, state). The anchor is None for zero.
+        init: param -> the state of this parameter, one array of any shape. None for a rule without a state.
+        reduce: (update, param, anchor, strength) -> a tree of partial sums. The engine adds them up over all
+            parameters that the rule acts on, and over the mesh axes that split them; `apply` gets the totals.
+        is_elementwise: whether each element of the result depends on the same element of the arguments alone. Any
+            other rule is applied to each layer of a stack by itself, so that a norm is that of a layer.
+        acts_on: which parameters it may act on.
+        is_raw: whether the rule takes arrays in the dtypes that they have, and its result is left as it is.
     """
 
-    number: float
-    arrays: tuple[Any, ...]
-    axis: int | None
+    apply: Callable[..., tuple[Any, Any]] | None = None
+    init: Callable[[jax.Array], Any] | None = None
+    reduce: Callable[..., Any] | None = None
+    is_elementwise: bool = False
+    acts_on: Callable[[Any], bool] = trees.is_decayable
+    is_raw: bool = False
 
 
-def strength(factors: Iterable[Any]) -> Strength:
-    """Parts Python floats, 0-d arrays and `PerLayer`s."""
-    number, arrays, axis = 1.0, [], None
-    for factor in factors:
-        if isinstance(factor, float):
-            number *= factor
-        elif isinstance(factor, PerLayer):
-            axis = factor.axis
-            arrays.append(np.array(factor.values))
-        else:
-            arrays.append(factor)
-    return Strength(number, tuple(arrays), axis)
+def stateless(
+    function: Callable[[jax.Array, jax.Array, jax.Array | None, Strength], jax.Array], *, is_elementwise: bool = True
+) -> LeafRule:
+    """The rule (update, param, anchor, strength) -> update."""
+    return LeafRule(
+        lambda u, p, a, strength, state, _: (function(u, p, a, strength), state), None, None, is_elementwise
+    )
 
 
-def product(factors: Iterable[Any], dtype: Any) -> tuple[Scalar, int | None]:
-    """The product of Python floats, 0-d arrays and `PerLayer`s, in the real dtype that belongs to `dtype`.
+class Term(NamedTuple):
+    """What acts on one parameter in this step.
 
-    Returns:
-        The rate, and None; or where a `PerLayer` is among the factors, the rate of each layer, of shape (layers,), and
-        the axis that counts the layers.
+    Attributes:
+        factors: what multiplies to its rate: floats, 0-d arrays, and arrays of the parameter's rank.
+        anchor: what the decay is toward; None for zero.
+        stack: the axes that stack layers.
     """
-    number, arrays, axis = strength(factors)
-    return _times(jnp.finfo(dtype).dtype.type(number), arrays), axis
+
+    factors: tuple[Any, ...]
+    anchor: Any = None
+    stack: tuple[int, ...] = ()
+
+    def parted(self) -> tuple[float, tuple[Any, ...]]:
+        """The product of the numbers, and the arrays."""
+        number, arrays = 1.0, []
+        for factor in self.factors:
+            if isinstance(factor, float):
+                number *= factor
+            else:
+                arrays.append(factor)
+        return number, tuple(arrays)
+
+    def strength(self, dtype: Any) -> Strength:
+        """The rate, in the real dtype that belongs to `dtype`."""
+        number, arrays = self.parted()
+        return _product(jnp.finfo(dtype).dtype.type(number), arrays)
+
+    def known(self) -> np.ndarray | float | None:
+        """The rate in float64, NumPy; None if it has no value while tracing."""
+        if any(callable(factor) or is_traced(factor) for factor in self.factors):
+            return None
+        return functools.reduce(lambda a, b: a * b, (np.asarray(factor, np.float64) for factor in self.factors), 1.0)
 
 
-def _times(number: Scalar, arrays: Iterable[Any]) -> Any:
+def _product(number: Scalar, arrays: Iterable[Any]) -> Strength:
+    value, is_known = number, True
     for array in arrays:
-        number = number * jnp.asarray(array, number.dtype)
-    return number
+        value, is_known = value * jnp.asarray(array, number.dtype), False
+    return Strength(value, is_known)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def act(
-    rule: Rule,
-    axis: int | None,
+    rule: LeafRule,
+    stack: tuple[int, ...],
     update: jax.Array,
     param: jax.Array,
     anchor: jax.Array | None,
     number: Scalar,
     arrays: Sequence[jax.Array],
-) -> jax.Array:
-    """What a rule makes of one parameter's update, in the update's dtype.
+    state: Any,
+    totals: Any,
+) -> tuple[jax.Array, Any]:
+    """What a rule makes of one parameter's update and state; the update keeps its dtype.
 
     Args:
         rule: the place's rule.
-        axis: the axis of stacked layers that have rates of their own, or None.
+        stack: the axes that stack layers.
         update, param, anchor: of one shape; None for an anchor of zero.
-        number, arrays: the factors of the rate, as in `Strength`; the number is known not to be zero.
+        number, arrays: the factors of the rate; the number is known not to be zero.
+        state: what the rule keeps for this parameter, or needs to know of it.
+        totals: the totals of what it reduces.
     """
+    assert rule.apply is not None
+    apply = rule.apply
+
+    def on_arrays(update: Any, param: Any, anchor: Any, number: Any, arrays: Any, state: Any, totals: Any) -> Any:
+        # All dtypes are ours. Only a real rate and complex weights are left to be promoted.
+        with jax.numpy_dtype_promotion("standard"):
+            u, p, a, strength = _arguments(rule, update, param, anchor, number, arrays)
+
+            def on_layer(u: Any, p: Any, a: Any, value: Any, state: Any) -> Any:
+                return apply(u, p, a, strength._replace(value=value), state, totals)
+
+            layers = () if rule.is_elementwise else stack
+            new, kept = for_each_layer(on_layer, layers)(u, p, a, strength.value, state)
+        return (new if rule.is_raw else narrowed(new, update)), (None if rule.init is None else kept)
+
+    arguments = update, param, anchor, number, arrays, state, totals
+    return automatic(on_arrays, arguments, like=(update, None if rule.init is None else state))
+
+
+def reduced(
+    rule: LeafRule,
+    stack: tuple[int, ...],
+    update: jax.Array,
+    param: jax.Array,
+    anchor: jax.Array | None,
+    number: Scalar,
+    arrays: Sequence[jax.Array],
+) -> Any:
+    """The partial sums of one parameter; the arguments are those of `act`."""
+    assert rule.reduce is not None
+    reduce = rule.reduce
+
+    def on_arrays(update: Any, param: Any, anchor: Any, number: Any, arrays: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            u, p, a, strength = _arguments(rule, update, param, anchor, number, arrays)
+
+            def on_layer(u: Any, p: Any, a: Any, value: Any, _: Any) -> Any:
+                return reduce(u, p, a, strength._replace(value=value))
+
+            layers = () if rule.is_elementwise else stack
+            parts = for_each_layer(on_layer, layers, is_reduced=True)(u, p, a, strength.value, None)
+            return jax.tree.map(lambda part: jnp.sum(part, range(len(layers))), parts)
+
+    return automatic(on_arrays, (update, param, anchor, number, arrays), like=None)
+
+
+def _arguments(rule: LeafRule, update: Any, param: Any, anchor: Any, number: Any, arrays: Any) -> tuple[Any, ...]:
     dtype = compute_dtype(update, param)
-    # All dtypes are ours; what is left to promote is a real rate beside complex weights.
-    with jax.numpy_dtype_promotion("standard"):
-        rate = _times(cast(number, jnp.finfo(dtype).dtype), arrays)
-        u, p, a = cast(update, dtype), cast(param, dtype), None if anchor is None else cast(anchor, dtype)
-        if axis is None:
-            new = rule(u, p, a, Rate(rate, is_known=not arrays))
-        else:
-            of_layer = jax.vmap(
-                lambda u, p, a, rate: rule(u, p, a, Rate(rate)), (axis, axis, None if a is None else axis, 0), axis
-            )
-            new = of_layer(u, p, a, rate)
-        return cast(new, jnp.result_type(update))
+    strength = _product(cast(number, jnp.finfo(dtype).dtype), arrays)
+    if rule.is_raw:
+        return update, param, anchor, strength
+    return *(None if x is None else cast(x, dtype) for x in (update, param, anchor)), strength
 
 
-def as_arguments(numbers: Sequence[Scalar], likes: Iterable[Any]) -> list[Scalar]:
-    """Numbers as what a compiler takes for data, if there are several and something in `likes` is traced.
+def for_each_layer(on_layer: Callable[..., Any], stack: Sequence[int], *, is_reduced: bool = False) -> Any:
+    """Maps a function of (update, param, anchor, rate, state) over the axes that stack layers.
 
-    A constant is folded into the loop that uses it, and loops with other constants are compiled one by one. XLA's CPU
-    compiler takes what a call returns that it may not inline as it takes an argument, so that a thousand rates compile
-    in the time of one. Elsewhere they stay constants.
+    A rate that is an array is mapped along those of them that it has. A state has them in front.
     """
-    distinct = dict.fromkeys(zip(numbers, (n.dtype for n in numbers), strict=True))
-    metadata = not_inlined()
-    if metadata is None or len(distinct) < 2 or not any(is_traced(like) for like in likes):
-        return list(numbers)
-    values = tuple(value for value, _ in distinct)
+    if not stack:
+        return on_layer
+    *inner, axis = sorted(stack)
+    of_layers = for_each_layer(on_layer, inner, is_reduced=is_reduced)
 
-    def called_on_cpu() -> list[jax.Array]:
-        with metadata:
-            return _constants(values)
+    def of_all(u: Any, p: Any, a: Any, rate: Any, state: Any) -> Any:
+        is_shared = jnp.ndim(rate) == 0 or jnp.shape(rate)[axis] == 1
+        if is_shared and jnp.ndim(rate):
+            rate = jnp.squeeze(rate, axis)
+        axes, results = (axis, axis, axis, None if is_shared else axis, 0), 0 if is_reduced else (axis, 0)
+        return jax.vmap(of_layers, axes, results)(u, p, a, rate, state)
 
-    called = jax.lax.platform_dependent(cpu=called_on_cpu, default=lambda: list(values))
-    found = dict(zip(distinct, called, strict=True))
-    return [found[number, number.dtype] for number in numbers]
+    return of_all
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _constants(values: tuple[Scalar, ...]) -> list[jax.Array]:
-    return [jnp.asarray(value) for value in values]
+def init_state(rule: LeafRule, stack: tuple[int, ...], param: Any) -> Any:
+    """The state that a rule keeps for one parameter; for a stack that of each layer, along leading axes."""
+    assert rule.init is not None
+    init = rule.init
+    for axis in sorted(stack):
+        init = jax.vmap(init, axis)
+    return init(param)
+
+
+def narrowed(new: jax.Array, update: Any) -> jax.Array:
+    """A result in the dtype of the update; its real part for a real one."""
+    is_complex = jnp.iscomplexobj(update) or not jnp.iscomplexobj(new)
+    return cast(new if is_complex else jnp.real(new), jnp.result_type(update))
 
 
 def cast(x: Any, dtype: Any) -> jax.Array:
@@ -158,12 +236,12 @@ def _compute_dtype(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def plus(update: jax.Array, rate: Rate, pull: jax.Array) -> jax.Array:
+def plus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
     """update + rate * pull; the same bits as the update where the rate is 0."""
     return minus(update, rate, -pull)
 
 
-def minus(update: jax.Array, rate: Rate, pull: jax.Array) -> jax.Array:
+def minus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
     """update - rate * pull; the same bits as the update where the rate is 0.
 
     There what is subtracted is +0.0, which changes no number, and the derivative with respect to the rate is still
@@ -172,17 +250,21 @@ def minus(update: jax.Array, rate: Rate, pull: jax.Array) -> jax.Array:
     if rate.is_known:
         return update - rate.value * pull
     off = rate.value == 0
-    step = rate.value * jax.lax.select_n(off, pull, _finite(pull))
-    return update - jax.lax.select_n(off, step, step - jax.lax.stop_gradient(step))
+    step = rate.value * _select(off, _finite(pull), pull)
+    return update - _select(off, step - jax.lax.stop_gradient(step), step)
 
 
-def unless_off(rate: Rate, off: jax.Array, on: jax.Array) -> jax.Array:
+def unless_off(rate: Strength, off: jax.Array, on: jax.Array) -> jax.Array:
     """`off` where the rate is 0, else `on`, with the derivative of `on` in both, where it is finite."""
     if rate.is_known:
         return on
     finite = _finite(on)
     off = jax.lax.select_n(jnp.isfinite(on), off, jax.lax.stop_gradient(off))
-    return jax.lax.select_n(rate.value == 0, on, off - (jax.lax.stop_gradient(finite) - finite))
+    return _select(rate.value == 0, off - (jax.lax.stop_gradient(finite) - finite), on)
+
+
+def _select(off: jax.Array, if_off: jax.Array, if_on: jax.Array) -> jax.Array:
+    return jax.lax.select(jnp.broadcast_to(off, if_on.shape) if jnp.ndim(off) else off, if_off, if_on)
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -194,6 +276,6 @@ def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:
     return p if anchor is None else p - anchor
 
 
-def subtracted(update: jax.Array, p: jax.Array, anchor: jax.Array | None, rate: Rate) -> jax.Array:
+def subtracted(update: jax.Array, p: jax.Array, anchor: jax.Array | None, rate: Strength) -> jax.Array:
     """The rule that takes a part of a parameter, from its anchor on, out of the finished update."""
     return minus(update, rate, away(p, anchor))

@@ -30,8 +30,8 @@ _ALSO_CALLED = {
 }
 
 
-def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
-    """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule; gives numbers back as Python floats.
+def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
+    """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule. Numbers are returned as Python floats.
 
     A traced array has no value yet, so only its shape and dtype are checked.
 
@@ -40,6 +40,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
         name: its argument.
         value: what it was given.
         write: the call to show instead, if it is not `where(name=0.1)`.
+        may_be_array: whether it may be an array that broadcasts against a parameter.
     """
     write = write or f"{where}({name}=0.1)"
     if callable(value) and not isinstance(value, type):
@@ -51,15 +52,23 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None) -> Any:
             f"{where}: {name} must be a number, a 0-d array, a schedule (a function of the step) or a by_path table "
             f"of these, got {_show(value)}. Write {write}; rates by path are by_path({{'kernel': 0.1}}, default=0.0)."
         )
-    if jnp.shape(value) != ():
+    if jnp.shape(value) != () and not may_be_array:
         raise ValueError(
-            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}; "
-            "rates that differ by parameter are by_path({'kernel': 0.1}, default=0.0)."
+            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. An array that "
+            "broadcasts against a parameter is given by path, by_path({'embedding': array}, default=0.1), or in a tree "
+            "like params."
         )
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
     if is_traced(value):
+        return value
+    if jnp.shape(value) != ():
+        wrong = np.asarray(value)[~(np.isfinite(value) & (np.asarray(value) >= 0))]
+        if wrong.size:
+            raise ValueError(
+                f"{where}: {name} must be finite and not negative, got an array with {wrong[0]}. Write {write}."
+            )
         return value
     number = _as_float(value)
     if not math.isfinite(number) or number < 0:

@@ -4,32 +4,29 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import checks
-from .rules import PerLayer, Rules
-from .unstable import is_traced
+from .arithmetic import Term
+from .rules import Rules
 
 
-def warn_of_rates(
-    where: str, argument: str, decays: Iterable[tuple[str, Any, Sequence[Any]]], *, can_overshoot: bool
-) -> None:
+def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Term]], *, can_overshoot: bool) -> None:
     """Warns of fractions per step that round to nothing, and of those that overshoot or diverge.
 
     Args:
         where: the function that was given the rates.
         argument: what they are the product of, for the message.
-        decays: for each parameter that decays its path, its dtype and the factors of its fraction per step. What has
-            a factor without a value yet (a schedule, a traced rate) is left to `audit`.
+        decays: for each parameter that decays its path, its dtype and its fraction per step. A fraction without a
+            value yet (a schedule, a traced rate) is left to `audit`.
         can_overshoot: whether a large rate takes weights past their anchor.
     """
     lost: dict[tuple[str, float], list[str]] = {}
     beyond: dict[float, list[str]] = {}
-    for path, dtype, factors in decays:
-        fractions = _known(factors)
-        if fractions is None:
+    for path, dtype, term in decays:
+        fractions = term.known()
+        if fractions is None or np.size(fractions) == 0:
             continue
         fraction = float(np.max(fractions))
         if 0 < fraction < smallest_fraction(dtype):
@@ -61,7 +58,7 @@ def is_harmless(rates: Iterable[Any], dtypes: Iterable[Any]) -> bool:
     rates = list(rates)
     if any(isinstance(rate, Rules) for rate in rates):
         return False
-    fraction = _known(rates)
+    fraction = Term(tuple(rates)).known()
     return fraction is None or all(smallest_fraction(dtype) <= fraction < 1 for dtype in dtypes)
 
 
@@ -79,16 +76,6 @@ def smallest_fraction(dtype: Any) -> float:
     """The fraction of a weight below which rounding to the nearest undoes any change: half a distance at the most."""
     dtype = jnp.dtype(dtype)
     return 2.0 ** -(int(jnp.finfo(dtype).nmant) + 2) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
-
-
-def _known(factors: Sequence[Any]) -> Any:
-    result: Any = 1.0
-    for factor in factors:
-        value = factor.values if isinstance(factor, PerLayer) else factor
-        if callable(value) or any(is_traced(each) for each in jax.tree.leaves(value)):
-            return None
-        result = result * np.asarray(value, np.float64)
-    return result
 
 
 def _named(paths: Sequence[str], total: int) -> str:

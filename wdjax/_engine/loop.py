@@ -1,15 +1,15 @@
-"""What every place does alike: bring a rate, a mask and an anchor to each parameter, and act there in safe arithmetic.
+"""The loop that every place runs: bring a rate, a mask and an anchor to each parameter, and apply the rule there.
 
-A place is an `Action` (how strong, on which parameters, toward what) and a rule for one parameter (see `_arithmetic`).
+A place is an `Action` (how strong, on which parameters, toward what) and a `LeafRule` (what happens to one parameter).
 The action keeps the promises for all of them:
 
-- The rule runs in at least float32, and in float64 where the update or the parameter is; the update comes back in the
-  dtype it came in with. The rate is brought to that dtype before anything is multiplied.
+- The rule runs in at least float32, and in float64 where the update or the parameter is. The update comes back in the
+  dtype it came in with. The rate is converted to that dtype before anything is multiplied.
 - Where the decay is off for good (rate 0, mask False, integers, holes), the update is returned as it came and nothing
-  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate) leaves the same bits, but for
-  denormal updates on hardware that flushes them to zero wherever it adds.
-- Each schedule is evaluated once a step, however many parameters share it, and a rule is traced and compiled once for
-  all parameters of one shape, whatever their rates are.
+  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate, a part of an array) leaves the same
+  bits, except for denormal updates on hardware that flushes them to zero wherever it adds.
+- Each schedule is evaluated once a step, however many parameters share it. A rule is traced and compiled once for all
+  parameters of one shape, whatever their rates are.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from . import checks, hazards, trees
-from .arithmetic import Rule, act, as_arguments, compute_dtype, strength
-from .masks import booleans
-from .rules import Rules, check_stack
+from . import checks, hazards, mesh_axes, trees
+from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, reduced
+from .masks import flags
+from .rules import PerLayer, Rules, rate_or_rules, stack_of
+from .unstable import as_arguments
 
 PyTree = Any
 
@@ -35,23 +37,25 @@ class DecayState(NamedTuple):
     Attributes:
         count: shape (), int32: the updates so far, where schedules are evaluated.
         anchor: None; with `toward="init"` a tree like params, of their shapes and dtypes: their values at `init`.
+        leaf: None; for a rule that keeps something for each parameter, a tree like params of arrays.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     anchor: PyTree = None
+    leaf: PyTree = None
 
 
-class Term(NamedTuple):
-    """What acts on one parameter: the factors of the rate (for `product`), and the anchor (None for zero)."""
+class _Row(NamedTuple):
+    """What is to act on one parameter: named factors, with schedules still unevaluated, and the axes of a stack."""
 
-    factors: tuple[Any, ...]
-    anchor: Any
+    factors: tuple[tuple[str, Any], ...]
+    stack: tuple[int, ...]
 
 
-class Told(NamedTuple):
-    """What acts on one parameter, as `arithmetic.act` takes it."""
+class _Argument(NamedTuple):
+    """What acts on one parameter in this step, as `act` takes it."""
 
-    axis: int | None
+    stack: tuple[int, ...]
     anchor: Any
     number: Any
     arrays: tuple[Any, ...]
@@ -63,29 +67,29 @@ class Action:
 
     Attributes:
         where: the public function, for errors.
-        rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules or `Rules` of these.
-        mask: anything that `paths._masks.booleans` takes.
+        rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules, `Rules` or trees of
+            these. Without any, the rule acts on all parameters of the mask.
+        mask: anything that `masks.flags` takes.
         toward: None, a tree like params, or "init".
         is_per_step: whether the rate is the fraction of a weight that a step takes, so that `init` can warn of rates
             that round to nothing or overshoot.
         can_overshoot: whether a rate above 1 takes a weight past its anchor.
+        zero_is_off: whether the rule does nothing at a rate of 0. At a radius of 0 it does something.
+        stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
     """
 
     where: str
-    rates: dict[str, Any]
+    rates: dict[str, Any] = dataclasses.field(default_factory=dict)
     mask: Any = None
     toward: Any = None
     is_per_step: bool = False
     can_overshoot: bool = True
+    zero_is_off: bool = True
+    stacked_axes: Any = 0
 
     def __post_init__(self) -> None:
-        checked = {
-            name: value if isinstance(value, Rules) else checks.rate(self.where, name, value)
-            for name, value in self.rates.items()
-        }
+        checked = {name: rate_or_rules(self.where, name, value) for name, value in self.rates.items()}
         object.__setattr__(self, "rates", checked)
-        for rules in (rate for rate in checked.values() if isinstance(rate, Rules)):
-            rules._check_rates(self.where)
         if isinstance(self.mask, Rules):
             self.mask._check_booleans(self.where)
         if isinstance(self.toward, str) and self.toward != "init":
@@ -98,75 +102,130 @@ class Action:
     def keeps_anchor(self) -> bool:
         return isinstance(self.toward, str)
 
-    def init(self, params: PyTree, acts_on: Callable[[str], bool] = lambda path: True) -> DecayState:
+    def init(
+        self, params: PyTree, rule: LeafRule | None = None, *, aliases: Callable[[str], bool] = lambda path: True
+    ) -> DecayState:
         """The state, after a check that rules, mask and anchor fit the parameters.
 
-        A warning is given of one array at two places that `acts_on`, a function of the path, both are acted on.
+        It warns if one array is at two places that are both acted on, among the paths that `aliases` selects.
         """
         leaves = trees.flatten_with_paths(params)
         anchor = None
         if self.keeps_anchor:
             # A copy: the state must not hold the buffers of params, or both could not be donated.
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
-        rows = self._factors(params, leaves)
+        rows = self._rows(params, leaves)
         self._anchors(leaves, rows, anchor)
-        acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row) and acts_on(leaf[0])]
+        acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row) and aliases(leaf[0])]
         trees.warn_of_aliases(self.where, acted_on)
         if self.is_per_step:
             self._warn_of_rates(leaves, rows)
-        return DecayState(jnp.zeros([], jnp.int32), anchor)
+        kept = None if rule is None or rule.init is None else self._init_leaves(rule, params, leaves)
+        return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
 
-    def apply(self, rule: Rule, updates: PyTree, state: DecayState, params: PyTree, *gates: jax.Array) -> PyTree:
-        """The updates after `rule` acted on every leaf that is not off; `gates` are further factors of the rate."""
-        checks.params_given(self.where, params)
-        leaves = trees.flatten_with_paths(params)
-        paths = [path for path, _ in leaves]
-        given: list[Any] = [None] * len(leaves)
+    def _init_leaves(self, rule: LeafRule, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> PyTree:
+        # For every mask and rate, so that a state restores into any of them.
+        stacks = iter([s for s, (_, leaf) in zip(self._stacks(leaves), leaves, strict=True) if rule.acts_on(leaf)])
+        return trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(stacks), p))
 
-        def note(update: Any, i: int) -> Any:
-            given[i] = update
-            return update
-
-        trees.map_with_params(note, self.where, updates, params, paths)
-        told = self.told(given, params, leaves, state)
-
-        def act_on(update: Any, i: int) -> Any:
-            (path, param), what = leaves[i], told[i]
-            if what is None:
-                return update
-            checks.same_shape(self.where, path, update, param)
-            return act(rule, what.axis, update, param, what.anchor, what.number, (*what.arrays, *gates))
-
-        return trees.map_with_params(act_on, self.where, updates, params, paths)
-
-    def told(
-        self, updates: Sequence[Any], params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState
-    ) -> list[Told | None]:
-        """What acts on each leaf in this step; None where the decay is off for good.
+    def run(
+        self,
+        rule: LeafRule | Sequence[LeafRule | None],
+        updates: PyTree,
+        state: DecayState,
+        params: PyTree,
+        *,
+        gates: Sequence[jax.Array] = (),
+        inputs: Sequence[Any] | None = None,
+        axis_name: mesh_axes.Names = (),
+    ) -> tuple[PyTree, PyTree]:
+        """The updates after the rule acted on every parameter that is not off, and the leaf states.
 
         Args:
-            updates: the update of each leaf, None where there is none to act on.
-            params, leaves, state: as `terms`.
+            rule: what happens to one parameter; or for each parameter a rule that keeps nothing, None for no rule.
+            updates, params: trees of one structure.
+            state: what `init` gave.
+            gates: further factors of every rate.
+            inputs: for a rule without a state of its own, what it is to get in place of one for each parameter.
+            axis_name: the mesh axes that totals are added up over.
         """
-        parted: dict[tuple[int, ...], Any] = {}
-        told: list[Told | None] = []
-        for update, (_, param), term in zip(updates, leaves, self.terms(params, leaves, state), strict=True):
-            if update is None or term is None:
-                told.append(None)
+        checks.params_given(self.where, params)
+        leaves = trees.flatten_with_paths(params)
+        found, rebuilt = trees.beside(self.where, updates, params, [path for path, _ in leaves])
+        rules = [rule] * len(leaves) if isinstance(rule, LeafRule) else rule
+        arguments = self._arguments(rules, found, leaves, self.terms(params, leaves, state))
+        totals = None
+        if isinstance(rule, LeafRule) and rule.reduce is not None:
+            totals = self._totals(rule, found, leaves, arguments, axis_name, gates)
+        kept = dict(trees.flatten_with_paths(state.leaf))
+        for i, ((path, param), each, argument) in enumerate(zip(leaves, rules, arguments, strict=True)):
+            if each is None or argument is None:
                 continue
+            if each.init is not None and trees.is_hole(kept.get(path)):
+                raise ValueError(
+                    f"{self.where}: the state has nothing for {path!r}, which is {jnp.result_type(param)} now: it was "
+                    "made for other parameters. Make a new one: optimizer.init(params)."
+                )
+            own = kept.get(path) if inputs is None else inputs[i]
+            stack, anchor, number, arrays = argument
+            found[i], new = act(each, stack, found[i], param, anchor, number, (*arrays, *gates), own, totals)
+            if each.init is not None:
+                kept[path] = new
+        order = [path for path, _ in trees.flatten_with_paths(state.leaf)]
+        return rebuilt(found), jax.tree.unflatten(trees.structure(state.leaf), [kept[path] for path in order])
+
+    def _totals(
+        self,
+        rule: LeafRule,
+        found: Sequence[Any],
+        leaves: Sequence[tuple[str, Any]],
+        arguments: Sequence[_Argument | None],
+        axis_name: mesh_axes.Names,
+        gates: Sequence[jax.Array] = (),
+    ) -> Any:
+        parts = [
+            ("", reduced(rule, what.stack, update, param, what.anchor, what.number, (*what.arrays, *gates)), param)
+            for update, (_, param), what in zip(found, leaves, arguments, strict=True)
+            if what is not None
+        ]
+        return mesh_axes.added_up(self.where, parts, axis_name).get("")
+
+    def total(self, rule: LeafRule, params: PyTree, axis_name: mesh_axes.Names = ()) -> Any:
+        """What a rule reduces of the parameters alone, without updates or steps; None if nothing is acted on."""
+        leaves = trees.flatten_with_paths(params)
+        values = [leaf for _, leaf in leaves]
+        arguments = self._arguments([rule] * len(leaves), values, leaves, self.terms(params, leaves, None))
+        return self._totals(rule, values, leaves, arguments, axis_name)
+
+    def _arguments(
+        self,
+        rules: Sequence[LeafRule | None],
+        updates: Sequence[Any],
+        leaves: Sequence[tuple[str, Any]],
+        terms: Sequence[Term | None],
+    ) -> list[_Argument | None]:
+        """What acts on each leaf in this step; None where nothing does."""
+        parted: dict[tuple[int, ...], Any] = {}
+        arguments: list[_Argument | None] = []
+        for rule, update, (path, param), term in zip(rules, updates, leaves, terms, strict=True):
+            if rule is None or term is None or not (trees.is_decayable(update) and rule.acts_on(param)):
+                arguments.append(None)
+                continue
+            checks.same_shape(self.where, path, update, param)
             key = tuple(map(id, term.factors))
             if key not in parted:
-                parted[key] = strength(term.factors)
-            number, arrays, axis = parted[key]
+                parted[key] = term.parted()
+            number, arrays = parted[key]
             number = jnp.finfo(compute_dtype(update, param)).dtype.type(number)
-            # It may be so small that it is nothing in this dtype.
-            told.append(None if number == 0 else Told(axis, term.anchor, number, arrays))
-        numbers = iter(as_arguments([what.number for what in told if what], updates))
-        return [what and what._replace(number=next(numbers)) for what in told]
+            # It may be so small that it is 0 in this dtype.
+            is_off = number == 0 and self.zero_is_off
+            arguments.append(None if is_off else _Argument(term.stack, term.anchor, number, arrays))
+        numbers = iter(as_arguments([what.number for what in arguments if what], updates))
+        return [what and what._replace(number=next(numbers)) for what in arguments]
 
     def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
         """What acts on each leaf in this step; None where the decay is off for good."""
-        rows = self._factors(params, leaves)
+        rows = self._rows(params, leaves)
         anchors = self._anchors(leaves, rows, None if state is None else state.anchor)
         evaluated: dict[int, Any] = {}
 
@@ -178,44 +237,83 @@ class Action:
             return evaluated[id(factor)]
 
         terms = []
-        for factors, anchor in zip(rows, anchors, strict=True):
-            if factors is None:
+        for row, anchor in zip(rows, anchors, strict=True):
+            if row is None:
                 terms.append(None)
                 continue
-            values = tuple(at_this_step(*factor) for factor in factors)
-            terms.append(None if any(_is_zero(value) for value in values) else Term(values, anchor))
+            values = tuple(at_this_step(*factor) for factor in row.factors)
+            is_off = self.zero_is_off and any(map(_is_zero, values))
+            terms.append(None if is_off else Term(values, anchor, row.stack))
         return terms
 
-    def _factors(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[list[tuple[str, Any]] | None]:
-        """Each leaf's named factors, with schedules still unevaluated; None for a leaf that does not decay."""
+    def _rows(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[_Row | None]:
+        """What is to act on each leaf; None for a leaf that does not decay."""
         columns = []
         for name, rate in self.rates.items():
-            rows = (
-                rate._rates(self.where, leaves) if isinstance(rate, Rules) else itertools.repeat((rate,), len(leaves))
-            )
-            columns.append([[(name, factor) for factor in row] for row in rows])
-        chosen = booleans(self.where, self.mask, params, leaves)
-        factors: list[list[tuple[str, Any]] | None] = []
-        for flag, (path, leaf), *rates in zip(chosen, leaves, *columns, strict=True):
-            row = list(itertools.chain(*rates)) if flag and trees.is_decayable(leaf) else None
-            check_stack(self.where, path, (factor for _, factor in row or ()))
-            factors.append(row)
-        return factors
+            of_each = itertools.repeat((rate,), len(leaves))
+            if isinstance(rate, Rules):
+                of_each = rate._rates(self.where, leaves)
+            columns.append([[(name, factor) for factor in factors] for factors in of_each])
+        rows: list[_Row | None] = []
+        stacks = self._stacks(leaves)
+        chosen = flags(self.where, self.mask, params, leaves)
+        for flag, stack, (path, leaf), *named in zip(chosen, stacks, leaves, *columns, strict=True):
+            if flag is False or not trees.is_decayable(leaf):
+                rows.append(None)
+                continue
+            factors = list(itertools.chain(*named))
+            stack = tuple(sorted({*stack, *stack_of(self.where, path, (factor for _, factor in factors))}))
+            if flag is not True:
+                factors.append(("mask", flag))
+            rows.append(_Row(tuple((name, self._spread(name, f, path, leaf)) for name, f in factors), stack))
+        return rows
+
+    def _spread(self, name: str, factor: Any, path: str, leaf: Any) -> Any:
+        """A factor that is an array of the parameter's rank if it has one number for each layer, row or element."""
+        if isinstance(factor, PerLayer):
+            return factor.along(np.ndim(leaf))
+        if callable(factor) or np.ndim(factor) == 0:
+            return factor
+        shape = np.shape(leaf)
+        trees.check_broadcasts(self.where, f"{name} at {path!r}", factor, shape)
+        return factor.reshape((1,) * (len(shape) - factor.ndim) + factor.shape)
+
+    def _stacks(self, leaves: Sequence[tuple[str, Any]]) -> list[tuple[int, ...]]:
+        """The leading axes of each leaf that stack layers."""
+        if not isinstance(self.stacked_axes, Rules):
+            counts: list[Any] = [self.stacked_axes] * len(leaves)
+        else:
+            decisions = self.stacked_axes._decisions(self.where, leaves)
+            counts = [0 if decision is None else int(decision.value) for decision in decisions]
+        for count, (path, leaf) in zip(counts, leaves, strict=True):
+            if count and trees.is_decayable(leaf) and count > np.ndim(leaf):
+                raise ValueError(
+                    f"{self.where}: stacked_axes={count} for {path!r}, whose shape is {np.shape(leaf)}. Write "
+                    "stacked_axes={'layers': 1} for the parameters whose first axis stacks layers."
+                )
+        return [tuple(range(count)) for count in counts]
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
         leaves = trees.flatten_with_paths(params)
         dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if trees.is_decayable(leaf)}
         if not hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
-            self._warn_of_rates(leaves, self._factors(params, leaves))
+            self._warn_of_rates(leaves, self._rows(params, leaves))
 
-    def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any]) -> None:
+    def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None]) -> None:
         decays = (
-            (path, getattr(leaf, "dtype", jnp.float32), [factor for _, factor in row])
+            (path, getattr(leaf, "dtype", jnp.float32), Term(tuple(factor for _, factor in row.factors)))
             for (path, leaf), row in zip(leaves, rows, strict=True)
-            if _acts(row)
+            if row is not None and self._acts(row)
         )
         hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
+
+    def _acts(self, row: _Row | None) -> bool:
+        return row is not None and not (self.zero_is_off and any(_is_zero(factor) for _, factor in row.factors))
+
+    def acts_on(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
+        """Whether the action may act on each leaf, at some step."""
+        return [self._acts(row) for row in self._rows(params, leaves)]
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:
@@ -229,47 +327,46 @@ class Action:
             return value
         return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
-    def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[Any], initial: PyTree) -> list[Any]:
+    def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None], initial: PyTree) -> list[Any]:
         """Each leaf's anchor, None for zero; found by canonical path, and needed only where there is a decay."""
         if self.toward is None or not leaves:
             return [None] * len(leaves)
         if self.keeps_anchor and initial is None:
             raise ValueError(
-                f"{self.where}: toward='init', and the state holds no anchor: it comes from an optimizer without one. "
-                "Make a new state, optimizer.init(params), and take over the rest of the old one."
+                f"{self.where}: toward='init', but the state holds no anchor: it comes from an optimizer without one. "
+                "Make a new state, optimizer.init(params), and copy the rest of the old one into it."
             )
         given = dict(trees.flatten_with_paths(initial if self.keeps_anchor else self.toward))
         holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
         paths = {path for path, _ in leaves}
-        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if _acts(row)]
+        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
         missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
         extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or trees.is_hole(a))]
         if missing or extra:
             raise ValueError(
-                f"{self.where}: toward must be a tree like params; it lacks {missing[:5]} and has besides {extra[:5]}. "
-                f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
+                f"{self.where}: toward must be a tree like params. It lacks {missing[:5]}, and params lack "
+                f"{extra[:5]}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
             )
         for path, leaf in pulled:
-            if jnp.shape(given[path]) != jnp.shape(leaf):
+            if np.shape(given[path]) != np.shape(leaf):
                 raise ValueError(
-                    f"{self.where}: toward has shape {jnp.shape(given[path])} at {path!r}, and the parameter "
-                    f"{jnp.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
+                    f"{self.where}: toward has shape {np.shape(given[path])} at {path!r}, but the parameter has "
+                    f"{np.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
                 )
         return [given.get(path) for path, _ in leaves]
 
 
-def transformation(action: Action, rule: Rule) -> optax.GradientTransformation:
+def transformation(action: Action, rule: LeafRule, axis_name: mesh_axes.Names = ()) -> optax.GradientTransformation:
     """The gradient transformation that acts once an update and counts its updates."""
 
+    def init_fn(params: PyTree) -> DecayState:
+        return action.init(params, rule)
+
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, DecayState]:
-        updates = action.apply(rule, updates, state, params)
-        return updates, state._replace(count=optax.safe_increment(state.count))
+        updates, leaf = action.run(rule, updates, state, params, axis_name=axis_name)
+        return updates, state._replace(count=optax.safe_increment(state.count), leaf=leaf)
 
-    return optax.GradientTransformation(action.init, update_fn)
-
-
-def _acts(row: Sequence[tuple[str, Any]] | None) -> bool:
-    return row is not None and not any(_is_zero(factor) for _, factor in row)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _is_zero(value: Any) -> bool:

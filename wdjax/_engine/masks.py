@@ -1,4 +1,7 @@
-"""Masks of every kind that Optax users write, brought to one boolean for each leaf."""
+"""Masks of every kind that Optax users write, brought to one answer for each leaf.
+
+The answer is a boolean, or for parts of a parameter an array of booleans that broadcasts against it.
+"""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -12,22 +15,27 @@ from .rules import Rules
 from .unstable import is_traced
 
 PyTree = Any
+_IS_DECIDED = "A mask is decided while tracing: build it from paths and shapes."
 
 
-def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Each leaf's boolean under a mask: None, `Rules`, a function of params, a tree of booleans or a prefix tree.
+def flags(
+    where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False
+) -> list[Any]:
+    """Each leaf's answer under a mask: None, `Rules`, a function of params, a tree of booleans or a prefix tree.
+
+    With `of_all`, `Rules` answer for integers and keys too, which never decay but may be frozen.
 
     A tree is matched with the parameters by canonical path, so one that was built on NNX Variables or on a FrozenDict
     serves for bare arrays and plain dicts.
 
     Raises:
-        TypeError: if a leaf of the mask is not one boolean.
+        TypeError: if a leaf of the mask is not a boolean or an array of booleans.
         ValueError: if the mask does not fit the parameters.
     """
     if mask is None or not leaves:
         return [True] * len(leaves)
     if isinstance(mask, Rules):
-        return mask._booleans(where, leaves)
+        return _fitting(where, mask._flags(where, leaves, of_all=of_all), leaves)
     if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
         raise TypeError(
             f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "
@@ -37,18 +45,35 @@ def booleans(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, 
     # A tree may be callable too, such as an Equinox module of booleans.
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
-    flags = {p: _boolean(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
-    owners = [next((prefix for prefix in _prefixes(path) if prefix in flags), None) for path, _ in leaves]
+    given = {p: _flag(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
+    owners = [next((prefix for prefix in _prefixes(path) if prefix in given), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)
     bare = [path for owner, (path, leaf) in owned if owner is None and not trees.is_hole(leaf)]
     if bare:
         raise ValueError(_misfit(where, "it has no entry for", bare))
     holes = {path for path, leaf in leaves if trees.is_hole(leaf)}
     used = set(owners)
-    extra = [p for p in flags if p not in used and holes.isdisjoint(_prefixes(p))]
+    extra = [p for p in given if p not in used and holes.isdisjoint(_prefixes(p))]
     if extra:
         raise ValueError(_misfit(where, "these entries of it are no parameters:", extra))
-    return [owner is not None and flags[owner] for owner in owners]
+    return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves)
+
+
+def _fitting(where: str, found: Sequence[Any], leaves: Sequence[tuple[str, Any]]) -> list[Any]:
+    """The answers, after a check that arrays broadcast; an array that says the same everywhere is that boolean."""
+    return [
+        flag if isinstance(flag, bool) else _parts(where, flag, *leaf) for flag, leaf in zip(found, leaves, strict=True)
+    ]
+
+
+def _parts(where: str, flag: Any, path: str, leaf: Any) -> Any:
+    if trees.is_hole(leaf) or not trees.is_decayable(leaf):
+        return False
+    if is_traced(flag):
+        raise TypeError(f"{where}: the mask at {path!r} is traced. {_IS_DECIDED}")
+    array = np.asarray(flag)
+    trees.check_broadcasts(where, f"the mask at {path!r}", array, np.shape(leaf))
+    return bool(array.flat[0]) if array.size and array.all() == array.any() else array
 
 
 def _called(where: str, mask: Any, params: PyTree) -> PyTree:
@@ -72,19 +97,14 @@ def _prefixes(path: str) -> Iterable[str]:
     yield ""
 
 
-def _boolean(where: str, path: str, flag: Any) -> bool:
+def _flag(where: str, path: str, flag: Any) -> Any:
     if isinstance(flag, (bool, np.bool_)):
         return bool(flag)
     place = f"the mask at {path!r}" if path else "the mask"
     if is_traced(flag):
-        raise TypeError(f"{where}: {place} is traced. A mask is decided while tracing: build it from paths and shapes.")
+        raise TypeError(f"{where}: {place} is traced. {_IS_DECIDED}")
     if isinstance(flag, (np.ndarray, jax.Array)) and flag.dtype == bool:
-        if flag.shape == ():
-            return bool(flag)
-        raise ValueError(
-            f"{where}: {place} is an array of shape {flag.shape}. A mask has one boolean for each parameter, not one "
-            "for each of its elements."
-        )
+        return np.asarray(flag) if flag.shape else bool(flag)
     if isinstance(flag, str):
         remedy = f"For a mask by name write mask=only({flag!r}) or mask=all_but({flag!r})."
     elif isinstance(flag, (int, float, np.number, np.ndarray, jax.Array)):

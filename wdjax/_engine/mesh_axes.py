@@ -5,10 +5,13 @@ mesh axis that arrays are split over must be said, and `split_over` tells which 
 `shard_map` knows of each array whether it is the same on all devices of an axis (with `check_vma`, its default).
 """
 
-from collections.abc import Hashable
+import operator
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.flatten_util
+import jax.numpy as jnp
 
 from .unstable import varying_axes
 
@@ -44,6 +47,33 @@ def split_over(where: str, x: Any, axes: Names) -> Names:
         if name in varying_axes(x) or name not in varying_axes(index):
             split.append(name)
     return tuple(split)
+
+
+def added_up(where: str, parts: Sequence[tuple[str, Any, Any]], axes: Names, dtype: Any = None) -> dict[str, Any]:
+    """The sum of trees of numbers over parameters, and over the mesh axes that split these, by group.
+
+    All that is split alike is summed over the devices at once.
+
+    Args:
+        where: the function to name in an error.
+        parts: the group, the tree of each parameter, and the parameter.
+        axes: the mesh axes.
+        dtype: that of the sums, if it is not that of the numbers.
+    """
+    sums: dict[Names, dict[str, Any]] = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for group, part, param in parts:
+            of_groups = sums.setdefault(split_over(where, param, axes), {})
+            of_groups[group] = jax.tree.map(operator.add, of_groups[group], part) if group in of_groups else part
+        totals: dict[str, Any] = dict.fromkeys(group for group, _, _ in parts)
+        for split, of_groups in sums.items():
+            of_groups = jax.tree.map(lambda x: jnp.asarray(x, dtype), of_groups)
+            if split:
+                numbers, unraveled = jax.flatten_util.ravel_pytree(of_groups)
+                of_groups = unraveled(total(numbers, split))
+            for group, part in of_groups.items():
+                totals[group] = part if totals[group] is None else jax.tree.map(jnp.add, totals[group], part)
+    return totals
 
 
 def total(x: Any, axes: Names) -> Any:

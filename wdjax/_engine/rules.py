@@ -46,14 +46,19 @@ class PerLayer(NamedTuple):
         return np.array(self.values).reshape(shape)
 
 
-def check_stack(where: str, path: str, factors: Iterable[Any]) -> None:
-    """Refuses factors that take one parameter for stacks along several axes."""
+def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
+    """The axis that stacks layers, if a factor has a number for each layer.
+
+    Raises:
+        ValueError: if several axes do.
+    """
     axes = sorted({factor.axis for factor in factors if isinstance(factor, PerLayer)})
     if len(axes) > 1:
         raise ValueError(
             f"{where}: by_depth: the multipliers of {path!r} lie along several axes, {axes}. Layers are stacked along "
             "one: write the product of the factors into one by_depth."
         )
+    return tuple(axes)
 
 
 class Tree(NamedTuple):
@@ -86,9 +91,10 @@ class Rules(abc.ABC):
     kind: ClassVar[str]  # The public function that makes it.
     __array_ufunc__ = None  # Leaves `numpy_scalar * rules` to `__rmul__`.
 
-    def __init_subclass__(cls, kind: str) -> None:
+    def __init_subclass__(cls, kind: str, *, is_written: bool = True) -> None:
         cls.kind = kind
-        _KINDS[kind] = cls
+        if is_written:
+            _KINDS[kind] = cls
 
     def mask(self, params: PyTree) -> PyTree:
         """The tree of booleans for `params`; integers, booleans and keys are never decayed and get False.
@@ -98,7 +104,7 @@ class Rules(abc.ABC):
             ValueError: if a rule matches nothing or never decides, or a parameter is not covered.
         """
         leaves = trees.flatten_with_paths(params)
-        return _like(params, leaves, self._booleans("Rules.mask", leaves))
+        return _like(params, leaves, self._flags("Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
         """The tree of each leaf's value: labels, booleans, rates, multipliers, schedules.
@@ -179,11 +185,11 @@ class Rules(abc.ABC):
     def __repr__(self) -> str:
         return "".join(f"{factor!r} * " for factor in self.factors) + self._written()
 
-    def _booleans(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-        """Each leaf's boolean, for an error in the name of the function `where`."""
+    def _flags(self, where: str, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False) -> list[Any]:
+        """Each leaf's boolean or array of booleans, for an error in the name of the function `where`."""
         self._check_booleans(where)
         pairs = zip(self._decisions(where, leaves), leaves, strict=True)
-        return [decision is not None and bool(decision.value) and trees.is_decayable(x) for decision, (_, x) in pairs]
+        return [d.value if d is not None and (of_all or trees.is_decayable(leaf)) else False for d, (_, leaf) in pairs]
 
     def _rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
         """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
@@ -214,7 +220,7 @@ class Rules(abc.ABC):
 
     def _check_booleans(self, where: str) -> None:
         """Refuses rates or labels as a mask."""
-        wrong = [v for v in self._values() if not isinstance(v, bool)]
+        wrong = [v for v in self._values() if not is_flag(v)]
         if wrong or self.factors:
             raise TypeError(
                 f"{where}: a mask says True or False, and {self!r} holds {wrong[0] if wrong else 'rates'!r}. "
@@ -225,7 +231,7 @@ class Rules(abc.ABC):
     def _check_rates(self, where: str) -> None:
         """Refuses booleans or labels as rates."""
         for value in self._values():
-            if isinstance(value, (bool, str)):
+            if isinstance(value, str) or is_flag(value):
                 raise TypeError(
                     f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {self!r} holds {value!r}. "
                     f"A table of booleans is a mask, and stands beside a rate: weight_decay=0.1, mask=only('kernel'). "
@@ -258,6 +264,64 @@ class Rules(abc.ABC):
         """What `_arguments` was written from."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PerParameter(Rules, kind="a tree of rates", is_written=False):
+    """A tree like params whose leaves are rates: numbers, arrays or schedules, and None for 0."""
+
+    rates: dict[str, Any]
+
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        paths = {leaf.path for leaf in tree.leaves}
+        holes = tuple(f"{leaf.path}/" for leaf in tree.leaves if leaf.dtype is None)
+        missing = [tree.leaves[i].path for i in asked if i in tree.required and tree.leaves[i].path not in self.rates]
+        extra = [path for path in self.rates if path not in paths and not path.startswith(holes)]
+        if missing or extra:
+            raise ValueError(
+                f"{tree.where}: a tree of rates must have the structure of params. It lacks {missing[:5]}, and params "
+                f"lack {extra[:5]}. Write jax.tree.map(lambda p: 0.1, params), with None for what does not decay. "
+                f"Rates by pattern are {TABLE}."
+            )
+        rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}
+        return {i: Decision(0.0 if rate is None else rate, self.kind) for i, rate in rates.items()}
+
+    def _values(self) -> list[Any]:
+        return [rate for rate in self.rates.values() if rate is not None]
+
+    def _written(self) -> str:
+        return f"<{self.kind}>"
+
+    def _arguments(self) -> dict[str, Any]:
+        raise TypeError("Rules.to_dict: a tree of rates can't be written into a file. Write rates by path: by_path.")
+
+    @classmethod
+    def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
+        raise NotImplementedError
+
+
+def rate_or_rules(where: str, name: str, value: Any) -> Any:
+    """Checks a rate: a number, a 0-d array, a schedule, a rule set or a tree of these; gives a tree as a rule set.
+
+    Raises:
+        TypeError, ValueError: as `checks.rate`.
+    """
+    if isinstance(value, Rules):
+        value._check_rates(where)
+        return value
+    if value is not None and not callable(value) and jax.tree.structure(value) != jax.tree.structure(0):
+        rates = dict(trees.flatten_with_paths(value))
+        return PerParameter({p: rate if rate is None else _rate_at(where, name, p, rate) for p, rate in rates.items()})
+    return checks.rate(where, name, value)
+
+
+def _rate_at(where: str, name: str, path: str, rate: Any) -> Any:
+    return checks.rate(where, f"{name} at {path!r}", rate, write=f"{where}({name}=0.1)", may_be_array=True)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value says yes or no: a boolean, or an array of booleans for parts of a parameter."""
+    return isinstance(value, bool) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool)
+
+
 def plain(value: Any) -> Any:
     """A value of a rule set as JSON and TOML know it.
 
@@ -268,7 +332,7 @@ def plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, (bool, str)):
         return value
-    if callable(value) or is_traced(value):
+    if callable(value) or is_traced(value) or np.ndim(value):
         raise TypeError(
             f"Rules.to_dict: {value!r} can't be written into a file. Write the table with multipliers, and multiply "
             "it in code: weight_decay=schedule * rules."

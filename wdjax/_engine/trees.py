@@ -136,6 +136,17 @@ def structure(tree: PyTree) -> Any:
     return jax.tree.structure(tree, is_leaf=is_hole)
 
 
+def check_broadcasts(where: str, what: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Refuses an array that does not broadcast against a parameter of this shape."""
+    sizes = np.shape(array)
+    pairs = zip(reversed(sizes), reversed(shape), strict=False)
+    if len(sizes) > len(shape) or any(size not in (1, of_param) for size, of_param in pairs):
+        raise ValueError(
+            f"{where}: {what} is an array of shape {sizes}, which does not broadcast against the parameter's shape "
+            f"{shape}. Give an array of {shape}, or with axes of size 1, or one number."
+        )
+
+
 def describe(path: str, leaf: Any) -> Leaf:
     """The description of a leaf that predicates get."""
     if is_hole(leaf) and not isinstance(leaf, Hidden):
@@ -175,45 +186,71 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
         )
 
 
-def map_with_params(
-    leaf_fn: Callable[[Any, int], Any],
-    where: str,
-    updates: PyTree,
-    params: PyTree,
-    paths: Sequence[str],
-    applies: Callable[[Any], bool] = is_decayable,
-) -> PyTree:
-    """Maps `leaf_fn(update, index of its parameter)` over the updates; what is no number passes through untouched.
+def beside(
+    where: str, tree: PyTree, params: PyTree, paths: Sequence[str]
+) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
+    """What stands in a tree at the place of each parameter, and how to build the tree anew.
 
     Args:
-        leaf_fn: gets an update and the index of its parameter in `flatten_with_paths(params)`.
         where: the function to name in an error.
-        updates: the tree to map over: its structure and holes are kept.
-        params: the parameters; boxes that `updates` lacks are seen through.
+        tree: a tree like params, such as updates. It may have holes, and lack boxes that params have.
+        params: the parameters.
         paths: their canonical paths, for the error.
-        applies: which updates to map, if not all that are numbers.
+
+    Returns:
+        The leaf of the tree for each parameter, None where there is none; and a function that gives the tree with
+        other leaves for them. The structure and the holes of the tree stay.
 
     Raises:
-        ValueError: if `updates` has another structure than `params`.
+        ValueError: if the tree has another structure than `params`.
     """
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_hole)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
     params_def = structure(params)
-    places: Sequence[Any] = range(params_def.num_leaves)
+    places: list[Any] = list(range(params_def.num_leaves))
     if treedef != params_def:
         try:
             places = treedef.flatten_up_to(jax.tree.unflatten(params_def, places))
         except (ValueError, TypeError) as error:
-            raise ValueError(_structure_message(where, updates, paths)) from error
-
-    def apply(leaf: Any, place: Any) -> Any:
-        if not applies(leaf):
-            return leaf
+            raise ValueError(_structure_message(where, tree, paths)) from error
+    found: list[Any] = [None] * len(paths)
+    for n, (leaf, place) in enumerate(zip(leaves, places, strict=True)):
         indices = jax.tree.leaves(place)
-        if len(indices) != 1:
-            raise ValueError(_structure_message(where, updates, paths))
-        return leaf_fn(leaf, indices[0])
+        if len(indices) == 1:
+            places[n] = indices[0]
+            found[indices[0]] = leaf
+        elif is_hole(leaf):  # A hole may stand for a whole part of the parameters.
+            places[n] = None
+        else:
+            raise ValueError(_structure_message(where, tree, paths))
 
-    return jax.tree.unflatten(treedef, [apply(*pair) for pair in zip(leaves, places, strict=True)])
+    def rebuilt(new: Sequence[Any]) -> PyTree:
+        filled = [leaf if i is None else new[i] for leaf, i in zip(leaves, places, strict=True)]
+        return jax.tree.unflatten(treedef, filled)
+
+    return found, rebuilt
+
+
+def of_each(
+    tree: PyTree,
+    acts: Callable[[Any], bool],
+    leaf_fn: Callable[[Any], Any],
+    other_fn: Callable[[Any], Any] = lambda x: None,
+) -> PyTree:
+    """The tree with `leaf_fn` of the leaves that `acts` selects, arrays or their shapes, and `other_fn` of the others.
+
+    A box that loses its content becomes None: Flax would ask it for the sharding of its content.
+    """
+    boxes = _box_types()
+
+    def act(x: Any) -> Any:
+        if isinstance(x, boxes):
+            new = jax.tree.map(act, x)
+            return None if jax.tree.leaves(x) and not jax.tree.leaves(new) else new
+        if not acts(x):
+            return other_fn(x)
+        return jax.eval_shape(leaf_fn, x) if isinstance(x, jax.ShapeDtypeStruct) else leaf_fn(jnp.asarray(x))
+
+    return jax.tree.map(act, tree, is_leaf=lambda x: isinstance(x, boxes))
 
 
 def _structure_message(where: str, updates: PyTree, paths: Sequence[str]) -> str:

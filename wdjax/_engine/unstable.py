@@ -6,10 +6,12 @@ programs compile more slowly, and arrays within `shard_map` are taken to be spli
 computes stays the same.
 """
 
-import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -21,6 +23,11 @@ try:
     from jax.experimental.xla_metadata import set_xla_metadata
 except ImportError:
     set_xla_metadata = None
+
+try:
+    from jax.sharding import auto_axes
+except ImportError:
+    auto_axes = None
 
 try:
     from jax.experimental.multihost_utils import process_allgather
@@ -63,9 +70,60 @@ def explicit_axes(x: Any) -> Any:
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
 
 
-def not_inlined() -> contextlib.AbstractContextManager[Any] | None:
-    """A context in which XLA does not inline jitted functions on CPUs; None if JAX cannot ask for that."""
-    return None if set_xla_metadata is None else set_xla_metadata(inlineable="false")
+def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like: Any) -> Any:
+    """Calls a function of arrays within jit. On a mesh with explicit axes these are automatic inside of it.
+
+    So any rule can be written as if there was no mesh: XLA decides how to split what is in between.
+
+    Args:
+        function: what to call.
+        arguments: what it is called with.
+        like: arrays that are split as the results are to be; None if these are to be whole on every device.
+    """
+    explicit = [x for x in jax.tree.leaves(arguments) if _has_explicit_axes(x)]
+    if auto_axes is None or not explicit:
+        return function(*arguments)
+    first = jax.typeof(explicit[0])
+    whole_everywhere = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec())
+
+    def sharding_of(x: Any) -> Any:
+        # JAX forgets the mesh of zeros that are made within jit and without `jax.set_mesh`.
+        is_known, kind = _has_explicit_axes(x), jax.typeof(x)
+        return kind.sharding if is_known else first.sharding if kind.shape == first.shape else whole_everywhere
+
+    out_sharding = whole_everywhere if like is None else jax.tree.map(sharding_of, like)
+    return auto_axes(function, out_sharding=out_sharding)(*arguments)
+
+
+def _has_explicit_axes(x: Any) -> bool:
+    kinds = getattr(getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None), "axis_types", None) or ()
+    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+
+
+def as_arguments(numbers: Sequence[Any], likes: Iterable[Any]) -> list[Any]:
+    """Numbers as what a compiler takes for data, if there are several and something in `likes` is traced.
+
+    A constant is folded into the loop that uses it, and loops with other constants are compiled one by one. XLA's CPU
+    compiler treats what comes out of a call that it may not inline as it treats an argument, so that a thousand rates
+    compile in the time of one. Elsewhere they stay constants.
+    """
+    distinct = dict.fromkeys(zip(numbers, (n.dtype for n in numbers), strict=True))
+    if set_xla_metadata is None or len(distinct) < 2 or not any(is_traced(like) for like in likes):
+        return list(numbers)
+    values = tuple(value for value, _ in distinct)
+
+    def called_on_cpu() -> list[jax.Array]:
+        with set_xla_metadata(inlineable="false"):
+            return _constants(values)
+
+    called = jax.lax.platform_dependent(cpu=called_on_cpu, default=lambda: list(values))
+    found = dict(zip(distinct, called, strict=True))
+    return [found[number, number.dtype] for number in numbers]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _constants(values: tuple[Any, ...]) -> list[jax.Array]:
+    return [jnp.asarray(value) for value in values]
 
 
 def whole(x: Any) -> np.ndarray:

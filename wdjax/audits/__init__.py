@@ -19,8 +19,7 @@ import optax
 from .._engine import checks, trees
 from .._engine.hazards import smallest_fraction
 from .._engine.loop import Action, DecayState
-from .._engine.masks import booleans
-from .._engine.rules import PerLayer
+from .._engine.masks import flags
 from .._engine.steps import nodes
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low
@@ -230,10 +229,8 @@ def _expected(
     terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
     rates = {}
     for (path, _), term in zip(leaves, terms, strict=True):
-        product: Any = 0.0 if term is None else 1.0
-        for factor in () if term is None else term.factors:
-            product = product * np.asarray(factor.values if isinstance(factor, PerLayer) else factor, np.float64)
-        rates[path] = float(np.min(product)), float(np.max(product))
+        rate = 0.0 if term is None else term.known()
+        rates[path] = float(np.min(rate)), float(np.max(rate))
     return rates
 
 
@@ -242,7 +239,7 @@ def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, A
         return set()
     if isinstance(mask, Rules):
         mask._check_booleans(where)
-    return {path for (path, _), flag in zip(leaves, booleans(where, mask, params, leaves), strict=True) if flag}
+    return {path for (path, _), flag in zip(leaves, flags(where, mask, params, leaves), strict=True) if flag is True}
 
 
 def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | None:

@@ -24,7 +24,7 @@ import optax
 
 from .._engine import checks, trees
 from .._engine.steps import nodes
-from ._rounding import for_each, is_low
+from ._rounding import is_low
 from ._writers import WRITERS as WRITERS
 from ._writers import CompensatedState as CompensatedState
 from ._writers import MasterWeightsState as MasterWeightsState
@@ -121,4 +121,4 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
 
 def _widened(tree: PyTree) -> PyTree:
-    return for_each(tree, is_low, lambda x: x.astype(jnp.float32), lambda x: x)
+    return trees.of_each(tree, is_low, lambda x: x.astype(jnp.float32), lambda x: x)

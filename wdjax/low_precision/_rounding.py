@@ -1,15 +1,10 @@
 """Which leaves are of low precision, and their rounding, in float32 arithmetic that no compiler takes out."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from .._engine import trees
-
-PyTree = Any
 
 
 def is_low(leaf: Any) -> bool:
@@ -22,29 +17,6 @@ def is_narrow(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     is_floating = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.floating)
     return is_floating and jnp.finfo(dtype).bits < 64
-
-
-def for_each(
-    tree: PyTree,
-    acts: Callable[[Any], bool],
-    leaf_fn: Callable[[Any], Any],
-    other_fn: Callable[[Any], Any] = lambda x: None,
-) -> PyTree:
-    """The tree with `leaf_fn` of what it acts on, arrays or their shapes, and `other_fn` of all else.
-
-    Of a box whose content is gone None is left: Flax would ask it for the sharding of what it holds.
-    """
-    boxes = trees._box_types()
-
-    def act(x: Any) -> Any:
-        if isinstance(x, boxes):
-            new = jax.tree.map(act, x)
-            return None if jax.tree.leaves(x) and not jax.tree.leaves(new) else new
-        if not acts(x):
-            return other_fn(x)
-        return jax.eval_shape(leaf_fn, x) if isinstance(x, jax.ShapeDtypeStruct) else leaf_fn(jnp.asarray(x))
-
-    return jax.tree.map(act, tree, is_leaf=lambda x: isinstance(x, boxes))
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

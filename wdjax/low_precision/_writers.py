@@ -1,6 +1,5 @@
 """The writers: last in a chain, they give `optax.apply_updates` an update that lands on the number that they chose."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +8,11 @@ import numpy as np
 import optax
 
 from .._engine import checks, trees
-from ._rounding import for_each, is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
+from .._engine.arithmetic import LeafRule
+from .._engine.loop import Action, DecayState
+from ._rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
-_STATELESS = object()
 NARROW_UPDATES = "a decay that is small beside the gradient's part is rounded away before it gets here"
 
 
@@ -94,13 +94,9 @@ def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)
 
-        def write(update: jax.Array, p: jax.Array, _: Any, i: int) -> tuple[jax.Array, None]:
-            bits = jax.random.bits(jax.random.fold_in(key, i), p.shape, jnp.uint32)
-            fraction = (bits >> 8).astype(jnp.float32) * 2.0**-24
-            total, lost = two_sum(p.astype(jnp.float32), update)
-            return step_to(p, rounded(total, p.dtype, lost, fraction), update), None
-
-        updates, _ = _written(where, write, is_low, updates, params)
+        leaves = trees.flatten_with_paths(params)
+        keys = [jax.random.fold_in(key, i) if is_low(leaf) else None for i, (_, leaf) in enumerate(leaves)]
+        updates, _ = _run(where, _AT_RANDOM, updates, params, inputs=keys)
         return updates, StochasticRoundingState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(lambda params: StochasticRoundingState(jnp.zeros([], jnp.int32)), update_fn)
@@ -145,22 +141,10 @@ def compensated() -> optax.GradientTransformation:
     where = "compensated"
 
     def init_fn(params: PyTree) -> CompensatedState:
-        return CompensatedState(for_each(params, is_narrow, lambda p: jnp.zeros_like(p, jnp.int16)))
-
-    def write(update: jax.Array, p: jax.Array, residual: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
-        before = p.astype(jnp.float32)
-        step = update + residual.astype(jnp.float32) * 2.0**-16 * spacing_of(before, p.dtype)[0]
-        if is_low(p):
-            landed = rounded(before + step, p.dtype)
-            lost = jnp.where(step == 0, 0, remainder(landed, before, step))
-            step = step_to(p, landed, step)
-        else:
-            landed, lost = two_sum(before, step)
-        parts = jnp.round(lost * spacing_of(landed, p.dtype)[1] * 2.0**16)
-        return step, jnp.where(jnp.isfinite(parts), jnp.clip(parts, -(2**15), 2**15 - 1), 0).astype(jnp.int16)
+        return CompensatedState(Action(where).init(params, _WITH_RESIDUAL, aliases=_nobody).leaf)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, residual = _written(where, write, is_narrow, updates, params, state.residual)
+        updates, residual = _run(where, _WITH_RESIDUAL, updates, params, state.residual)
         return updates, CompensatedState(residual)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -199,57 +183,75 @@ def master_weights() -> optax.GradientTransformation:
     """
     where = "master_weights"
 
-    def write(update: jax.Array, p: jax.Array, weights: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
-        weights = weights + update
-        return step_to(p, rounded(weights, p.dtype), weights - p.astype(jnp.float32)), weights
-
     def init_fn(params: PyTree) -> MasterWeightsState:
-        return MasterWeightsState(for_each(params, is_low, lambda p: p.astype(jnp.float32)))
+        return MasterWeightsState(Action(where).init(params, _WITH_COPY, aliases=_nobody).leaf)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, weights = _written(where, write, is_low, updates, params, state.weights)
+        updates, weights = _run(where, _WITH_COPY, updates, params, state.weights)
         return updates, MasterWeightsState(weights)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _written(
-    where: str,
-    write: Callable[[jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]],
-    acts: Callable[[Any], bool],
-    updates: PyTree,
-    params: PyTree,
-    states: PyTree = _STATELESS,
+def _nobody(path: str) -> bool:
+    return False
+
+
+def _run(
+    where: str, rule: LeafRule, updates: PyTree, params: PyTree, leaf: PyTree = None, inputs: Any = None
 ) -> tuple[PyTree, PyTree]:
-    """The updates after `write(update, param, state, index) -> (update, state)` of each leaf that it acts on."""
     checks.params_given(where, params)
-    leaves = trees.flatten_with_paths(params)
-    kept = {} if states is _STATELESS else dict(trees.flatten_with_paths(states))
-    narrow: dict[str, Any] = {}
+    new, kept = Action(where).run(
+        rule, updates, DecayState(jnp.zeros([], jnp.int32), None, leaf), params, inputs=inputs
+    )
+    _warn_of_narrow(where, rule, updates, params)
+    return new, kept
 
-    def act(update: Any, i: int) -> Any:
-        path, p = leaves[i]
-        if not acts(p):
-            return update
-        checks.same_shape(where, path, update, p)
-        if states is not _STATELESS and trees.is_hole(kept.get(path)):
-            raise ValueError(
-                f"{where}: the state has nothing for {path!r}, which is {p.dtype} now: it was made for other "
-                "parameters. Make a new one: optimizer.init(params)."
-            )
-        if is_low(update):
-            narrow[path] = update.dtype
-        update, kept[path] = write(jnp.asarray(update, jnp.float32), jnp.asarray(p), kept.get(path), i)
-        return update
 
-    updates = trees.map_with_params(act, where, updates, params, [path for path, _ in leaves])
+def _at_random(update: jax.Array, p: jax.Array, _: Any, __: Any, key: jax.Array, ___: Any) -> tuple[jax.Array, None]:
+    update = jnp.asarray(update, jnp.float32)
+    bits = jax.random.bits(key, p.shape, jnp.uint32)
+    fraction = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    total, lost = two_sum(p.astype(jnp.float32), update)
+    return step_to(p, rounded(total, p.dtype, lost, fraction), update), None
+
+
+def _with_residual(
+    update: jax.Array, p: jax.Array, _: Any, __: Any, residual: jax.Array, ___: Any
+) -> tuple[jax.Array, jax.Array]:
+    before = p.astype(jnp.float32)
+    step = jnp.asarray(update, jnp.float32) + residual.astype(jnp.float32) * 2.0**-16 * spacing_of(before, p.dtype)[0]
+    if is_low(p):
+        landed = rounded(before + step, p.dtype)
+        lost = jnp.where(step == 0, 0, remainder(landed, before, step))
+        step = step_to(p, landed, step)
+    else:
+        landed, lost = two_sum(before, step)
+    parts = jnp.round(lost * spacing_of(landed, p.dtype)[1] * 2.0**16)
+    return step, jnp.where(jnp.isfinite(parts), jnp.clip(parts, -(2**15), 2**15 - 1), 0).astype(jnp.int16)
+
+
+def _with_copy(
+    update: jax.Array, p: jax.Array, _: Any, __: Any, weights: jax.Array, ___: Any
+) -> tuple[jax.Array, jax.Array]:
+    weights = weights + jnp.asarray(update, jnp.float32)
+    return step_to(p, rounded(weights, p.dtype), weights - p.astype(jnp.float32)), weights
+
+
+_AT_RANDOM = LeafRule(_at_random, is_elementwise=True, acts_on=is_low, is_raw=True)
+_WITH_RESIDUAL = LeafRule(
+    _with_residual, lambda p: jnp.zeros_like(p, jnp.int16), is_elementwise=True, acts_on=is_narrow, is_raw=True
+)
+_WITH_COPY = LeafRule(_with_copy, lambda p: p.astype(jnp.float32), is_elementwise=True, acts_on=is_low, is_raw=True)
+
+
+def _warn_of_narrow(where: str, rule: LeafRule, updates: PyTree, params: PyTree) -> None:
+    """Warns of updates of low precision: a writer can't bring back what was rounded away before it."""
+    written = {path for path, leaf in trees.flatten_with_paths(params) if rule.acts_on(leaf)}
+    narrow = [(path, u.dtype) for path, u in trees.flatten_with_paths(updates) if path in written and is_low(u)]
     if narrow:
-        path, dtype = next(iter(narrow.items()))
+        path, dtype = narrow[0]
         checks.warn(
             f"{where}: the update of {path!r} comes in {dtype} (and {len(narrow) - 1} more like it): {NARROW_UPDATES}. "
             f"Write optax.chain(in_float32(optimizer), {where}(...))."
         )
-    if states is _STATELESS:
-        return updates, None
-    order = [path for path, _ in trees.flatten_with_paths(states)]
-    return updates, jax.tree.unflatten(trees.structure(states), [kept[path] for path in order])

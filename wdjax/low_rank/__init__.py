@@ -24,12 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from .._engine import checks, mesh_axes, trees
-from .._engine.arithmetic import Rate, cast, compute_dtype, plus, product
-from .._engine.loop import Action, DecayState, Term
+from .._engine.arithmetic import LeafRule, Strength, Term, cast, compute_dtype, plus
+from .._engine.loop import Action, DecayState
 from .._engine.unstable import varying_axes
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
@@ -119,8 +118,8 @@ def decoupled_lora_decay(
         leaves = trees.flatten_with_paths(params)
         tree = dict(leaves)
         factors = factors_of(list(tree), given)
-        state = rates.init(params, acts_on=factors.__contains__)
-        scales.init(params, acts_on=lambda path: False)
+        state = rates.init(params, aliases=factors.__contains__)
+        scales.init(params, aliases=lambda path: False)
         _refuse_idle(rates.terms(params, leaves, state), leaves, factors)
         for pair in factors.values():  # W0 may come later, in `base`.
             if has(tree, pair.left) and has(tree, pair.right) and (weight := pair.weight_in(tree)):
@@ -138,46 +137,51 @@ def decoupled_lora_decay(
         factors = factors_of(list(tree), given)
         terms, sizes = rates.terms(params, leaves, state), scales.terms(params, leaves, state)
         _refuse_idle(terms, leaves, factors)
-        index = {path: i for i, path in enumerate(tree)}
-
-        def act(update: Any, i: int) -> Any:
-            (path, param), term, pair = leaves[i], terms[i], factors.get(leaves[i][0])
-            if term is None or pair is None:
-                return update
-            size = next((sizes[index[p]] for p in (pair.left, pair.right) if p in index and sizes[index[p]]), None)
-            if size is None:  # A scale of zero.
-                return update
-            checks.same_shape(WHERE, path, update, param)
+        scale_of = dict(zip(tree, sizes, strict=True))
+        rules: list[LeafRule | None] = [None] * len(leaves)
+        inputs: list[Any] = [None] * len(leaves)
+        for i, ((path, param), term) in enumerate(zip(leaves, terms, strict=True)):
+            pair = factors.get(path)
+            size = pair and (scale_of.get(pair.left) or scale_of.get(pair.right))
+            if term is None or pair is None or size is None:  # It does not decay, or its scale is 0.
+                continue
             w0, left, right = pair.matrices(tree, frozen, is_given=base is not None)
-            dtype = compute_dtype(update, w0, left, right)
-            rate = _along(*product((*term.factors, *size.factors), dtype), param)
-            scale = _along(*product(size.factors, dtype), param)
-            if isinstance(rate, np.generic) and rate == 0:  # So small that it is nothing in this dtype.
-                return update
-            w0, left, right = (cast(x, dtype) for x in (w0, left, right))
-            of_w0, of_product = _pull(w0, left, right, is_left=path == pair.left)
-            pull = of_w0.reshape(param.shape) + scale * of_product.reshape(param.shape)
-            # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
-            split = sorted(varying_axes(pull) - varying_axes(param), key=str)
-            pull = mesh_axes.total(pull, tuple(split))
-            new = plus(cast(update, dtype), Rate(rate, is_known=isinstance(rate, np.generic)), pull)
-            return cast(new if jnp.iscomplexobj(update) else jnp.real(new), jnp.result_type(update))
-
-        # All dtypes are ours by now; what is left to promote is a real rate beside complex weights.
-        with jax.numpy_dtype_promotion("standard"):
-            updates = trees.map_with_params(act, WHERE, updates, params, list(tree))
+            dtype = compute_dtype(w0, left, right)
+            scale = size.strength(dtype)
+            if jnp.finfo(dtype).dtype.type(term.parted()[0] * size.parted()[0]) == 0:  # So small that it is 0 there.
+                continue
+            rules[i] = _RULES[path == pair.left, scale.is_known]
+            inputs[i] = w0, left, right, _along(scale.value, jnp.ndim(param))
+        updates, _ = rates.run(rules, updates, state, params, inputs=inputs)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _along(rate: Any, axis: int | None, param: Any) -> Any:
-    """A rate, or the rates of stacked layers as an array like the parameter."""
-    if axis is None:
-        return rate
-    return jnp.broadcast_to(
-        jnp.expand_dims(rate, [k for k in range(param.ndim) if k != axis % param.ndim]), param.shape
-    )
+def _along(scale: Any, ndim: int) -> Any:
+    """A scale; or the scales of stacked layers, which are leading axes, for an array of another rank."""
+    if jnp.ndim(scale) == 0:
+        return scale
+    leading = max((axis + 1 for axis, size in enumerate(scale.shape) if size > 1), default=0)
+    return scale.reshape(scale.shape[:leading] + (1,) * (ndim - leading))
+
+
+def _rule(*, is_left: bool, is_known: bool) -> LeafRule:
+    """The rule for one of the factors, and for a scale that is known while tracing or not."""
+
+    def pulled(u: jax.Array, p: jax.Array, _: Any, strength: Strength, matrices: Any, __: Any) -> tuple[jax.Array, Any]:
+        *factors, scale = matrices
+        dtype = compute_dtype(u, *factors)
+        w0, left, right = (cast(x, dtype) for x in factors)
+        scale = cast(scale, jnp.finfo(dtype).dtype)
+        of_w0, of_product = _pull(w0, left, right, is_left=is_left)
+        pull = of_w0.reshape(p.shape) + scale * of_product.reshape(p.shape)
+        # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
+        pull = mesh_axes.total(pull, tuple(sorted(varying_axes(pull) - varying_axes(p), key=str)))
+        rate = Strength(strength.value * scale, strength.is_known and is_known)
+        return plus(cast(u, dtype), rate, pull), None
+
+    return LeafRule(pulled, is_elementwise=True)
 
 
 def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) -> tuple[jax.Array, jax.Array]:
@@ -207,3 +211,10 @@ def _refuse_idle(terms: Sequence[Term | None], leaves: Sequence[tuple[str, Any]]
             f"{list(factors)[:3]}, and nothing else is decayed here. Leave out mask, or choose factors with it; "
             "decoupled_decay(0.1, mask) decays the rest."
         )
+
+
+_RULES = {
+    (is_left, is_known): _rule(is_left=is_left, is_known=is_known)
+    for is_left in (True, False)
+    for is_known in (True, False)
+}

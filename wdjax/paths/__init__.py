@@ -37,4 +37,5 @@ from ._standard import weights_only as weights_only
 from ._tables import all_but as all_but
 from ._tables import by_path as by_path
 from ._tables import only as only
+from ._tables import stacks as stacks
 from ._width import by_width as by_width

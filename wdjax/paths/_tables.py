@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._engine import checks
-from .._engine.rules import TABLE, Decision, Rules, Tree, entries, from_plain, plain
+from .._engine.rules import TABLE, Decision, Rules, Tree, entries, from_plain, is_flag, plain
 from . import _patterns
 from ._patterns import Pattern
 
@@ -184,12 +184,27 @@ def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
     return Table(((_patterns.checked("all_but", patterns, syntax), False),), default=True)
 
 
+def stacks(where: str, stacked_axes: Any) -> Any:
+    """Checks how many leading axes stack layers; gives a dictionary from patterns to numbers as `Rules`.
+
+    Raises:
+        TypeError: if they are not whole numbers >= 0.
+    """
+    counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
+    if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
+        raise TypeError(
+            f"{where}: stacked_axes counts leading axes, got {stacked_axes!r}. "
+            "Write stacked_axes=1, or stacked_axes={'layers': 1}."
+        )
+    return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
+
+
 def _checked_value(value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if isinstance(value, (str, Rules)):
+    if isinstance(value, (str, Rules)) or is_flag(value):
         return value
-    return checks.rate("by_path", "a value of the table", value, write=TABLE)
+    return checks.rate("by_path", "a value of the table", value, write=TABLE, may_be_array=True)
 
 
 def _uncovered(paths: list[str]) -> str:

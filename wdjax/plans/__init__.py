@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .._engine import checks, trees
-from .._engine.masks import booleans
-from .._engine.rules import Decision, PerLayer, check_stack
+from .._engine.masks import flags
+from .._engine.rules import Decision, PerLayer, rate_or_rules, stack_of
 from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules
 from ..paths._roles import BIAS, role
@@ -64,12 +64,10 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
     """
     where = "plan"
     leaves = trees.flatten_with_paths(params)
-    if not isinstance(weight_decay, Rules):
-        weight_decay = checks.rate(where, "weight_decay", weight_decay)
+    weight_decay = rate_or_rules(where, "weight_decay", weight_decay)
     chosen = _asked(where, mask, params, leaves, "all")
     kept = _asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
-        weight_decay._check_rates(where)
         rates = [decision or Decision(0.0, "") for decision in weight_decay._decisions(where, leaves)]
     else:
         rates = [Decision(weight_decay, "")] * len(leaves)
@@ -85,26 +83,26 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
 def _asked(
     where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule_of_none: str
 ) -> list[Decision]:
+    answers = flags(where, mask, params, leaves, of_all=True)
     if isinstance(mask, Rules):
-        mask._check_booleans(where)
-        return [decision or Decision(False, "") for decision in mask._decisions(where, leaves)]
-    rule = rule_of_none if mask is None else "mask"
-    return [Decision(flag, rule) for flag in booleans(where, mask, params, leaves)]
+        decisions = mask._decisions(where, leaves)
+        return [(d or Decision(False, ""))._replace(value=flag) for d, flag in zip(decisions, answers, strict=True)]
+    return [Decision(flag, rule_of_none if mask is None else "mask") for flag in answers]
 
 
 def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
     decisions = [chosen]
     if not is_decayable:
         decisions = [Decision(False, _NO_NUMBER, "no real number")]
-    elif kept.value:
+    elif kept.value is True:
         decisions = [kept._replace(rule=f"frozen: {kept.rule}")]
-    elif chosen.value and rate.rule:
+    elif chosen.value is not False and rate.rule:
         decisions = [rate] if chosen.rule == "all" else [chosen, rate]
     value: Rate = 0.0
-    if is_decayable and chosen.value and not kept.value:
+    if is_decayable and chosen.value is not False and kept.value is not True:
         factors = (*rate.factors, rate.value)
-        check_stack("plan", leaf.path, factors)
-        value = _shown(factors)
+        stack_of("plan", leaf.path, factors)
+        value = _shown((*factors, chosen.value, np.logical_not(kept.value)), leaf)
     return Planned(
         leaf.path,
         leaf.shape,
@@ -116,8 +114,11 @@ def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, k
     )
 
 
-def _shown(factors: Sequence[Any]) -> Rate:
-    """The product of the factors of a rate: a number, one for each layer, or a text where a factor has none yet."""
+def _shown(factors: Sequence[Any], leaf: Leaf) -> Rate:
+    """The product of the factors of a rate.
+
+    It is a number, or one for each layer, or a text: the range of an array, and factors that have no value yet.
+    """
     numbers: Any = 1.0
     names = []
     for factor in factors:
@@ -126,14 +127,16 @@ def _shown(factors: Sequence[Any]) -> Rate:
             names.append(name if name.isidentifier() else "schedule")
         elif is_traced(factor):
             names.append("traced")
-        elif isinstance(factor, PerLayer):
-            numbers = numbers * np.array(factor.values)
         else:
-            numbers = numbers * float(factor)
-    rate = tuple(map(float, numbers)) if isinstance(numbers, np.ndarray) else float(numbers)
+            numbers = numbers * np.asarray(factor.along(len(leaf.shape)) if isinstance(factor, PerLayer) else factor)
+    rate: Rate = tuple(map(float, numbers.ravel())) if np.ndim(numbers) else float(numbers)
+    if isinstance(rate, tuple) and any(np.ndim(factor) for factor in factors if not isinstance(factor, PerLayer)):
+        trees.check_broadcasts("plan", f"the rate of {leaf.path!r}", numbers, leaf.shape)
+        least, most = min(rate), max(rate)
+        rate = least if least == most else f"{show_rate(least)} to {show_rate(most)}"
     if not names or rate == 0:
         return rate
-    number = f"({show_rate(rate)})" if isinstance(rate, tuple) else show_rate(rate)
+    number = show_rate(rate) if isinstance(rate, float) else f"({show_rate(rate)})"
     return " × ".join(names if rate == 1 else [number, *names])
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from .._engine import checks, mesh_axes, trees
-from .._engine.loop import Action, DecayState, _acts
+from .._engine.loop import Action, DecayState
 from .._engine.rules import Decision
 from .._engine.steps import nodes, stepped
 from ..low_precision import WRITERS, CompensatedState
@@ -132,7 +132,7 @@ def monitor(
     def init_fn(params: PyTree) -> MonitorState:
         measured = _nothing_measured(action, groups, params)
         # Arrays that stand at two places are the decay's to warn of.
-        return MonitorState(action.init(params, acts_on=lambda path: False), measured, inner.init(params))
+        return MonitorState(action.init(params, aliases=lambda path: False), measured, inner.init(params))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
         checks.params_given(where, params)
@@ -258,9 +258,9 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
     chosen = _asked(action.where, action.mask, params, leaves, "all")
     rates = rate._decisions(action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
     labels: list[str | None] = []
-    for row, (path, leaf), choice, rated in zip(action._factors(params, leaves), leaves, chosen, rates, strict=True):
+    for acts, (path, leaf), choice, rated in zip(action.acts_on(params, leaves), leaves, chosen, rates, strict=True):
         label = UNDECAYED if trees.is_decayable(leaf) else None
-        if _acts(row):
+        if acts:
             shown = _planned(trees.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, ""))
             label = shown.rule.replace("'", "")
         labels.append(label)
@@ -284,34 +284,16 @@ def _measured(
 ) -> dict[str, dict[str, jax.Array]]:
     leaves = trees.flatten_with_paths(params)
     labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state)
-    moves: dict[int, Any] = {}
-
-    def note(update: Any, i: int) -> Any:
-        checks.same_shape(action.where, leaves[i][0], update, leaves[i][1])
-        moves[i] = update
-        return update
-
-    trees.map_with_params(note, action.where, updates, params, [path for path, _ in leaves])
-    rows: dict[
-        mesh_axes.Names, dict[str, list[Sums]]
-    ] = {}  # By the mesh axes that arrays are split over, and by group.
-    # What is left to promote are real rates beside complex weights.
-    with jax.numpy_dtype_promotion("standard"):
-        for i, label in enumerate(labels):
-            if label is not None:
-                p = leaves[i][1]
-                update = moves[i] if i in moves else jnp.zeros_like(p)
-                groups_of = rows.setdefault(mesh_axes.split_over(action.where, p, axes), {})
-                groups_of.setdefault(label, []).append(sums(update, p, terms[i], is_written(p)))
-    names = list(dict.fromkeys(label for label in labels if label is not None))
-    if not names:
+    found, _ = trees.beside(action.where, updates, params, [path for path, _ in leaves])
+    parts = []
+    for (path, param), label, update, term in zip(leaves, labels, found, terms, strict=True):
+        if label is not None:
+            update = update if trees.is_decayable(update) else jnp.zeros_like(param)
+            checks.same_shape(action.where, path, update, param)
+            with jax.numpy_dtype_promotion("standard"):  # Real rates meet complex weights.
+                parts.append((label, sums(update, param, term, is_written(param)), param))
+    if not parts:
         return _nothing_measured(action, groups, params)
-
-    def stacked(row: list[list[Sums]]) -> Sums:
-        totals = [[jnp.asarray(sum(x), jnp.float32) for x in zip(*group, strict=True)] for group in row]
-        return Sums(*(jnp.stack(column) for column in zip(*totals, strict=True)))
-
-    nothing = [Sums(*[0.0] * len(Sums._fields))]
-    parts = [mesh_axes.total(stacked([row.get(name, nothing) for name in names]), split) for split, row in rows.items()]
-    values = metrics(Sums(*(sum(column) for column in zip(*parts, strict=True))))
-    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(names)}
+    totals = mesh_axes.added_up(action.where, parts, axes, jnp.float32)
+    values = metrics(Sums(*(jnp.stack(column) for column in zip(*totals.values(), strict=True))))
+    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(totals)}

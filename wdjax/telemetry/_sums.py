@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._engine.arithmetic import away, cast, compute_dtype, product
-from .._engine.loop import Term
+from .._engine.arithmetic import Term, away, cast, compute_dtype
 from ..low_precision._rounding import is_low, rounded
 
 METRICS = (
@@ -93,17 +92,14 @@ def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
         each |= {"step": _product(step, step), "along": _product(step, w)}
     rate = None
     if term is not None:
-        rate, axis = product(term.factors, dtype)
-        rate = jax.lax.stop_gradient(rate)
-        if axis is not None:
-            rate = rate.reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
+        rate = jax.lax.stop_gradient(term.strength(dtype).value)
         pull = away(w, None if term.anchor is None else jax.lax.stop_gradient(cast(term.anchor, dtype)))
         decay = rate * pull
         moving = (rate > 0) & (pull != 0)
         each["moving"] = moving.astype(real)
         if term.anchor is not None:
             each["away"] = _product(pull, pull)
-        if axis is not None:
+        if np.ndim(rate):
             each["decay"] = _product(decay, decay)
         if not is_written:
             without = _as(w + _as(u + decay, narrow_update), narrow)

@@ -1,0 +1,207 @@
+"""What a new method needs of the engine, each shown by a rule of ten lines."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import wdjax
+from wdjax._engine.arithmetic import LeafRule, plus, stateless
+from wdjax._engine.loop import Action, transformation
+
+RATE = 0.1
+
+
+def make(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+# A rule with a state for each parameter: the decay grows with the mean size of its updates so far.
+
+
+def with_a_coefficient(rate: Any, mask: Any = None, **options: Any) -> optax.GradientTransformation:
+    def apply(update: Any, p: Any, anchor: Any, strength: Any, mean: Any, totals: Any) -> Any:
+        mean = 0.5 * mean + 0.5 * jnp.mean(jnp.abs(update)).astype(mean.dtype)
+        return plus(update, strength, mean * p), mean
+
+    rule = LeafRule(apply, init=lambda p: jnp.zeros([], jnp.float32))
+    return transformation(Action("with_a_coefficient", {"rate": rate}, mask, **options), rule)
+
+
+def coefficient_oracle(updates: list[np.ndarray], w: np.ndarray) -> list[np.ndarray]:
+    mean, found = 0.0, []
+    for u in updates:
+        mean = 0.5 * mean + 0.5 * np.abs(u).mean()
+        found.append(u + RATE * mean * w)
+    return found
+
+
+def test_a_state_for_each_parameter() -> None:
+    params, steps = make(a=(4, 3), b=(5,)), [make(seed, a=(4, 3), b=(5,)) for seed in (1, 2, 3)]
+    optimizer = with_a_coefficient(RATE)
+    state = optimizer.init(params)
+    for name in params:
+        wanted = coefficient_oracle([np.float64(step[name]) for step in steps], np.float64(params[name]))
+        now = state
+        for step, want in zip(steps, wanted, strict=True):
+            new, now = jax.jit(optimizer.update)(step, now, params)
+            np.testing.assert_allclose(new[name], want, rtol=1e-5)
+            chex.assert_trees_all_equal_shapes_and_dtypes(now, state)
+
+
+def test_the_state_is_the_same_for_every_mask_and_rate() -> None:
+    params = make(a=(4, 3), b=(5,))
+    states = [
+        with_a_coefficient(*arguments).init(params)
+        for arguments in ((RATE,), (0.0,), (lambda count: RATE, wdjax.only("a")), (RATE, {"a": False, "b": True}))
+    ]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*states)
+
+
+def test_a_state_for_other_parameters_is_refused() -> None:
+    optimizer = with_a_coefficient(RATE)
+    params = make(a=(4, 3))
+    state = optimizer.init({"a": jnp.ones((4, 3), jnp.int32)})
+    with pytest.raises(ValueError, match=r"with_a_coefficient: the state has nothing for 'a', which is float32"):
+        optimizer.update(params, state, params)
+
+
+# A rule with a norm over a parameter, and over each layer of a stack.
+
+
+def norm_pull(u: Any, p: Any, a: Any, strength: Any) -> Any:
+    return plus(u, strength, p / jnp.linalg.norm(p))
+
+
+def with_a_norm(rate: Any, stacked_axes: Any = 0) -> optax.GradientTransformation:
+    action = Action("with_a_norm", {"rate": rate}, stacked_axes=wdjax.paths.stacks("with_a_norm", stacked_axes))
+    return transformation(action, stateless(norm_pull, is_elementwise=False))
+
+
+def test_a_norm_over_a_parameter_and_over_each_layer_of_a_stack() -> None:
+    params, updates = (
+        make(layers=(3, 4, 2), twice=(2, 3, 4), head=(4, 2)),
+        make(1, layers=(3, 4, 2), twice=(2, 3, 4), head=(4, 2)),
+    )
+    optimizer = with_a_norm(RATE, {"layers": 1, "twice": 2})
+    new, _ = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    for name, axes in (("layers", (1, 2)), ("twice", (2,)), ("head", (0, 1))):
+        u, w = np.float64(updates[name]), np.float64(params[name])
+        want = u + RATE * w / np.sqrt((w**2).sum(axes, keepdims=True))
+        np.testing.assert_allclose(new[name], want, rtol=1e-5)
+
+
+def test_a_rate_for_each_layer_means_a_norm_for_each_layer() -> None:
+    params, updates = make(layers=(3, 4, 2)), make(1, layers=(3, 4, 2))
+    optimizer = with_a_norm(RATE * wdjax.by_depth("layers", 0.5, axis=0))
+    new, _ = optimizer.update(updates, optimizer.init(params), params)
+    u, w = np.float64(updates["layers"]), np.float64(params["layers"])
+    rates = RATE * 0.5 ** np.array([3, 2, 1]).reshape(3, 1, 1)
+    np.testing.assert_allclose(new["layers"], u + rates * w / np.sqrt((w**2).sum((1, 2), keepdims=True)), rtol=1e-5)
+
+
+def test_each_layer_of_a_stack_has_its_own_state() -> None:
+    params, updates = make(layers=(3, 4)), make(1, layers=(3, 4))
+    stacked = with_a_coefficient(RATE, stacked_axes=1)
+    state = stacked.init(params)
+    assert state.leaf["layers"].shape == (3,)
+    new, state = stacked.update(updates, state, params)
+    alone = with_a_coefficient(RATE)
+    for i in range(3):
+        layer, update = params["layers"][i], updates["layers"][i]
+        want, own = alone.update(update, alone.init(layer), layer)
+        np.testing.assert_allclose(new["layers"][i], want, rtol=1e-6)
+        np.testing.assert_allclose(state.leaf["layers"][i], own.leaf, rtol=1e-6)
+
+
+def test_too_many_stacked_axes() -> None:
+    with pytest.raises(ValueError, match=r"with_a_norm: stacked_axes=2 for 'bias', whose shape is \(3,\)\. Write"):
+        with_a_norm(RATE, 2).init(make(bias=(3,)))
+    with pytest.raises(ValueError, match="'layer' matches no parameter"):
+        with_a_norm(RATE, {"layer": 1}).init(make(layers=(3, 2)))
+    with pytest.raises(TypeError, match=r"stacked_axes counts leading axes, got \{'layers': True\}"):
+        with_a_norm(RATE, {"layers": True})
+
+
+# A rule with a norm over all parameters: one reduction, one sum over the devices.
+
+
+def with_a_global_norm(rate: Any, mask: Any = None, axis_name: Any = ()) -> optax.GradientTransformation:
+    rule = LeafRule(
+        lambda u, p, a, strength, state, total: (plus(u, strength, p / jnp.sqrt(total)), None),
+        reduce=lambda u, p, a, strength: jnp.sum(p * p),
+        is_elementwise=True,
+    )
+    return transformation(Action("with_a_global_norm", {"rate": rate}, mask), rule, axis_name)
+
+
+def test_a_norm_over_all_parameters_that_it_acts_on() -> None:
+    params, updates = make(a=(4, 3), b=(5,), c=(2,)), make(1, a=(4, 3), b=(5,), c=(2,))
+    optimizer = with_a_global_norm(RATE, wdjax.all_but("c"))
+    new, _ = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    norm = np.sqrt(sum((np.float64(params[name]) ** 2).sum() for name in "ab"))
+    for name in "ab":
+        want = np.float64(updates[name]) + RATE * np.float64(params[name]) / norm
+        np.testing.assert_allclose(new[name], want, rtol=1e-5)
+    np.testing.assert_array_equal(new["c"], updates["c"])
+
+
+def test_within_shard_map_one_sum_over_the_devices() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, updates = make(a=(16, 3), b=(8,), whole=(4,)), make(1, a=(16, 3), b=(8,), whole=(4,))
+    specs = {"a": PartitionSpec("data"), "b": PartitionSpec("data"), "whole": PartitionSpec()}
+    optimizer = with_a_global_norm(RATE, axis_name=("data",))
+    state = optimizer.init(params)
+    step = jax.jit(
+        jax.shard_map(
+            lambda u, p: optimizer.update(u, state, p)[0], mesh=mesh, in_specs=(specs, specs), out_specs=specs
+        )
+    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    arguments = jax.device_put(updates, shardings), jax.device_put(params, shardings)
+    plain = with_a_global_norm(RATE)
+    want, _ = plain.update(updates, state, params)
+    chex.assert_trees_all_close(step(*arguments), want, rtol=1e-5)
+    assert step.lower(*arguments).as_text().count("stablehlo.all_reduce") == 1
+
+
+# A rule without any rate: a radius, where 0 is a value.
+
+
+def within(radius: Any, mask: Any = None) -> optax.GradientTransformation:
+    def project(u: Any, p: Any, a: Any, strength: Any) -> Any:
+        new = p + u
+        norm = jnp.linalg.norm(new)
+        return new * jnp.minimum(1, strength.value / jnp.where(norm == 0, 1, norm)) - p
+
+    action = Action("within", {"radius": radius}, mask, zero_is_off=False)
+    return transformation(action, stateless(project, is_elementwise=False))
+
+
+@pytest.mark.parametrize(
+    "as_number", [float, jnp.asarray, lambda x: lambda count: x], ids=["number", "array", "schedule"]
+)
+@pytest.mark.parametrize("radius", [0.0, 0.5, 100.0])
+def test_a_radius_of_zero_is_a_value(radius: float, as_number: Any) -> None:
+    params, updates = make(a=(4, 3), b=(5,)), make(1, a=(4, 3), b=(5,))
+    optimizer = within(as_number(radius), wdjax.only("a"))
+    new, _ = optimizer.update(updates, optimizer.init(params), params)
+    landed = np.float64(params["a"]) + np.float64(new["a"])
+    norm = np.linalg.norm(np.float64(params["a"]) + np.float64(updates["a"]))
+    np.testing.assert_allclose(np.linalg.norm(landed), min(radius, norm), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(new["b"], updates["b"])
+
+
+def test_without_a_rate_it_acts_on_all_parameters_of_the_mask() -> None:
+    rule = stateless(lambda u, p, a, strength: -p)
+    params = make(a=(4, 3), b=(5,))
+    optimizer = transformation(Action("to_zero", mask=wdjax.only("a")), rule)
+    new, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(new["a"], -params["a"])
+    np.testing.assert_array_equal(new["b"], params["b"])

@@ -1,0 +1,252 @@
+"""Rates and masks that are arrays: for rows, for slices of a stack, for each weight."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import DECAYS, ROWS, Row
+from test_contract import assert_same_bits, float64
+
+import wdjax
+
+SHAPE = (4, 3)
+by_element = [row for row in ROWS if "GroupLasso" not in row.name]
+every_row = pytest.mark.parametrize("row", by_element, ids=lambda row: row.name)
+ARRAYS = {
+    "rows": np.array([[0.3], [0.0], [0.1], [0.2]], np.float32),
+    "columns": np.array([0.1, 0.0, 0.4], np.float32),
+    "each weight": np.linspace(0.0, 0.5, 12, dtype=np.float32).reshape(SHAPE),
+}
+
+
+def make(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": jnp.asarray(rng.normal(size=SHAPE), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=3), jnp.float32),
+    }
+
+
+def expected(row: Row, u: Any, w: Any, rates: Any, anchor: float = 0.0) -> np.ndarray:
+    """Element by element: what the oracle says of each weight with its own rate."""
+    triples = zip(np.ravel(u), np.ravel(w), np.ravel(np.broadcast_to(rates, SHAPE)), strict=True)
+    with np.errstate(invalid="ignore"):
+        return np.array([row.oracle(*map(np.float64, (u, w, rate)), anchor) for u, w, rate in triples]).reshape(SHAPE)
+
+
+@every_row
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_in_a_tree_or_by_path_is_a_rate_for_each_weight(row: Row, name: str) -> None:
+    params, updates, array = make(0), make(1), ARRAYS[name]
+    want = expected(row, updates["kernel"], params["kernel"], array)
+    of_bias = row.oracle(*map(float64, (updates["bias"], params["bias"])), 0.1, 0.0)
+    rates = (
+        {"kernel": array, "bias": 0.1},
+        {"kernel": jnp.asarray(array), "bias": jnp.asarray(0.1)},
+        wdjax.by_path({"kernel": array}, default=0.1),
+        0.5 * wdjax.by_path({"kernel": 2 * array}, default=0.2),
+    )
+    for rate in rates:
+        optimizer = row.build(rate)
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            new, _ = update(updates, optimizer.init(params), params)
+            np.testing.assert_allclose(new["kernel"], want, rtol=2e-6, atol=1e-6)
+            np.testing.assert_allclose(new["bias"], of_bias, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+def test_where_an_array_is_zero_or_false_no_bit_changes(row: Row) -> None:
+    if "GroupLasso" in row.name:
+        pytest.skip("a group has one strength")
+    hard = np.array([[np.inf, -np.inf, np.nan], [0.0, -0.0, 3.0], [1.0, -0.0, 2.0], [1.0, 2.0, 3.0]], np.float32)
+    params, updates = make(0), make(1)
+    params["kernel"], updates["kernel"] = jnp.asarray(hard), jnp.asarray(np.flip(hard, 1))
+    on = np.array([[False], [False], [True], [True]])
+    for rate, mask in (
+        ({"kernel": np.where(on, 0.3, 0.0).astype(np.float32), "bias": 0.0}, None),
+        (0.3, {"kernel": on, "bias": False}),
+        (0.3, wdjax.by_path({"kernel": on}, default=False)),
+    ):
+        optimizer = row.build(rate, mask)
+        new, _ = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+        assert_same_bits(new["kernel"][:2], updates["kernel"][:2])
+        assert_same_bits(new["bias"], updates["bias"])
+        want = expected(row, updates["kernel"], params["kernel"], np.where(on, 0.3, 0.0))[2:]
+        np.testing.assert_allclose(new["kernel"][2:], want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_elastic_weight_consolidation_in_the_loss_and_in_the_gradient() -> None:
+    # Kirkpatrick et al. 2017: (lambda / 2) sum F_i (w_i - a_i)^2.
+    rng = np.random.default_rng(0)
+    w, a, fisher = rng.normal(size=SHAPE), rng.normal(size=SHAPE), rng.uniform(size=SHAPE)
+    params, anchor, strength = {"w": jnp.asarray(w)}, {"w": jnp.asarray(a)}, {"w": jnp.asarray(0.5 * fisher)}
+    loss = lambda params: wdjax.l2_penalty(params, strength, toward=anchor)  # noqa: E731
+    np.testing.assert_allclose(loss(params), 0.25 * (fisher * (w - a) ** 2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(loss)(params)["w"], 0.5 * fisher * (w - a), rtol=1e-12)
+    place = wdjax.add_l2_to_grads(strength, toward=anchor)
+    new, _ = place.update({"w": jnp.zeros(SHAPE)}, place.init(params), params)
+    np.testing.assert_allclose(new["w"], 0.5 * fisher * (w - a), rtol=1e-12)
+    # The importances are data: they may come out of another program, traced.
+    traced = jax.jit(lambda f: wdjax.l2_penalty(params, {"w": 0.5 * f}, toward=anchor))
+    np.testing.assert_allclose(traced(jnp.asarray(fisher)), loss(params), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [wdjax.L1(), wdjax.L2(), wdjax.ElasticNet(0.3), wdjax.Huber(0.5)], ids=repr)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_penalty_of_an_array_is_the_sum_over_its_weights(kind: Any, name: str) -> None:
+    w = make(0)["kernel"]
+    rates = np.broadcast_to(ARRAYS[name], SHAPE)
+    want = sum(float(rate * kind.value(x[None])) for rate, x in zip(rates.ravel(), w.ravel(), strict=True))
+    np.testing.assert_allclose(wdjax.penalty({"w": w}, kind, {"w": ARRAYS[name]}), want, rtol=1e-5)
+
+
+def test_a_penalty_of_groups_takes_one_strength_for_each_group() -> None:
+    params, updates = make(0), make(1)
+    of_columns = np.array([0.3, 0.0, 0.1], np.float32)
+    kind, rate = wdjax.GroupLasso(axis=0), {"kernel": of_columns, "bias": 0.0}
+    w, u = float64(params["kernel"]), float64(updates["kernel"])
+    norms = np.linalg.norm(w, axis=0)
+    np.testing.assert_allclose(wdjax.penalty(params, kind, rate), (of_columns * norms).sum(), rtol=1e-5)
+    place = wdjax.add_penalty_to_grads(kind, rate)
+    new, _ = place.update(updates, place.init(params), params)
+    np.testing.assert_allclose(new["kernel"], u + of_columns * w / norms, rtol=1e-5)
+    step = wdjax.proximal_step(kind, rate, learning_rate=0.5)
+    new, _ = step.update(updates, step.init(params), params)
+    landed = np.linalg.norm(w + u, axis=0)
+    np.testing.assert_allclose(
+        w + float64(new["kernel"]), (w + u) * np.maximum(1 - 0.5 * of_columns / landed, 0), rtol=1e-5, atol=1e-6
+    )
+    for act in (
+        lambda: wdjax.penalty(params, kind, {"kernel": ARRAYS["rows"], "bias": 0.0}),
+        lambda: wdjax.add_penalty_to_grads(kind, {"kernel": ARRAYS["rows"], "bias": 0.0}).update(
+            updates, place.init(params), params
+        ),
+        lambda: wdjax.proximal_step(wdjax.GroupLasso(), rate, learning_rate=0.5).update(
+            updates, place.init(params), params
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=r"a strength of shape \(.*\) differs within what GroupLasso.*one strength for each"
+        ):
+            act()
+
+
+def test_stacked_axes_take_the_norm_of_each_layer() -> None:
+    rng = np.random.default_rng(0)
+    params = {
+        "layers": jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32),
+        "head": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32),
+    }
+    w = float64(params)
+    norms = np.sqrt((w["layers"] ** 2).sum((1, 2)))
+    found = wdjax.penalty(params, wdjax.GroupLasso(), 0.5, stacked_axes={"layers": 1})
+    np.testing.assert_allclose(found, 0.5 * (norms.sum() + np.linalg.norm(w["head"])), rtol=1e-6)
+    place = wdjax.add_penalty_to_grads(wdjax.GroupLasso(), 0.5, stacked_axes={"layers": 1})
+    new, _ = place.update(jax.tree.map(jnp.zeros_like, params), place.init(params), params)
+    np.testing.assert_allclose(new["layers"], 0.5 * w["layers"] / norms.reshape(3, 1, 1), rtol=1e-5)
+    step = wdjax.proximal_step(wdjax.GroupLasso(), 0.5, learning_rate=1.0, stacked_axes={"layers": 1})
+    new, _ = step.update(jax.tree.map(jnp.zeros_like, params), step.init(params), params)
+    np.testing.assert_allclose(new["layers"], -0.5 * w["layers"] / norms.reshape(3, 1, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(0.1), wdjax.adamw(0.1, 0.5), optax.MultiSteps(optax.sgd(0.1), 2)],
+    ids=["adam", "adamw", "MultiSteps"],
+)
+def test_a_frozen_row_keeps_every_bit(optimizer: Any) -> None:
+    params = make(0)
+    params["kernel"] = params["kernel"].at[0].set(jnp.array([-0.0, jnp.inf, jnp.nan])).at[2, 0].set(-0.0)
+    frozen = np.array([[True], [False], [True], [False]])
+    start = params
+    for mask in ({"kernel": frozen, "bias": True}, wdjax.by_path({"kernel": frozen}, default=True)):
+        params, outer = start, wdjax.freeze(optimizer, mask)
+        state = outer.init(params)
+        for seed in range(4):
+            updates, state = jax.jit(outer.update)(make(seed), state, params)
+            params = optax.apply_updates(params, updates)
+        assert_same_bits(params["kernel"][::2], start["kernel"][::2])
+        assert_same_bits(params["bias"], start["bias"])
+        assert np.all(np.asarray(params["kernel"][1::2]) != np.asarray(start["kernel"][1::2]))
+
+
+@pytest.mark.peers
+def test_the_gradient_of_a_frozen_row_is_in_no_global_norm() -> None:
+    params, grads = make(0), make(1)
+    frozen = {"kernel": np.array([[True], [False], [False], [False]]), "bias": False}
+    outer = wdjax.freeze(optax.clip_by_global_norm(0.1), frozen)
+    grads["kernel"] = grads["kernel"].at[0].set(1e6)
+    updates, _ = outer.update(grads, outer.init(params), params)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.1, rtol=1e-5)
+
+
+def test_one_state_for_numbers_arrays_and_masks_of_arrays() -> None:
+    params = make(0)
+    on = {"kernel": ARRAYS["rows"] > 0, "bias": True}
+    arguments = [(0.1,), ({"kernel": ARRAYS["rows"], "bias": 0.1},), (0.1, on)]
+    for row in by_element:
+        chex.assert_trees_all_equal_shapes_and_dtypes(*(row.build(*each).init(params) for each in arguments))
+
+
+@pytest.mark.filterwarnings("ignore:plan. everything decays")
+def test_a_plan_shows_the_range_of_an_array() -> None:
+    params = make(0)
+    plan = wdjax.plan(params, {"kernel": ARRAYS["rows"], "bias": 0.1})
+    assert (plan["kernel"].rate, plan["bias"].rate) == ("0 to 0.3", 0.1)
+    masked = wdjax.plan(params, 0.1, {"kernel": ARRAYS["rows"] > 0, "bias": np.ones(3, bool)})
+    assert (masked["kernel"].rate, masked["bias"].rate) == ("0 to 0.1", 0.1)
+    frozen = wdjax.plan(params, 0.1, frozen={"kernel": ARRAYS["rows"] > 0, "bias": np.ones(3, bool)})
+    assert (frozen["kernel"].rate, frozen["bias"].rate) == ("0 to 0.1", 0.0)
+
+
+def fails(words: str, rate: Any, mask: Any = None, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=words):
+        wdjax.decoupled_decay(rate, mask).init(make(0))
+
+
+def test_wrong_arrays() -> None:
+    array, cube = ARRAYS["rows"], np.ones((1, 4, 3), np.float32)
+    three = np.array([[True], [False], [True]])
+    fails(r"weight_decay must be a scalar, got an array of shape \(4, 1\)\..*by_path\(\{'embedding': array\}", array)
+    fails(
+        r"weight_decay at 'kernel' is an array of shape \(4,\), which does not broadcast .* \(4, 3\)",
+        {"kernel": array[:, 0], "bias": 0.1},
+    )
+    fails(
+        r"is an array of shape \(1, 4, 3\), which does not broadcast",
+        {"kernel": cube, "bias": 0.1},
+    )
+    fails(
+        r"weight_decay at 'kernel' must be finite and not negative, got an array with -0\.3",
+        {"kernel": -array, "bias": 0.1},
+    )
+    with pytest.raises(
+        ValueError, match=r"by_path: a value of the table must be finite and not negative, got an array with -0\.3"
+    ):
+        wdjax.by_path({"kernel": -array})
+    fails(r"It lacks \['bias'\], and params lack \[\]", {"kernel": array})
+    fails(r"It lacks \[\], and params lack \['head'\]", {"kernel": array, "bias": 0.1, "head": 0.1})
+    fails(r"Rates by pattern are by_path", {"kernel": 0.1})
+    fails(r"weight_decay at 'bias' must be a rate, got True", {"kernel": array, "bias": True}, error=TypeError)
+    fails(
+        r"the mask at 'kernel' is an array of shape \(3, 1\), which does not broadcast",
+        0.1,
+        {"kernel": three, "bias": True},
+    )
+    with pytest.raises(TypeError, match=r"(?s)Rules\.to_dict: .* can't be written into a file"):
+        wdjax.by_path({"kernel": array}, default=0.0).to_dict()
+    with pytest.raises(TypeError, match="the mask at 'kernel' is traced"):
+        jax.jit(lambda on: wdjax.decoupled_decay(0.1, {"kernel": on, "bias": True}).init(make(0)))(array > 0)
+
+
+def test_none_in_a_tree_of_rates_means_no_decay() -> None:
+    params, updates = make(0), make(1)
+    optimizer = wdjax.decoupled_decay({"kernel": 0.1, "bias": None})
+    new, _ = optimizer.update(updates, optimizer.init(params), params)
+    assert_same_bits(new["bias"], updates["bias"])
+    np.testing.assert_allclose(new["kernel"], updates["kernel"] + 0.1 * params["kernel"], rtol=1e-6)
