@@ -150,9 +150,9 @@ def _owners_in_linen(
             variables = jax.eval_shape(init, jax.random.key(0), arrays)
         except Exception as error:
             raise TypeError(
-                f"weights_only: {type(model).__name__}.init failed with the {len(inputs)} inputs that were given. Write "
-                "weights_only(model, x), with the arguments of model.init, and call_kwargs={'train': False} for its "
-                f"keyword arguments. The error of init: {error}"
+                f"weights_only: {type(model).__name__}.init failed with {len(inputs)} input{'s' * (len(inputs) != 1)}. "
+                "Write weights_only(model, x), with the arguments of model.init, and call_kwargs={'train': False} for "
+                f"its keyword arguments. The error of init: {error}"
             ) from error
     for collection, tree in variables.items():
         for path, _ in trees.flatten_with_paths(tree):
