@@ -28,7 +28,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def measured(name: str, quick: bool) -> tuple[list[Table], list[str], dict[str, str]]:
-    """The tables of a module, its failures, and its surroundings. It runs in a process of its own."""
+    """The tables of a module, its failures, and the machine and versions. It runs in its own process."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)

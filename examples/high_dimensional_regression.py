@@ -9,7 +9,7 @@ squares fits the examples perfectly and learns next to nothing. In the 180 direc
 stay where they were drawn, so their norm ends near sqrt(180) = 13.4 if they start from N(0, 1). An L2 penalty of
 strength 3 on the weights, but not on the bias, takes those directions to zero.
 
-For SGD without momentum, the penalty may stand in the loss, in the gradient or in the update. All three give the same
+For SGD without momentum, the penalty may be in the loss, in the gradient or in the update. All three give the same
 step, and the script raises an error if they differ by more than rounding. Twenty seeds run at once under `jax.vmap`.
 The book trains for 100 epochs. With the penalty the test error is still falling by then, so the script trains for 300.
 """

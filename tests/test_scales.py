@@ -738,8 +738,8 @@ def test_stacked_axes_are_no_inputs() -> None:
     assert by_width(2, stacked_axes=1).values(params) == want
     # Forgotten, the bias tells.
     fails(
-        r"Rules\.values: by_width can't tell the fan-in of 'blocks/kernel', of shape \(3, 8, 2\)\. For layers that are "
-        r"stacked give the number of leading axes that stack them: by_width\(256, stacked_axes=1\)",
+        r"Rules\.values: by_width can't tell the fan-in of 'blocks/kernel', of shape \(3, 8, 2\)\. If layers are "
+        r"stacked, give the number of leading axes that stack them: by_width\(256, stacked_axes=1\)",
         lambda: by_width(2).values(params),
     )
     torch = {"blocks": {"weight": jnp.ones((3, 2, 8)), "bias": jnp.ones((3, 2))}}
@@ -910,11 +910,11 @@ def test_rule_sets_as_values_and_defaults() -> None:
 def test_mistakes_in_nested_rule_sets() -> None:
     inner = by_path({"bais": 0.0}, default=0.25)
     fails(
-        r"the pattern 'bais' matches none of the 3 parameters, of 9, that its rule set decides on\. Did you mean",
+        r"the pattern 'bais' matches none of the parameters that its rule set decides on \(3 of 9\)\. Did you mean",
         lambda: by_path({"Block_0": inner}, default=1.0).values(NET),
     )
     fails(
-        r"the pattern 'embedding' matches none of the 3 parameters, of 9",
+        r"the pattern 'embedding' matches none of the parameters that its rule set decides on \(3 of 9\)",
         lambda: by_path({"Block_0": by_path({"embedding": 0.0}, default=1.0)}, default=1.0).values(NET),
     )
     fails(

@@ -270,7 +270,7 @@ def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -
 
 
 def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_written: bool) -> list[float]:
-    """The shares for parameters of low precision. Behind a writer, a single step may do nothing, so many are run."""
+    """The shares for parameters of low precision, over many steps: with a writer, a single step may change nothing."""
     rates = [abs(row.rate) for row in rows if row.rate]
     if not rates:
         return [1.0] * len(rows)

@@ -8,8 +8,8 @@ is lost in two places, and each has its own remedy:
   arithmetic and its state are in float32, whatever the dtype of the parameters.
 - *At the end*, the step is a small number beside the weight. A writer is the last in the chain. With its update,
   `optax.apply_updates` lands on a number that the writer chose: one drawn at random with the right mean
-  (`stochastic_rounding`), the nearest to the exact weight, with earlier rounding errors made up for (`compensated`), or
-  the nearest to a float32 copy of the weights (`master_weights`).
+  (`stochastic_rounding`), the nearest after earlier rounding errors are added back (`compensated`), or the nearest to a
+  float32 copy of the weights (`master_weights`).
 
     optax.chain(in_float32(adamw(3e-4, 0.1, mask)), stochastic_rounding(seed=0))
 

@@ -216,7 +216,7 @@ def _owner(kind: type, name: str) -> Owner | _Own:
             found = KERNEL if name in registered.weights else EMBEDDING if name in registered.embeddings else "other"
             return _Own(base, name, Role(found, f"{name!r} of {base.__name__!r}, as registered"))
     library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
-    # The fields of an Equinox layer tell its own parameters from those that a subclass adds.
+    # The fields of an Equinox layer distinguish its own parameters from those that a subclass adds.
     fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _class("equinox", "Module")) else {name}
     if library is None or library.__name__ in _BASES or name not in fields:
         return Owner(kind.__name__, is_library=False)

@@ -127,7 +127,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlanDiff:
-    """How one plan differs from another. It is false if there is no difference.
+    """How one plan differs from another. It is falsy if there is no difference.
 
     Attributes:
         added, removed: the rows of parameters that only the second plan has, or only the first.
