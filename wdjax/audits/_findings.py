@@ -90,7 +90,7 @@ _CHECKS = (
     _Check(
         "wrong",
         "decays frozen",
-        "a parameter that is frozen, or that no gradient moves, moves",
+        "a parameter moves although it is frozen, or decays although no gradient moves it",
         "Put freeze(optimizer, mask) around the whole optimizer. It keeps every bit.",
         lambda row, context: (
             (context.is_frozen and context.facts.is_touched)

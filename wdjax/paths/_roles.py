@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
         owner: the name of the module that holds it, of the list that this module is in, or of its class; "" if there is
             none.
         shape: its shape, without the axes that are known to stack layers.
-        bias: the shape of the bias beside it, without these axes too; None if there is no bias.
+        bias: the shape of the bias beside it, also without these axes; None if there is no bias.
         is_library: whether the owner is a library layer. Then its name decides, whatever the shape.
         in_list: whether the owner is a list. Its name doesn't tell which of its layers this is.
         around: the name of the owner's owner.

@@ -93,8 +93,8 @@ def by_width(
     """Multipliers that grow with the width of a layer's matrix.
 
     Under μP the learning rate of a hidden matrix falls as 1 / width, and so does the decay that it multiplies. The
-    multiplier is the width, so the decay per step is the same at every size again. `0.1 * by_width(256)` is 0.1 at a
-    width of 256, where it was tuned. It is for hidden matrices:
+    multiplier grows with the width, so the decay per step is the same at every size again. `0.1 * by_width(256)` is 0.1
+    at a width of 256, where it was tuned. It is for hidden matrices:
     `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
 
     Rule:   (fan-in / base)^power for a matrix, 1 for everything else.
