@@ -1,4 +1,4 @@
-"""Optimizers as compiled programs: what XLA makes of a step, and runs of it on shared arrays."""
+"""Optimizers as compiled programs: what XLA makes of a step, and runs of the step on shared arrays."""
 
 import re
 import time
@@ -13,15 +13,15 @@ import optax
 from ._timing import Run, timed
 from .trees import Tree
 
-# Instructions that only name, group or reinterpret what is there already.
+# Instructions that only name, group or reinterpret existing data.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}
 
 
 def step_of(optimizer: optax.GradientTransformation) -> Any:
-    """The step as a function of (params, state, grads), which gives params and state, to be donated.
+    """The step as a function of (params, state, grads) that returns params and state. Params and state are donated.
 
-    What is donated comes first and in the order of the results: JAX pairs donated buffers with results of the same
-    shape in their order. With (grads, state, params) the new parameters would get the buffers of the first moment, and
+    Donated arguments come first, in the order of the results, because JAX pairs donated buffers with results of the
+    same shape in order. With (grads, state, params), the new parameters would get the buffers of the first moment, and
     XLA would have to copy them all.
     """
 
@@ -43,9 +43,9 @@ def compiled(optimizer: optax.GradientTransformation, tree: Tree) -> Any:
 
 
 def build_program(optimizer: Any, tree: Tree) -> dict[str, float]:
-    """Seconds to trace, to lower and to compile the step, their sum, and the bytes of the StableHLO.
+    """Seconds to trace, lower and compile the step, their sum, and the bytes of the StableHLO.
 
-    JAX's caches are cleared before, as in a new process.
+    JAX's caches are cleared first, as in a new process.
     """
     state = state_shapes(optimizer, tree)
     jax.clear_caches()
@@ -64,12 +64,12 @@ def build_program(optimizer: Any, tree: Tree) -> dict[str, float]:
 
 
 class Facts(NamedTuple):
-    """What is exact about a compiled program.
+    """Exact figures of a compiled program.
 
     Attributes:
-        bytes: what it reads and writes, by XLA's own cost analysis.
-        kernels: the instructions that it runs, by name: fusions, copies, calls of libraries.
-        temporary: the bytes of memory it needs besides its arguments and results.
+        bytes: the bytes that it reads and writes, by XLA's own cost analysis.
+        kernels: the instructions that it runs, by name: fusions, copies, library calls.
+        temporary: the bytes of memory that it needs in addition to its arguments and results.
     """
 
     bytes: int
@@ -86,7 +86,7 @@ def facts(program: Any) -> Facts:
 
 
 def kernels(text: str) -> Counter[str]:
-    """The instructions that an optimized HLO module runs, those of called computations included, of fusions not."""
+    """The instructions that an optimized HLO module runs, with those of called computations but not of fusions."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     entry = ""
@@ -103,7 +103,7 @@ def kernels(text: str) -> Counter[str]:
             operation = re.search(r" = .*? ([a-z][\w\-]*)\(", line)
             assert operation is not None, line
             if operation[1] in ("call", "while", "conditional"):
-                # A GPU's command buffer is a call, too: of all kernels that one launch submits.
+                # A GPU's command buffer is also a call. It holds all kernels that one launch submits.
                 called = re.findall(r"(?:to_apply|body|\w+_computation)=%?([\w.\-]+)", line)
                 for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
                     called += re.findall(r"[\w.\-]+", branches)
@@ -117,9 +117,9 @@ def kernels(text: str) -> Counter[str]:
 
 
 class Shared:
-    """The parameters, gradients and moments of a tree, which all competitors work on in turn.
+    """The parameters, gradients and moments of a tree, which all competitors use in turn.
 
-    Where an array lies in memory has an effect on times, and many copies of a large model do not fit.
+    The address of an array in memory affects times, and many copies of a large model do not fit.
     """
 
     def __init__(self, tree: Tree):
@@ -161,6 +161,6 @@ class Shared:
 
 
 def _moment(path: Any) -> str:
-    """What a leaf of a state is, whatever wrappers it is under; nothing for counts and the like."""
+    """The name of a moment in a state, whatever wrappers it is under. Empty for counts and the like."""
     found = re.search(r"\.(mu|nu|trace)\b.*", jax.tree_util.keystr(path))
     return found[0] if found else ""

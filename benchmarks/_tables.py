@@ -1,4 +1,4 @@
-"""Tables: rows of named values, as Markdown for people and as plain data for programs."""
+"""Tables: rows of named values, as Markdown and as plain data."""
 
 import dataclasses
 import sys
@@ -16,9 +16,9 @@ class Table:
     """One comparison.
 
     Attributes:
-        title: what is compared, in a line.
-        about: how to read it: what the rows are, what the target is.
-        rows: one mapping of column to value each: texts, numbers, booleans, `Ratio`s, None for nothing to say.
+        title: what is compared, in one line.
+        about: how to read it: what the rows and the target are.
+        rows: mappings from column to value: strings, numbers, booleans, `Ratio`s, or None for an empty cell.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Table:
 
 
 def rows_for(items: Iterable[Any], make: Callable[[Any], Iterable[Row]]) -> list[Row]:
-    """The rows of all items; an item that fails (too large for the memory, say) leaves a row that says so."""
+    """The rows of all items. An item that fails, for example for lack of memory, gets a row that says so."""
     rows: list[Row] = []
     for item in items:
         try:
@@ -65,7 +65,7 @@ def equal(value: Any, to: Any) -> Row:
 
 
 def as_control(value: Ratio, control: Ratio) -> Row:
-    """The last two columns of a ratio that is to be 1.00 but for the noise that the control shows."""
+    """The last two columns of a ratio that should be 1.00 within the noise of the control."""
     bound = max(control.upper, 1.0)
     return {"target": "1.00 ± noise", "met": _met(value, bound, low_is_good=True)}
 

@@ -1,4 +1,4 @@
-"""Fair times on a machine that others use too: competitors take turns, and only times of one round are compared."""
+"""Fair times on a shared machine: competitors take turns, and only times of the same round are compared."""
 
 import gc
 import random
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-# Runs so many calls and gives the seconds of one.
+# Runs this many calls and returns the seconds per call.
 Run = Callable[[int], float]
 
 
@@ -39,7 +39,7 @@ class Times(NamedTuple):
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, to: str, factor: float = 1.0) -> Ratio:
-        """How many times as long one takes as another."""
+        """How many times as long one competitor takes as another."""
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return Ratio.of([factor * a / b for a, b in pairs])
 
@@ -48,13 +48,13 @@ def interleaved(runs: Mapping[str, Run], rounds: int, block: float = 0.1) -> Tim
     """Times the competitors in turns, in a new random order each round.
 
     Args:
-        runs: by name; the first two calls of each are a warm-up and not counted.
-        rounds: how many times each gets its turn.
-        block: about the seconds that a turn lasts, to choose the number of calls in it.
+        runs: the competitors by name. The first two calls of each are a warm-up and are not counted.
+        rounds: how many turns each gets.
+        block: roughly how many seconds a turn takes. It determines the number of calls in a turn.
     """
     for run in runs.values():
         run(1)
-    # The same number for all: the first calls after a rest are slower, and must weigh the same.
+    # All have the same number of calls, because the first calls after a pause are slower and must weigh the same.
     calls = max(1, round(block / statistics.median(run(1) for run in runs.values())))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for name in _turns(list(runs), rounds):
@@ -63,9 +63,9 @@ def interleaved(runs: Mapping[str, Run], rounds: int, block: float = 0.1) -> Tim
 
 
 def staged(runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, Times]:
-    """As `interleaved`, for work of several stages, done once a turn: the times of each stage.
+    """As `interleaved`, for work in several stages that is done once per turn: the times of each stage.
 
-    Each run gives the seconds of its stages by name. There is no warm-up here.
+    Each run returns the seconds of its stages by name. There is no warm-up.
     """
     stages: dict[str, Times] = {}
     for name in _turns(list(runs), rounds):
@@ -77,20 +77,20 @@ def staged(runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -
 def _turns(names: list[str], rounds: int) -> Iterator[str]:
     rng = random.Random(0)
     gc.collect()
-    gc.freeze()  # What is there already is not searched for garbage at every turn.
+    gc.freeze()  # So existing objects are not searched for garbage at every turn.
     try:
         for _ in range(rounds):
             rng.shuffle(names)
             for name in names:
                 gc.collect()
-                time.sleep(0.01)  # In which the threads of the last one go to sleep.
+                time.sleep(0.01)  # Lets the threads of the previous competitor go to sleep.
                 yield name
     finally:
         gc.unfreeze()
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function gives, and the seconds of it."""
+    """The result of a function, and the seconds that it takes."""
     start = time.perf_counter()
     result = function()
     return result, time.perf_counter() - start

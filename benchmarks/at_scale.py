@@ -1,15 +1,15 @@
-"""The update of a model of 70 billion parameters on 256 devices, compiled and looked into, with nothing allocated.
+"""The update of a model of 70 billion parameters on 256 devices, compiled and inspected without allocating it.
 
     python -m benchmarks.run --only at_scale
-    python -m benchmarks.at_scale --topology v5p:4x8x8  # by the compiler for TPUs; needs libtpu, and no TPU
+    python -m benchmarks.at_scale --topology v5p:4x8x8  # with the compiler for TPUs; needs libtpu, but no TPU
 
-The parameters of Llama 3 70B are shapes, cut over a mesh by FSDP x tensor parallelism. For each optimizer the step
+The parameters of Llama 3 70B are shapes, sharded over a mesh by FSDP x tensor parallelism. For each optimizer the step
 (gradients, state and parameters in, state and parameters out, both donated) is traced, lowered and compiled for the
-whole mesh, and the program for one device is asked what it communicates and what memory it takes. Beside it stands
-what it should take, computed by hand from shapes and the mesh alone.
+whole mesh. Then the program for one device shows what it communicates and how much memory it takes. The table compares
+this with the expected values, which are computed by hand from shapes and the mesh alone.
 
-The devices are CPU devices that are emulated, or those of a TPU topology, which `jax.experimental.topologies` describes
-to the compiler. Compiling for either needs no such machine.
+The devices are emulated CPU devices or those of a TPU topology, which `jax.experimental.topologies` describes to the
+compiler. Neither needs the real devices.
 """
 
 import argparse
@@ -38,14 +38,14 @@ PyTree = Any
 VOCABULARY, WIDTH, HIDDEN, LAYERS = 128_256, 8_192, 28_672, 80
 KEYS = 8 * 128  # 8 heads of 128 for keys and values; 64 for queries
 
-# How each array is cut: matrices along both axes of the mesh, as Megatron's pairs of layers want it, vectors by both.
+# How each array is sharded: matrices along both axes of the mesh, as for Megatron's pairs of layers; vectors over both.
 LAYOUT = wdjax.by_path({"scale": "vector", "embedding": "out", "o": "out", "down": "out", "kernel": "in"})
 SPECS = {"in": P("fsdp", "tensor"), "out": P("tensor", "fsdp"), "vector": P(("fsdp", "tensor"))}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "reduce-scatter")
 
 
 def llama(layers: int = LAYERS, *, stacked: bool, dtype: Any = jnp.float32) -> PyTree:
-    """The shapes of the parameters, 70.55 billion; the layers one by one, or stacked as `scan` over them wants them."""
+    """The shapes of the 70.55 billion parameters, with the layers one by one or stacked, as for `scan`."""
 
     def kernel(*shape: int) -> dict[str, Any]:
         return {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
@@ -73,12 +73,12 @@ def llama(layers: int = LAYERS, *, stacked: bool, dtype: Any = jnp.float32) -> P
 
 
 def mesh_of(devices: Sequence[Any]) -> Mesh:
-    """FSDP times tensor parallelism over 8 devices."""
+    """A mesh for FSDP and tensor parallelism, with 8 devices along the tensor axis."""
     return Mesh(np.array(devices).reshape(-1, 8), ("fsdp", "tensor"))
 
 
 def cut(params: PyTree, mesh: Mesh) -> PyTree:
-    """The shapes with their shardings; the axis of stacked layers stays whole."""
+    """The shapes with their shardings. The axis of stacked layers is not sharded."""
 
     def place(leaf: jax.ShapeDtypeStruct, way: str) -> jax.ShapeDtypeStruct:
         spec = SPECS[way]
@@ -89,7 +89,7 @@ def cut(params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def state_of(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
-    """The shapes of the optimizer's state, each array that is like a parameter cut as this one, the rest everywhere."""
+    """The shapes of the optimizer's state. Arrays like a parameter have its sharding, and the rest is replicated."""
     shapes = jax.eval_shape(optimizer.init, params)
     everywhere = NamedSharding(mesh, P())
     return optax.tree.map_params(
@@ -102,7 +102,7 @@ def state_of(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh
 
 
 def step_of(optimizer: optax.GradientTransformation) -> Any:
-    """The compiled step, without the model: gradients come in, last, so that each result gets the buffer of its own."""
+    """The compiled step without the model. The gradients come last, so each result gets its own old buffer."""
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = optimizer.update(grads, state, params)
@@ -112,7 +112,7 @@ def step_of(optimizer: optax.GradientTransformation) -> Any:
 
 
 def on_a_device(params: PyTree, mesh: Mesh) -> list[tuple[int, ...]]:
-    """By hand: the shape of each array's part on one device, from LAYOUT and the shape of the mesh."""
+    """The shape of each array's part on one device, by hand from LAYOUT and the shape of the mesh."""
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     divisors = {"in": (fsdp, tensor), "out": (tensor, fsdp), "vector": (fsdp * tensor,)}
     parts = []
@@ -125,14 +125,14 @@ def on_a_device(params: PyTree, mesh: Mesh) -> list[tuple[int, ...]]:
 
 
 class Case(NamedTuple):
-    """An optimizer on the model.
+    """An optimizer for the model.
 
     Attributes:
-        optimizer: what is compiled.
-        params: shapes, not cut yet.
-        bytes_each: of every parameter, by hand: for the parameter itself, its gradient, and the state.
+        optimizer: the optimizer to compile.
+        params: shapes without shardings.
+        bytes_each: bytes for every parameter, by hand: for the parameter, its gradient and the state.
         counters: how many 32-bit counters the state holds.
-        spread: how many times as large as a part of a parameter an array may be.
+        spread: how many times larger than the largest part of a parameter an array may be.
     """
 
     optimizer: optax.GradientTransformation
@@ -143,7 +143,7 @@ class Case(NamedTuple):
 
 
 def cases(layers: int = LAYERS) -> dict[str, Case]:
-    """What is compared."""
+    """The optimizers to compare."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 2_000, 500_000)
     weights = wdjax.weights_only()
     stacked, listed = (llama(layers, stacked=is_stacked) for is_stacked in (True, False))
@@ -151,8 +151,8 @@ def cases(layers: int = LAYERS) -> dict[str, Case]:
     adamw = wdjax.adamw(schedule, 0.1, weights)
     peer = optax.adamw(schedule, weight_decay=0.1, mask=weights.mask)
     master = optax.chain(wdjax.in_float32(adamw), wdjax.master_weights())
-    # The weights of an output are a group: its norm goes over inputs that are on many devices. The compiler for CPUs,
-    # and no other, spreads the norm's three scales over an array.
+    # The weights of an output are a group, and its norm goes over inputs on many devices. Only the compiler for CPUs
+    # broadcasts the norm's three scales to an array.
     group = wdjax.proximal_step(wdjax.GroupLasso(axis=-2), 0.1, wdjax.only("kernel"), learning_rate=schedule)
     return {
         "wdjax.adamw": Case(adamw, stacked, (4, 4, 8), 3),
@@ -166,7 +166,7 @@ def cases(layers: int = LAYERS) -> dict[str, Case]:
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """How often a compiled program communicates, and how many bytes that makes on a device, by operation."""
+    """How often a compiled program communicates, and how many bytes per device, by operation."""
     found: dict[str, dict[str, int]] = {}
     for results, name in re.findall(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
         entry = found.setdefault(name, {"times": 0, "bytes": 0})
@@ -176,7 +176,7 @@ def collectives(program: str) -> dict[str, dict[str, int]]:
 
 
 def arrays(program: str) -> list[tuple[int, tuple[int, ...]]]:
-    """The bytes of a number and the shape of every array that a program names."""
+    """The bytes per number and the shape of every array that a program names."""
     found = re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]", program)
     return [
         (int(re.sub(r"\D", "", dtype) or 8) // 8, tuple(int(size) for size in sizes.split(",") if size))
@@ -185,12 +185,12 @@ def arrays(program: str) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def outside_of_fusions(program: str) -> str:
-    """The program without the bodies of its fusions, in which arrays are named that are never in memory."""
+    """The program without the bodies of its fusions, because their arrays are never in memory."""
     return re.sub(r"^%?(?:fused|wrapped)\S* \(.*?^}$", "", program, flags=re.M | re.S)
 
 
 def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """Compiles one case: the seconds it takes, what the program says of one device, and the same by hand."""
+    """Compiles one case. Returns the seconds it takes, figures of the program for one device, and the same by hand."""
     params = cut(case.params, mesh)
     _, eval_shape = timed(lambda: jax.eval_shape(lambda p: case.optimizer.init(p), params))
     state = state_of(case.optimizer, params, mesh)
@@ -222,7 +222,7 @@ def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 def comparisons(quick: bool) -> list[Callable[[], Table]]:
-    """For emulated CPU devices, which have to be asked for before anything asks for a device."""
+    """For emulated CPU devices, which must be configured before anything uses a device."""
     emulate(256)
     return [functools.partial(steps, quick)]
 
@@ -233,7 +233,7 @@ def emulate(count: int) -> None:
 
 
 def steps(quick: bool, devices: Sequence[Any] | None = None) -> Table:
-    """All cases on the given devices, or on those that JAX has."""
+    """All cases on the given devices, or on JAX's devices."""
     mesh = mesh_of(jax.devices() if devices is None else devices)
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     rows: list[Row] = []
@@ -253,9 +253,9 @@ def steps(quick: bool, devices: Sequence[Any] | None = None) -> Table:
         rows.append(row | ({"target": "by hand", "met": "yes" if met else "no"} if is_cpu else {}))
     return Table(
         f"The step for {mesh.size} × {mesh.devices.flat[0].device_kind}, {dict(mesh.shape)}",
-        "Bytes on one device. The target: arguments and outputs as computed by hand from shapes and the mesh, no "
-        "larger array in the program than a part of a parameter, and every result cut as what it replaces. On TPUs "
-        "there is a little more of all, because arrays fill whole tiles.",
+        "Bytes on one device. The target: arguments and outputs as computed by hand from shapes and the mesh, no array "
+        "in the program larger than a part of a parameter, and every result with the sharding of the array that it "
+        "replaces. On TPUs all numbers are a little larger, because arrays fill whole tiles.",
         rows,
     )
 
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> Table:
         from jax.experimental import topologies
 
         jax.config.update("jax_platforms", "cpu")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU to ask where it is.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no TPU whose metadata could be queried.
         devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
     else:
         emulate(options.devices)

@@ -1,4 +1,4 @@
-"""Decay for nothing: the compiled step with decay and without."""
+"""Decay costs nothing: the compiled step with and without decay."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ._programs import Shared, compiled, facts, state_shapes
 from ._tables import Row, Table, as_control, at_most, rows_for
 from ._timing import interleaved
 
-# By name: how the step is written without decay and with it.
+# By name: the optimizer without decay and with it.
 PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "Adam, AdamW": (lambda: optax.adam(1e-3), lambda: wdjax.adamw(1e-3, 0.1)),
     "Adam, AdamW on weights": (lambda: optax.adam(1e-3), lambda: wdjax.adamw(1e-3, 0.1, wdjax.weights_only())),
@@ -34,13 +34,13 @@ def comparisons(quick: bool) -> list[Callable[[], Table]]:
 
 
 def programs(quick: bool) -> Table:
-    """What is exact."""
+    """The exact figures."""
     rows = rows_for([trees.small_arrays(100)] + ([] if quick else [trees.resnet50()]), _programs_of)
     return Table(
         "The compiled step without decay and with it (both numbers: without → with)",
-        "Bytes a parameter as XLA counts them, kernels, arrays in the state, bytes of temporary memory. The target is "
-        "that of the bytes: no more with decay, but for the 16 bytes a tree that wdjax's count of steps takes. (XLA "
-        "counts in float32, which rounds large trees to 64 bytes or so.)",
+        "Bytes per parameter as XLA counts them, kernels, arrays in the state, bytes of temporary memory. The target "
+        "is for the bytes: no more with decay, except 16 bytes per tree for wdjax's count of steps. (XLA counts in "
+        "float32, which rounds large trees to about 64 bytes.)",
         rows,
     )
 
@@ -72,7 +72,7 @@ def times(quick: bool) -> Table:
     chosen = [trees.resnet50(), trees.small_arrays(200 if quick else 1000)] + ([] if quick else [trees.gpt2()])
     return Table(
         "Time of the compiled step with decay, as a multiple of the step without",
-        "The first row of each tree is the step without decay in milliseconds, the control the same once more.",
+        "The first row of each tree is the step without decay in milliseconds. The control is the same step once more.",
         rows_for(chosen, lambda tree: _times_of(tree, quick)),
     )
 

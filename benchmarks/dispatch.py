@@ -1,4 +1,4 @@
-"""Dispatch: the host's time for a jitted step, which grows with the number of arrays that go in and out."""
+"""The host's time for a jitted step, which grows with the number of arrays that go in and out."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def masked_by_optax(tree: trees.Tree) -> Any:
     return optax.adamw(1e-3, weight_decay=0.1, mask=wdjax.weights_only().mask(tree.shapes))
 
 
-# By name; the first two are the same thing, and the first is what the others are compared with.
+# By name. The first two are the same, and the others are compared with the first.
 WAYS: dict[str, Callable[[trees.Tree], Any]] = {
     "Adam by Optax": lambda tree: optax.adam(1e-3),
     "control": lambda tree: optax.adam(1e-3),
@@ -47,9 +47,10 @@ def calls(quick: bool) -> Table:
     chosen = [trees.small_arrays(200 if quick else 1000)] + ([] if quick else [trees.resnet50()])
     return Table(
         "The host's time for a call, on trees whose arrays have one entry each",
-        "`pass through`: a jitted function of (params, state, grads), donated, that gives params and state back and "
-        "computes nothing: what the arrays cost by themselves. `step`: the whole step. Microseconds; ratios are to the "
-        "first row. The target: as many arrays in the state as Adam's has, and one count.",
+        "`pass through`: a jitted function of (params, state, grads), donated, that returns params and state and "
+        "computes nothing. It shows what the arrays cost by themselves. `step`: the whole step. Times are in "
+        "microseconds, and ratios are to the first row. The target: as many arrays in the state as in Adam's, and one "
+        "count.",
         rows_for([tiny(tree) for tree in chosen], lambda tree: _calls_of(tree, quick)),
     )
 
@@ -84,6 +85,6 @@ def _calls_of(tree: trees.Tree, quick: bool) -> list[Row]:
 
 
 def passed_through(optimizer: Any, tree: trees.Tree) -> Any:
-    """A compiled function of a step's arguments that gives params and state back as they are."""
+    """A compiled function of a step's arguments that returns params and state unchanged."""
     jitted = jax.jit(lambda params, state, grads: (params, state), donate_argnums=(0, 1), keep_unused=True)
     return jitted.lower(tree.shapes, state_shapes(optimizer, tree), tree.shapes).compile()

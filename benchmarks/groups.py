@@ -1,4 +1,4 @@
-"""Groups for nothing: ten rates by path cost what one costs."""
+"""Groups cost nothing: ten rates by path cost as much as one."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ RATES = [0.01 * (1 + digit) for digit in range(10)]
 
 
 def by_layer(tree: trees.Tree, values: list[Any]) -> wdjax.Rules:
-    """Ten values, by the last digit of a layer's number; what stands in no layer has the value of 0."""
+    """Ten values, by the last digit of a layer's number. Parameters outside the layers have the value of digit 0."""
     table = {tree.layer.format(digit): value for digit, value in enumerate(values) if digit}
     return wdjax.by_path(table, default=values[0])
 
@@ -31,14 +31,14 @@ def partitioned(tree: trees.Tree) -> Any:
 
 
 def masked_in_turn(tree: trees.Tree) -> Any:
-    """The same with one Adam, and a masked decay for each rate: what one writes who knows the cost of `partition`."""
+    """The same with one Adam and a masked decay for each rate, to avoid the cost of `partition`."""
     numbers = by_layer(tree, [str(digit) for digit in range(10)]).values(tree.shapes)
     masks = [jax.tree.map(lambda number, digit=digit: number == str(digit), numbers) for digit in range(10)]
     decays = [optax.add_decayed_weights(rate, mask) for rate, mask in zip(RATES, masks, strict=True)]
     return optax.chain(optax.scale_by_adam(), *decays, optax.scale_by_learning_rate(1e-3))
 
 
-# By name; the first two are the same thing, and the first is what the others are compared with.
+# By name. The first two are the same, and the others are compared with the first.
 WAYS: dict[str, Callable[[trees.Tree], Any]] = {
     "one rate": lambda tree: wdjax.adamw(1e-3, 0.1),
     "control": lambda tree: wdjax.adamw(1e-3, 0.1),
@@ -59,12 +59,12 @@ def comparisons(quick: bool) -> list[Callable[[], Table]]:
 
 
 def programs(quick: bool) -> Table:
-    """What is exact."""
+    """The exact figures."""
     chosen = [trees.small_arrays(100)] + ([] if quick else [trees.resnet50()])
     return Table(
         "Ten rates by path: the compiled program and the state",
-        "The target: as many arrays in the state as for one rate, and its bytes within 3%. Several rates are data, a "
-        "scalar that is read for each array.",
+        "The target: as many arrays in the state as for one rate, and the same bytes within 3%. Several rates are "
+        "data: a scalar is read for each array.",
         rows_for(chosen, _programs_of),
     )
 
@@ -97,8 +97,8 @@ def times(quick: bool) -> Table:
     chosen = [trees.resnet50(), trees.small_arrays(200 if quick else 1000)] + ([] if quick else [trees.gpt2()])
     return Table(
         "Ten rates by path: time of the compiled step, as a multiple of one rate",
-        "The first row of each tree is one rate in milliseconds, the control the same once more. The target: 3% more "
-        "than the control.",
+        "The first row of each tree is one rate in milliseconds. The control is the same step once more. The target: "
+        "at most 3% more than the control.",
         rows_for(chosen, lambda tree: _times_of(tree, quick)),
     )
 
@@ -107,7 +107,7 @@ def _times_of(tree: trees.Tree, quick: bool) -> list[Row]:
     names = [name for name in WAYS if not (quick and name in ("Optax, one rate", "Optax, ten masks"))]
     optimizers = {name: WAYS[name](tree) for name in names}
     measured = interleaved(Shared(tree).runs(optimizers, tree), rounds=9 if quick else 25, block=0.1)
-    # Small arrays of what is built first have the better places in memory: the control has none of that.
+    # Small arrays that are built first get better places in memory. The control does not have this advantage.
     bound = round(1.03 * max(1.0, measured.ratio("control", "one rate").median), 2)
     rows = []
     for name in names:
@@ -121,13 +121,13 @@ def tracing(quick: bool) -> Table:
     chosen = [trees.small_arrays(200)] if quick else [trees.resnet50(), trees.small_arrays(1000)]
     return Table(
         "Ten rates by path: seconds to trace and to compile, as a multiple of one rate",
-        "Of the whole step, with a new optimizer each time and JAX's caches cleared before. The target is for both.",
+        "For the whole step, with a new optimizer each time and JAX's caches cleared before. The target is for both.",
         rows_for(chosen, _tracing_of),
     )
 
 
 def _tracing_of(tree: trees.Tree) -> list[Row]:
-    build_program(WAYS["one rate"](tree), trees.small_arrays(20))  # The first one of a process is slower.
+    build_program(WAYS["one rate"](tree), trees.small_arrays(20))  # The first program of a process is slower.
     runs = {name: lambda build=build: build_program(build(tree), tree) for name, build in WAYS.items()}
     stages = staged(runs, rounds=3)
     rows = []
@@ -161,7 +161,7 @@ def rate_for_each_array(quick: bool) -> Table:
         "an argument each": (of_arguments, [scalar] * len(paths)),
         "a vector as an argument": (of_arguments, jax.ShapeDtypeStruct((len(paths),), np.float32)),
     }
-    build_program(wdjax.adamw(1e-3, 0.1), trees.small_arrays(20))  # The first one of a process is slower.
+    build_program(wdjax.adamw(1e-3, 0.1), trees.small_arrays(20))  # The first program of a process is slower.
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     for name, (build, rates) in ways.items():
@@ -181,8 +181,8 @@ def rate_for_each_array(quick: bool) -> Table:
             row |= at_most(ratio, 1.25) if name == "a constant each" else {}
         rows.append(row)
     return Table(
-        "A rate of its own for each array: seconds to compile",
-        "One run each. XLA makes one kernel of loops that are alike. Another constant, or another element of a vector, "
-        "would make another loop, so on CPUs several rates are kept out of its sight.",
+        "A separate rate for each array: seconds to compile",
+        "One run each. XLA makes one kernel of identical loops. A different constant, or a different element of a "
+        "vector, would make a different loop, so on CPUs several rates are hidden from XLA.",
         rows,
     )

@@ -28,7 +28,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def measured(name: str, quick: bool) -> tuple[list[Table], list[str], dict[str, str]]:
-    """The tables of a module, what failed, and what they were measured with; to be run in a process of its own."""
+    """The tables of a module, its failures, and the machine and versions. It runs in its own process."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -70,17 +70,17 @@ def surroundings() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, prints, writes `benchmarks.md` and `benchmarks.json`, and gives the number of failures."""
+    """Runs the comparisons, prints and writes the tables, and returns the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller trees and fewer rounds: a look")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these modules")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the tables")
-    parser.add_argument("--docs", action="store_true", help="write the tables into docs/benchmarks.md, too")
+    parser.add_argument("--quick", action="store_true", help="smaller trees and fewer rounds, for a quick look")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="run only these modules")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for the tables")
+    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/benchmarks.md")
     options = parser.parse_args(argv)
     if options.docs and (options.quick or options.only != NAMES):
-        parser.error("--docs wants a full run: leave out --quick and --only.")
+        parser.error("--docs needs a full run. Leave out --quick and --only.")
 
-    # A process that holds all of a GPU's memory leaves none for those it starts.
+    # If this process took all of a GPU's memory, the processes that it starts would have none.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start = time.perf_counter()
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = []
     for name in options.only:
         print(f"[{time.perf_counter() - start:4.0f} s] {name}", file=sys.stderr, flush=True)
-        # A process each: what one leaves behind in memory and caches is not measured by the next, nor a crash its end.
+        # Each module has its own process, so that memory, caches and crashes of one do not affect the next.
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 tables, failures, found = pool.submit(measured, name, options.quick).result()

@@ -21,10 +21,10 @@ from ._programs import Shared, compiled, facts, state_shapes, step_of
 from ._tables import Row, Table, as_control, at_least, rows_for
 from ._timing import Run, interleaved
 
-# What AdamW cannot do without: read the gradient, parameter and two moments, and write the last three.
+# Bytes per parameter that AdamW must move: it reads the gradient, parameter and two moments, and writes the last three.
 FLOOR = 28
 
-# Options for XLA that may make another program of the step, by the platform they are for.
+# Options for XLA that may change the compiled step, by platform.
 FLAGS = {
     "cpu": {"loops with several results": "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"},
     "gpu": {"no command buffers": "--xla_gpu_enable_command_buffer="},
@@ -32,7 +32,7 @@ FLAGS = {
 
 
 def optimizers(tree: trees.Tree) -> dict[str, Any]:
-    """AdamW by name; the first is what the others are compared with."""
+    """AdamW by name. The others are compared with the first."""
     mask = wdjax.weights_only().mask(tree.shapes)
     return {
         "Optax": optax.adamw(1e-3, weight_decay=0.1, mask=mask),
@@ -59,10 +59,10 @@ def chosen(quick: bool) -> list[trees.Tree]:
 def steps(quick: bool) -> Table:
     return Table(
         "The step of AdamW with the same mask, compiled, donated",
-        f"Bytes a parameter as XLA counts them, of which {FLOOR} are the least. `floor` is the time in which this "
-        f"machine copies {FLOOR} bytes a parameter (an array as large as the parameters is read and written in place, "
-        "in the same rounds) over the time of the step; of small arrays it says nothing. The target is Optax's "
-        "time; on a GPU also a floor of 0.85 on GPT-2.",
+        f"Bytes per parameter as XLA counts them. The minimum is {FLOOR}. `floor` is the time in which this machine "
+        f"copies {FLOOR} bytes per parameter, divided by the time of the step. (For the copy, an array as large as the "
+        "parameters is read and written in place, in the same rounds.) It means nothing for small arrays. The target "
+        "is Optax's time. On a GPU, it is also a floor of 0.85 on GPT-2.",
         rows_for(chosen(quick), lambda tree: _steps_of(tree, quick)),
     )
 
@@ -78,7 +78,7 @@ def _steps_of(tree: trees.Tree, quick: bool) -> list[Row]:
     rows = []
     for name, (_, program) in programs.items():
         ratio = None if name == "Optax" else measured.ratio(name, "Optax")
-        # A copy reads and writes each of its numbers, 8 bytes.
+        # A copy reads and writes 8 bytes for each of its numbers.
         floor = measured.ratio("copy", name, factor=FLOOR * tree.parameters / (8 * numbers)) if is_large else None
         exact = facts(program)
         row: dict[str, Any] = {"tree": tree.name, "optimizer": name, "ms": 1e3 * measured.median(name), "ratio": ratio}
@@ -95,8 +95,8 @@ def _steps_of(tree: trees.Tree, quick: bool) -> list[Row]:
 def beside_torch(quick: bool) -> Table:
     return Table(
         "The step of AdamW beside `torch.optim.AdamW`, on a CPU",
-        "With as many threads as there are cores; without PyTorch, or on a GPU, there are no rows. PyTorch's threads "
-        "wait for a while before they sleep, which the next competitor may feel: this table is by itself for that.",
+        "With as many threads as there are cores. Without PyTorch, or on a GPU, there are no rows. PyTorch's threads "
+        "wait for a while before they sleep, which may slow down the next competitor. So this is a separate table.",
         [] if jax.default_backend() != "cpu" else rows_for(chosen(quick), lambda tree: _beside_torch_of(tree, quick)),
     )
 
@@ -121,7 +121,7 @@ def _beside_torch_of(tree: trees.Tree, quick: bool) -> list[Row]:
 
 
 def copying(numbers: int) -> Run:
-    """Reads and writes so many float32 in place."""
+    """Reads and writes this many float32 numbers in place."""
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     kept = [jnp.zeros(numbers, jnp.float32)]
 
@@ -136,9 +136,9 @@ def copying(numbers: int) -> Run:
 
 
 def torch_runs(tree: trees.Tree, quick: bool) -> dict[str, Run]:
-    """PyTorch's AdamW on the same shapes, nothing where there is no PyTorch."""
+    """PyTorch's AdamW on the same shapes. Empty without PyTorch."""
     try:
-        import torch  # pyright: ignore[reportMissingImports]  # Optional: beside wdjax if it is installed.
+        import torch  # pyright: ignore[reportMissingImports]  # Optional.
     except ImportError:
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -160,14 +160,14 @@ def torch_runs(tree: trees.Tree, quick: bool) -> dict[str, Run]:
 
         return of_calls
 
-    # Each has moments of its own, and memory is finite.
+    # Each has its own moments, so large trees get only one, to save memory.
     ways = ("fused",) if quick or tree.parameters > 10**8 else ("fused", "foreach")
     adamw: Any = torch.optim.AdamW
     return {f"torch, {way}": run(adamw([dict(g) for g in groups], lr=1e-3, **{way: True})) for way in ways}
 
 
 def order_of_arguments(quick: bool) -> Table:
-    """The same step with its arguments in another order."""
+    """The same step with its arguments in a different order."""
     tree = trees.resnet50()
     optimizer = wdjax.adamw(1e-3, 0.1)
     state = state_shapes(optimizer, tree)
@@ -190,15 +190,15 @@ def order_of_arguments(quick: bool) -> Table:
         rows.append(row | {"bytes a parameter": exact.bytes / tree.parameters, "copies": exact.kernels["copy"]})
     return Table(
         "The order of a donated step's arguments, ResNet-50",
-        "JAX gives the buffers of donated arguments to results of the same shape in order. The step gives (params, "
-        "state); where its arguments come in another order, new parameters get the buffers of old moments, and XLA has "
-        "to copy. All other tables have the order of the first row.",
+        "JAX gives the buffers of donated arguments to results of the same shape, in order. The step returns (params, "
+        "state). If its arguments come in a different order, new parameters get the buffers of old moments, and XLA "
+        "has to copy. All other tables use the order of the first row.",
         rows,
     )
 
 
 def options(quick: bool) -> Table:
-    """XLA's options, each in processes of its own, in turns."""
+    """XLA's options in turns, each in its own processes."""
     variants = {"none": "", "control": ""} | FLAGS.get(jax.default_backend(), {})
     found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for _ in range(1 if quick else 3):
@@ -215,14 +215,14 @@ def options(quick: bool) -> Table:
         rows.append({"option": name, "XLA_FLAGS": f"`{flag}`" if flag else "", **medians})
     return Table(
         "Options of XLA: AdamW of wdjax, ResNet-50",
-        "Each in processes of its own, so their times compare worse than those within a table: go by `floor`, each "
-        "process's step against its own copies, and by the control.",
+        "Each option has its own processes, so their times compare less well than those in other tables. Go by "
+        "`floor`, which compares the step with copies in the same process, and by the control.",
         rows,
     )
 
 
 def print_floor(quick: bool) -> None:
-    """What a process with its own options measures, as a line of JSON."""
+    """Prints what a process with its own options measures, as a line of JSON."""
     tree = trees.resnet50()
     optimizer = wdjax.adamw(1e-3, 0.1)
     program = compiled(optimizer, tree)

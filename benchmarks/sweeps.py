@@ -1,6 +1,6 @@
-"""Sweeps: one compiled program against one for each rate, and how to run it once it is compiled.
+"""One compiled program for a sweep against one for each rate, and ways to run it once it is compiled.
 
-With JAX_NUM_CPU_DEVICES=2 in the environment there is a row for two devices.
+With JAX_NUM_CPU_DEVICES=2 in the environment, there is a row for two devices.
 """
 
 import functools
@@ -24,7 +24,7 @@ Train = Callable[..., jax.Array]
 
 
 def network(*widths: int, steps: int, batch: int = 32) -> Train:
-    """Trains a network of dense layers by AdamW on random data, and gives its loss on the data it was trained on."""
+    """A function that trains a network of dense layers with AdamW on random data and returns the training loss."""
     x = jax.random.normal(jax.random.key(1), (512, widths[0]))
     y = jax.random.randint(jax.random.key(2), (512,), 0, widths[-1])
 
@@ -52,7 +52,7 @@ def network(*widths: int, steps: int, batch: int = 32) -> Train:
     return train
 
 
-# Small, as a sweep of the digits has them, and so large that plain vmap loses on CPUs.
+# From small networks, as for the digits, to networks so large that plain vmap loses on CPUs.
 NETWORKS: dict[str, Callable[[], Train]] = {
     "8-8-4, 200 steps": lambda: network(8, 8, 4, steps=200, batch=8),
     "64-32-10, 100 steps": lambda: network(64, 32, 10, steps=100),
@@ -74,21 +74,21 @@ def settings() -> list[tuple[Any, Any]]:
 
 
 def compiling(quick: bool) -> Table:
-    """All that one waits for: tracing, compiling, training."""
+    """The whole waiting time: tracing, compiling and training."""
     measured = 4 if quick else RUNS
     rows: list[Row] = []
     for name in list(NETWORKS)[1:2]:
         baked, together = [], []
         for _ in range(2 if quick else 3):
             train, seconds = NETWORKS[name](), 0.0
-            # Evenly chosen where not all are run.
+            # Evenly spaced if not all are run.
             for weight_decay, learning_rate in settings()[:: RUNS // measured]:
                 alone = jax.jit(
                     functools.partial(train, weight_decay=float(weight_decay), learning_rate=float(learning_rate))
                 )
                 seconds += timed(lambda alone=alone: float(alone(jax.random.key(0))))[1]
             baked.append(seconds * RUNS / measured)
-            # Another function, of which nothing is compiled.
+            # A new function, so nothing is compiled yet.
             together.append(timed(functools.partial(swept, NETWORKS[name]()))[1])
         ratio = Ratio.of([a / b for a, b in zip(baked, together, strict=True)])
         row: Row = {
@@ -101,18 +101,18 @@ def compiling(quick: bool) -> Table:
         rows.append(row | at_least(ratio, 16))
     return Table(
         f"{RUNS} runs, compiling included: `sweep` against a program for each run, with its rates baked in",
-        "Where fewer programs were measured than there are runs, their time is scaled up.",
+        "If fewer programs were measured than there are runs, their time is scaled up.",
         rows,
     )
 
 
 def steady(quick: bool) -> Table:
-    """Everything compiled before."""
+    """With everything compiled before."""
     rows: list[Row] = []
     for name in list(NETWORKS)[1:2] if quick else NETWORKS:
         train = NETWORKS[name]()
         one = jax.jit(lambda seed, wd, lr, train=train: train(jax.random.key(seed), wd, lr))
-        # Compiled on its own, as the control should be.
+        # The control is compiled separately.
         same = jax.jit(lambda seed, wd, lr, train=train: train(jax.random.key(seed), wd, lr))
         mapped = jax.jit(jax.vmap(lambda wd, lr, train=train: train(jax.random.key(0), wd, lr)))
         arguments = [(np.uint32(0), wd, lr) for wd, lr in np.array(settings(), np.float32)]

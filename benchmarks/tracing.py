@@ -1,4 +1,4 @@
-"""The time to the first step: tracing, lowering, compiling; the un-jitted update; what has to be compiled anew."""
+"""The time to the first step (tracing, lowering, compiling), the un-jitted update, and recompilations."""
 
 import functools
 import time
@@ -18,9 +18,9 @@ from ._timing import interleaved, staged
 
 
 def optimizers(tree: trees.Tree) -> dict[str, Callable[[], Any]]:
-    """AdamW by name; the others are compared with the first. The same mask is the same tree of booleans for all.
+    """AdamW by name. The others are compared with the first. The mask is the same tree of booleans for the first three.
 
-    By path, the mask is a rule that is asked about each parameter while tracing.
+    For "by path" and "ten rates", the mask is a rule set, which decides on each parameter while tracing.
     """
     mask = wdjax.weights_only().mask(tree.shapes)
     return {
@@ -46,15 +46,15 @@ def first_step(quick: bool) -> Table:
     return Table(
         "The time to the first step of AdamW: wdjax and Optax, with the same mask",
         "Seconds of jit(...).trace, of .lower and of .compile for the whole step, with a new optimizer each time and "
-        "JAX's caches cleared before. `first step` is their sum, and the ratio is that of the sum to Optax's. Ten "
-        "rates by path stand beside Optax's one. StableHLO is the size of the program, in bytes.",
+        "JAX's caches cleared before. `first step` is their sum, and the ratio compares the sum with Optax's. Ten "
+        "rates by path are compared with Optax's one rate. StableHLO is the size of the program in bytes.",
         rows_for(chosen, lambda tree: _first_step_of(tree, rounds=3 if quick else 7)),
     )
 
 
 def _first_step_of(tree: trees.Tree, rounds: int) -> list[Row]:
     ways, small = optimizers(tree), trees.small_arrays(20)
-    build_program(optimizers(small)["Optax"](), small)  # The first one of a process is slower.
+    build_program(optimizers(small)["Optax"](), small)  # The first program of a process is slower.
     stages = staged({name: lambda way=way: build_program(way(), tree) for name, way in ways.items()}, rounds)
     rows: list[Row] = []
     for name in ways:
@@ -71,8 +71,8 @@ def eager(quick: bool) -> Table:
     chosen += [] if quick else [trees.small_arrays(10_000)]
     return Table(
         "`optimizer.update` without jit: milliseconds",
-        "After the first calls. `wdjax, in jit` is the whole update as one compiled program, which no other way to "
-        "call it can beat: what the arrays cost by themselves.",
+        "After the first calls. `wdjax, in jit` is the whole update as one compiled program. This is the lower bound: "
+        "what the arrays cost by themselves.",
         rows_for(chosen, lambda tree: _eager_of(tree, quick)),
     )
 
@@ -89,13 +89,13 @@ def _eager_of(tree: trees.Tree, quick: bool) -> list[Row]:
 
         def of_calls(calls: int) -> float:
             update, start = updates[name], time.perf_counter()
-            for _ in range(calls):  # What the last one gave is thrown away, as in a loop.
+            for _ in range(calls):  # The previous result is freed in each call, as in a training loop.
                 jax.block_until_ready(update(grads, state, params))
             return (time.perf_counter() - start) / calls
 
         return of_calls
 
-    # Several calls in a turn, as in a loop: after a rest the first is slower, of what is quick most of all.
+    # Several calls in a turn, as in a loop. The first call after a pause is slower, which affects fast ones most.
     runs = {name: run(name) for name in updates}
     measured = interleaved(runs, 5 if quick or tree.arrays == 10_000 else 9)
     rows = []
@@ -134,7 +134,7 @@ def compilations() -> Table:
         run(*first)
         count = compilations_of(lambda run=run, second=second: run(*second))
         rows.append({"between the two steps": name, "programs compiled": count, **equal(count, 0)})
-    return Table("Programs that XLA compiles anew for the second step", "Exact.", rows)
+    return Table("Programs that XLA compiles again for the second step", "Exact.", rows)
 
 
 def compilations_of(function: Callable[[], Any]) -> int:

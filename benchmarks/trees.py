@@ -1,6 +1,6 @@
 """Parameter trees to measure on: the shapes and names of real models, and many small arrays.
 
-Values are of no interest here, only what there is to read and write: all arrays are float32.
+Values do not matter here, only the bytes to read and write. All arrays are float32.
 """
 
 import math
@@ -14,9 +14,9 @@ class Tree(NamedTuple):
     """The shapes of a model's parameters.
 
     Attributes:
-        name: for the tables.
+        name: its name in the tables.
         shapes: nested dicts of `jax.ShapeDtypeStruct`.
-        layer: the pattern of the layers whose number ends with a digit, to split the tree into ten groups by path.
+        layer: a format for the pattern of layers whose number ends with a digit. It splits the tree into ten groups.
     """
 
     name: str
@@ -56,7 +56,7 @@ def _conv(size: int, inputs: int, outputs: int) -> dict[str, Any]:
 
 
 def resnet50() -> Tree:
-    """ResNet-50, named as in Flax's ImageNet example; the batch statistics are no parameters."""
+    """ResNet-50, named as in Flax's ImageNet example. Its batch statistics are not parameters."""
     params: dict[str, Any] = {"conv_init": _conv(7, 3, 64), "bn_init": _norm(64)}
     inputs, number = 64, 0
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -81,7 +81,7 @@ def resnet50() -> Tree:
 
 
 def gpt2() -> Tree:
-    """GPT-2 small, named as in the original; the head shares the token embedding."""
+    """GPT-2 small, named as in the original. The head shares the token embedding."""
     width = 768
 
     def block() -> dict[str, Any]:
@@ -100,10 +100,10 @@ def gpt2() -> Tree:
 
 
 def small_arrays(arrays: int, widths: tuple[int, ...] = (8, 16, 24)) -> Tree:
-    """Many arrays of little, where everything that is done once an array shows: layers of a kernel, a bias and a norm.
+    """Many small arrays, which show the cost of work per array: layers of a kernel, a bias and a norm.
 
-    Real models have many layers of few shapes, and so has this: the widths take turns, which makes two shapes for each
-    (a kernel leads from its layer's width to the next one's).
+    Real models have many layers with few shapes, and so does this one. The widths alternate, which makes two shapes for
+    each (a kernel maps its layer's width to that of the next layer).
     """
 
     def layer(i: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the examples share: the command line, the digits, the norms by group, tables, and the report on wrong labels."""
+"""Code that the examples share: the command line, the digits, norms by group, tables, the report on wrong labels."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from sklearn.datasets import load_digits
 
 import wdjax
 
-matplotlib.use("Agg")  # Draws into files: works without a screen.
+matplotlib.use("Agg")  # Draws into files, so it works without a screen.
 import matplotlib.pyplot as plt
 
-# Black, blue, vermilion and green of Okabe and Ito, which a colour-blind reader can tell apart.
+# Black, blue, vermilion and green of Okabe and Ito, which a color-blind reader can tell apart.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73")
-# The same in every picture that compares them, so that a reader of two pictures learns the colours once.
+# Each method has the same color in every picture.
 METHOD_COLORS = {"no decay": COLORS[0], "L2 in Adam": COLORS[1], "decoupled decay": COLORS[2]}
 plt.rcParams.update(
     {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
@@ -38,10 +38,10 @@ class Digits(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """The share of digits taken for another one, in percent, after some of the steps."""
+    """The percentage of misclassified digits after some of the steps."""
 
     steps: np.ndarray  # (measured,)
-    train: np.ndarray  # (seeds, measured), by the labels as they are given, right or wrong.
+    train: np.ndarray  # (seeds, measured), by the labels as given, right or wrong.
     test: np.ndarray  # (seeds, measured)
 
     @property
@@ -54,7 +54,7 @@ class Errors(NamedTuple):
 
 
 def arguments(description: str | None, script: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads `--quick` and `--out`, and makes the folder of the picture."""
+    """Reads `--quick` and `--out`, and creates the folder for the picture."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short run that only shows that everything works")
     parser.add_argument("--out", type=Path, default=Path("out") / f"{Path(script).stem}.png", help="the picture")
@@ -72,7 +72,7 @@ def digits(train_size: int = 300) -> Digits:
 
 
 def with_wrong_labels(data: Digits, share: float) -> Digits:
-    """The same digits, this share of the training labels wrong: one of the other nine. The test labels stay right."""
+    """The same digits, with this share of training labels changed to one of the other nine. Test labels stay right."""
     rng = np.random.default_rng(0)
     labels = np.array(data.train_labels)
     wrong = rng.permutation(len(labels))[: round(share * len(labels))]
@@ -81,7 +81,7 @@ def with_wrong_labels(data: Digits, share: float) -> Digits:
 
 
 def shuffled_batches(size: int, batch_size: int, epochs: int) -> np.ndarray:
-    """The rows of each batch, one batch a line: each epoch goes through all rows once in an order of its own."""
+    """The rows of each batch, one batch per line. Each epoch goes through all rows once, in its own order."""
     rng = np.random.default_rng(0)
     return np.concatenate([rng.permutation(size).reshape(-1, batch_size) for _ in range(epochs)])
 
@@ -95,7 +95,7 @@ def group_norms(params: Any) -> dict[str, jax.Array]:
 
 
 def print_plan(params: Any, weight_decay: float) -> None:
-    """Prints which parameters decay if the weights do, before anything is trained."""
+    """Prints which parameters decay with `weights_only`, before anything is trained."""
     print(f"Parameters that decay (shown for decoupled decay with strength {weight_decay:g}):\n")
     print(wdjax.plan(params, weight_decay, wdjax.weights_only()), end="\n\n")
 
@@ -180,7 +180,7 @@ def draw_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, option
         for kind, curves, line in (("test", errors.test, "-"), ("training", errors.train, ":")):
             right.fill_between(errors.steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
             right.plot(errors.steps, curves.mean(0), line, color=color, linewidth=2.5)
-            # Below where nothing decays, above where something does: away from the other lines.
+            # Labels without decay go below their curves, and labels with decay go above, away from the other lines.
             edge, above, va = (curves[:, -1].min(), -3, "top") if errors is none else (curves[:, -1].max(), 6, "bottom")
             right.annotate(f"{kind}, {name}", (0.99, edge), (0, above), color=color, va=va, **at_end, **look)
     right.set(title="During training", xlabel="training step", ylabel="error (%)", xlim=(0, none.steps[-1]))
@@ -200,7 +200,7 @@ def draw_errors(runs: Mapping[str, Mapping[float, Errors]], wrong: float, option
 
 
 def draw_bounds(axes: Any, bound: float) -> None:
-    """Draws what a difference is to be compared with: the bound of the check, and one rounding."""
+    """Draws two values to compare a difference with: the bound of the check, and one rounding."""
     for value, style, label, above in (
         (bound, "--", f"the check allows {bound:g}", 5),
         (float(np.finfo(np.float32).eps), ":", "one rounding in float32", -16),
@@ -212,7 +212,7 @@ def draw_bounds(axes: Any, bound: float) -> None:
 
 
 def save(figure: Any, title: str, path: Path, size: float = 13) -> None:
-    """Writes the picture under its one message, and says where."""
+    """Writes the picture with its title, and prints the path."""
     figure.suptitle(title, fontsize=size, fontweight="bold")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -21,18 +21,17 @@ def run_together(script: Path, count: int, arguments: Sequence[str], limit: floa
     Args:
         script: the Python file that plays the worker.
         count: how many processes.
-        arguments: what they all get besides.
+        arguments: further arguments for all of them.
         limit: seconds after which they are ended.
 
     Raises:
-        RuntimeError: if one of them fails; it shows the last lines of that one. The others, which would wait for it
-            forever, are ended.
-        TimeoutError: if they are not done in time; it shows the last lines of each.
+        RuntimeError: if one of them fails, with its last lines. The others are ended, because they would wait forever.
+        TimeoutError: if they are not done in time, with the last lines of each.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    # The flags may say another number of devices; proxies would be asked for the coordinator.
+    # XLA_FLAGS may set another number of devices, and connections to the coordinator would go through a proxy.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.lower().endswith("_proxy")}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES_EACH)}
     warnings = [option for action in sys.warnoptions for option in ("-W", action)]
@@ -55,7 +54,7 @@ def run_together(script: Path, count: int, arguments: Sequence[str], limit: floa
             _wait(workers, outputs, time.monotonic() + limit)
         finally:
             for worker in workers:
-                worker.kill()  # Nothing gentler: JAX takes SIGTERM for a notice and goes on.
+                worker.kill()  # Not terminate(), because JAX treats SIGTERM as a notice and goes on.
                 worker.wait()
 
 

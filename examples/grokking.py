@@ -78,7 +78,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 
 
 def train(state: TrainState, is_training: np.ndarray, steps: int, name: str) -> dict[str, np.ndarray]:
-    """Trains on the sums that are for training; the percentage right of each half after 0, 1, ... steps - 1 steps."""
+    """Trains on the training sums. Returns the percentage right of each half after 0, 1, ..., steps - 1 steps."""
 
     def step(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -142,13 +142,13 @@ def draw(histories: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> None:
     for name, half, style, label in (
         ("L2 in Adam", "unseen", "-", f"unseen sums,\nL2 in Adam,\nλ = {L2_STRENGTH:g}"),
         ("decoupled decay", "unseen", "-", f"unseen sums,\nAdamW\n(decoupled),\nλ = {WEIGHT_DECAY:g}"),
-        ("no decay", "unseen", "-", "unseen sums, no decay"),  # Over the others, which start on it.
+        ("no decay", "unseen", "-", "unseen sums, no decay"),  # Drawn over the others, which start on it.
         ("no decay", "training", ":", "training sums,\nno decay"),
     ):
         percent, color = histories[name][half], METHOD_COLORS[name]
         axes.plot(np.arange(1, steps), percent[1:], style, color=color, linewidth=3.5)
         rises = np.flatnonzero(percent > 55)
-        if len(rises):  # Left of where the curve rises, else below its end.
+        if len(rises):  # The label goes left of where the curve rises, or below its end.
             axes.annotate(label, (rises[0], 58), (-10, 0), color=color, ha="right", va="center", **look)
         else:
             axes.annotate(label, (steps, percent[-1]), (0, -7), color=color, ha="right", va="top", **look)

@@ -9,7 +9,7 @@ squares fits the examples perfectly and learns next to nothing. In the 180 direc
 stay where they were drawn, so their norm ends near sqrt(180) = 13.4 if they start from N(0, 1). An L2 penalty of
 strength 3 on the weights, but not on the bias, takes those directions to zero.
 
-For SGD without momentum, the penalty may stand in the loss, in the gradient or in the update. All three give the same
+For SGD without momentum, the penalty may be in the loss, in the gradient or in the update. All three give the same
 step, and the script raises an error if they differ by more than rounding. Twenty seeds run at once under `jax.vmap`.
 The book trains for 100 epochs. With the penalty the test error is still falling by then, so the script trains for 300.
 """
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 def draw(key: jax.Array, epochs: int = EPOCHS) -> Problem:
-    """Draws one seed's problem, with weights from N(0, 1) as in the book and each epoch in an order of its own."""
+    """Draws one seed's problem, with weights from N(0, 1) as in the book and a new order for each epoch."""
     for_x, for_noise, for_weights, for_order = jax.random.split(key, 4)
     X = jax.random.normal(for_x, (TRAIN + TEST, INPUTS))
     y = 0.05 + X @ jnp.full(INPUTS, 0.01) + 0.01 * jax.random.normal(for_noise, (TRAIN + TEST,))
@@ -79,7 +79,7 @@ def train(
     place: str,
     data_factor: float = 1.0,
 ) -> dict[str, jax.Array]:
-    """Minibatch SGD with the penalty in the "loss", the "gradient" or the "update"; in the dtype of the data.
+    """Minibatch SGD in the dtype of the data, with the penalty in the "loss", the "gradient" or the "update".
 
     Args:
         X, y, w0, b0, batches: as in `Problem`.
@@ -115,7 +115,7 @@ def train(
 
 @partial(jax.jit, static_argnames=("lam", "place", "data_factor"))
 def train_all(problems: Problem, lam: float, place: str, data_factor: float = 1.0) -> dict[str, jax.Array]:
-    """Trains all seeds at once; every array gets a leading axis of seeds, then epochs.
+    """Trains all seeds at once. Every array has a leading axis for the seeds, then one for the epochs.
 
     Returns:
         "w" and "b" after each epoch, "norm_w", and "train_half_mse" and "test_half_mse" (without the penalty).
@@ -143,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for lam, place in tqdm(runs, desc=f"{seeds} seeds at once"):
         results[lam, place] = result = jax.device_get(train_all(problems, lam, place))
-        # Of the largest weight. A step rounds by a few 1e-7 of it in float32, and rarely twice the same way.
+        # Relative to the largest weight. In float32, each step rounds by a few 1e-7 of it, in varying directions.
         off = max(np.max(np.abs(result[k] - results[lam, "loss"][k])) for k in ("w", "b")) / np.max(np.abs(result["w"]))
         if not off < 2e-5:
-            raise AssertionError(f"lambda = {lam}: in the {place} the result differs by {off:.1e}")
+            raise AssertionError(f"lambda = {lam}: with the penalty in the {place}, the result differs by {off:.1e}")
         row = {"off": off}
         for name in ("norm_w", "train_half_mse", "test_half_mse"):
             row |= {name: result[name][:, -1].mean(), f"{name} std": result[name][:, -1].std()}

@@ -52,7 +52,7 @@ RUNS = {"learns, small start": 0.25, "learns, large start": 2.0, "random gradien
 
 
 class MLP(nn.Module):
-    """Two hidden layers, each with LayerNorm, and a head without."""
+    """Two hidden layers, each with LayerNorm, and a head without it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
 
 def train(state: TrainState, data: Digits, batches: np.ndarray, learns: bool) -> dict[str, np.ndarray]:
-    """What was measured in each step."""
+    """The measurements in each step."""
 
     def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss(params: Any) -> jax.Array:

@@ -72,13 +72,13 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> Train
 
 
 def error(state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of images taken for another digit, in percent."""
+    """The percentage of misclassified images."""
     logits = state.apply_fn({"params": state.params}, images)
     return 100 * jnp.mean(logits.argmax(-1) != labels)
 
 
 def learning_rate(epochs: int) -> optax.Schedule:
-    """Up for a twentieth of the steps, then down to zero. The decoupled decay follows it, as Adam's step does."""
+    """Rises for a twentieth of the steps, then falls to zero. The decoupled decay follows it, as Adam's step does."""
     steps = epochs * TRAIN_SIZE // BATCH_SIZE
     return optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
 
@@ -86,7 +86,7 @@ def learning_rate(epochs: int) -> optax.Schedule:
 def train(
     data: Digits, epochs: int, recipe: Callable[..., Any], weight_decay: jax.Array, seed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One training; the training error and the test error after each epoch."""
+    """Trains once. Returns the training error and the test error after each epoch."""
     weights_key, order_key = jax.random.split(jax.random.key(seed))
     params = MLP().init(weights_key, data.train_images[:1])["params"]
     optimizer = recipe(learning_rate(epochs), weight_decay, wdjax.weights_only())

@@ -37,23 +37,23 @@ def cross_entropy(model: MLP, images: jax.Array, labels: jax.Array) -> jax.Array
 
 
 def train_step(model: MLP, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> None:
-    """One step down the mean cross-entropy of a batch; changes the model and the optimizer in place."""
+    """One step down the mean cross-entropy of a batch. It changes the model and the optimizer in place."""
     optimizer.update(model, nnx.grad(cross_entropy)(model, images, labels))
 
 
 def error(model: MLP, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of images taken for another digit, in percent."""
+    """The percentage of misclassified images."""
     return 100 * jnp.mean(model(images).argmax(-1) != labels)
 
 
 def train(
     data: Digits, epochs: int, recipe: Callable[..., Any], weight_decay: jax.Array, seed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One training; the training error and the test error after each epoch."""
+    """Trains once. Returns the training error and the test error after each epoch."""
     weights_key, order_key = jax.random.split(jax.random.key(seed))
     model = MLP(nnx.Rngs(weights_key))
     transformation = recipe(learning_rate(epochs), weight_decay, wdjax.weights_only())
-    # `jax.lax.scan` carries arrays: the model and its optimizer are split into these and what never changes.
+    # `jax.lax.scan` carries arrays, so the model and its optimizer are split into arrays and their fixed structure.
     structure, state = nnx.split((model, nnx.Optimizer(model, transformation, wrt=nnx.Param)))
 
     def step(state: nnx.State, batch: jax.Array) -> tuple[nnx.State, None]:

@@ -51,7 +51,7 @@ def device_count() -> int:
 
 
 def train_step(state: TrainState, images: jax.Array, labels: jax.Array, axis: str | None) -> tuple[TrainState, Any]:
-    """One step, and the batch's mean loss; with an axis, images and labels are one device's share of the batch."""
+    """One step, and the batch's mean loss. With an axis, images and labels are one device's share of the batch."""
 
     def loss(params: Any) -> jax.Array:
         logits = state.apply_fn({"params": params}, images)
@@ -59,7 +59,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array, axis: st
 
     value, grads = jax.value_and_grad(loss)(state.params)
     if axis is not None:
-        # Shares are of equal size, so the mean of their means is the mean of the batch.
+        # All shares have the same size, so the mean of their means is the mean of the batch.
         value, grads = jax.lax.pmean((value, grads), axis)
     return state.apply_gradients(grads=grads), value
 
@@ -88,7 +88,7 @@ def difference(params: Any, others: Any) -> jax.Array:
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Trains both ways at once, checks, prints, draws, and returns the rows of the table and of the checks."""
     options = arguments(__doc__, __file__, argv)
-    jax.config.update("jax_default_matmul_precision", "highest")  # GPUs may round products to 10 bits otherwise.
+    jax.config.update("jax_default_matmul_precision", "highest")  # Otherwise GPUs may round products to 10 bits.
     count = device_count()
     share = max(1, 64 // count)
     data = digits(train_size=5 * count * share)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print(f"\nReplicas of parameters and optimizer state ({count}): equal bit by bit.")
     difference_at_end = differences[-1]
     if not difference_at_end < BOUND:
-        raise AssertionError(f"the runs differ by {difference_at_end:.1e} of an array's largest entry: not by rounding")
+        raise AssertionError(f"the runs differ by {difference_at_end:.1e} of an array's largest entry, not by rounding")
     said = f"{difference_at_end:.1e} of an array's largest entry"
     print(f"Difference between the pmap run and the single-device run after {len(batches)} steps: {said}.")
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def draw(differences: Sequence[float], devices: int, path: Path) -> None:
-    """Draws the difference between the two runs, what the check allows, and what a single rounding is."""
+    """Draws the difference between the two runs, the bound of the check, and the size of a single rounding."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     visible = np.where(differences, differences, np.nan)  # A logarithmic axis has no zero.
     axes.semilogy(np.arange(1, len(visible) + 1), visible, color=COLORS[1], linewidth=2)

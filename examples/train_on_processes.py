@@ -52,7 +52,7 @@ LIMIT = 300.0  # Seconds for a training: more than ten times what two slow cores
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:
-    """The layout of a state, here of shapes: an array is split along its first axis if that divides evenly."""
+    """The shapes of a state with their shardings. An array is split along its first axis if that divides evenly."""
 
     def layout(leaf: Any) -> jax.ShapeDtypeStruct:
         is_even = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
@@ -63,11 +63,11 @@ def sharded(tree: Any, mesh: Mesh) -> Any:
 
 
 def train(mesh: Mesh, epochs: int, directory: Path) -> dict[str, Any]:
-    """Trains to the end, from the checkpoint in the directory if there is one; saves halfway. Alike on all processes.
+    """Trains to the end, from the checkpoint in the directory if there is one. Saves halfway. All processes call it.
 
     Returns:
-        NumPy arrays, whole on every process: the losses, the parameters on the way by step, and at the end parameters
-        and optimizer state; beside them the first step, and the bytes of state that a device holds.
+        NumPy arrays, whole on every process: the losses, the parameters at some steps, and the final parameters and
+        optimizer state. Also the first step, and the bytes of state that a device holds.
     """
     data = digits(train_size=5 * BATCH_SIZE)
     batches = shuffled_batches(len(data.train_labels), BATCH_SIZE, epochs)
@@ -118,8 +118,8 @@ def train(mesh: Mesh, epochs: int, directory: Path) -> dict[str, Any]:
 
 
 def work(index: str, count: str, coordinator: str, epochs: str, folder: str) -> None:
-    """What each process does. The first one writes the result into a file that is named after the first step."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True)  # Whatever it waits for: shows where, and ends.
+    """What each process does. The first one writes the result to a file that is named after the first step."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # If it hangs, this shows where, and ends it.
     jax.distributed.initialize(coordinator, int(count), int(index))
     result = train(Mesh(jax.devices(), ("devices",)), int(epochs), Path(folder) / "checkpoints")
     if jax.process_index() == 0:
@@ -127,7 +127,7 @@ def work(index: str, count: str, coordinator: str, epochs: str, folder: str) -> 
 
 
 def bits_that_differ(tree: Any, other: Any) -> int:
-    """How many arrays of two trees are not the same, bit by bit (so that NaN equals NaN, and -0 is not 0)."""
+    """How many arrays of two trees differ, bit by bit (so that NaN equals NaN, and -0 is not 0)."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     arrays = ((np.asarray(a), np.asarray(b)) for a, b in pairs)
     return sum(a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes() for a, b in arrays)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print(f"\nRestored after {resumed['first']} of {steps} steps: ends equal to the uninterrupted run, bit by bit.")
     at_end = float(difference(single["state"][0], whole["state"][0]))
     if not at_end < BOUND:
-        raise AssertionError(f"the runs differ by {at_end:.1e} of an array's largest entry: not by rounding")
+        raise AssertionError(f"the runs differ by {at_end:.1e} of an array's largest entry, not by rounding")
     print(f"Difference from one process after {steps} steps: {at_end:.1e} of an array's largest entry.")
 
     draw(runs, options.out)
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draws the difference of both runs on several processes from the run on one, and what the check allows."""
+    """Draws how both runs on several processes differ from the run on one, and the bound of the check."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     whole, resumed, one = runs.values()
     for run, color, width, style in (whole, COLORS[1], 6, "-"), (resumed, COLORS[0], 2.5, "--"):

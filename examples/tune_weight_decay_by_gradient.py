@@ -41,7 +41,7 @@ def loss_of(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def train(key: jax.Array, hidden: jax.Array, head: jax.Array) -> dict[str, jax.Array]:
-    """Trains with a strength for each layer; the losses on training, validation and fresh data."""
+    """Trains with a strength for each layer. Returns the losses on training, validation and fresh data."""
     for_hidden, for_head, for_rows = jax.random.split(key, 3)
     params = {
         "hidden": {"kernel": jax.random.normal(for_hidden, (64, HIDDEN)) / 64**0.5, "bias": jnp.zeros(HIDDEN)},
@@ -67,7 +67,7 @@ def train(key: jax.Array, hidden: jax.Array, head: jax.Array) -> dict[str, jax.A
 
 @partial(jax.jit, static_argnames="seeds")
 def hypergradient(logs: jax.Array, seeds: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The derivative of the seeds' mean validation loss by the logarithms of both strengths, and all mean losses.
+    """The gradient of the seeds' mean validation loss in the logarithms of both strengths, and all mean losses.
 
     Forward mode carries the derivatives along with the training and stores no step, so its memory does not grow with
     the number of steps. Its time grows with the number of strengths, which is two.
@@ -84,13 +84,13 @@ def hypergradient(logs: jax.Array, seeds: int) -> tuple[jax.Array, dict[str, jax
 
 
 def tune(start: Sequence[float], shared: bool, rounds: int, seeds: int) -> tuple[np.ndarray, Any]:
-    """Steps on the logarithms; the strengths of each round, of shape (rounds + 1, 2), and the losses at the end.
+    """Steps on the logarithms. Returns the strengths of each round, of shape (rounds + 1, 2), and the final losses.
 
     The steps use only the sign of the slope, which is a hundred times steeper at too large a strength than near the
     minimum.
     """
     logs: Any = jnp.log(jnp.array(start))
-    optimizer = optax.sign_sgd(optax.cosine_decay_schedule(20 / rounds, rounds))  # Goes as far as exp(10).
+    optimizer = optax.sign_sgd(optax.cosine_decay_schedule(20 / rounds, rounds))  # All steps together: exp(10).
     state, history = optimizer.init(logs), [logs]
     for _ in tqdm(range(rounds), desc=f"from {start[0]:g}"):
         slope, _ = hypergradient(logs, seeds)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     at, h = jnp.log(jnp.array([0.01, 0.01])), 0.02
     up, down = (hypergradient(at + d, seeds)[1]["validation"] for d in (h, -h))
     slope = hypergradient(at, seeds)[0].sum()
-    if not abs(slope - (up - down) / (2 * h)) < 0.01 * abs(slope):  # The quotient errs by its h^2, and by float32.
+    if not abs(slope - (up - down) / (2 * h)) < 0.01 * abs(slope):  # Its errors: h^2 and float32.
         raise AssertionError(f"the derivative is {slope}, and the difference quotient {(up - down) / (2 * h)}")
 
     row = {name: float(loss[best.index].mean()) for name, loss in found.results.items()}
@@ -147,7 +147,7 @@ def draw(best: wdjax.Best, paths: dict[str, np.ndarray], seeds: int, out: Path) 
         axes.plot(path, color=color, linewidth=3)
         axes.annotate(f"starts {name}", (0, path[0]), (12, 0), textcoords="offset points", color=color, va="center")
     look: Any = {"color": COLORS[3], "ha": "right", "va": "top"}
-    label = "by the sweep, the best is in here"
+    label = "range that the sweep leaves open"
     axes.annotate(label, (0.98, high), (0, -4), ("axes fraction", "data"), "offset points", **look)
     axes.set(yscale="log", xlabel="tuning step", ylabel="L2 strength (log scale)")
     axes.set(xlim=(0, None))

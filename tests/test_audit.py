@@ -533,10 +533,10 @@ def test_assert_audit() -> None:
     with pytest.raises(AssertionError, match=r"suspect \[seen by the moments\].*\n.*allow=\[\.\.\.\]"):
         testing.assert_audit(l2, params)
     with pytest.raises(
-        AssertionError, match=r"not what is expected, 0\.002 and not 0\.003 a step \('Dense_0/kernel'\)"
+        AssertionError, match=r"not what is expected: it is 0\.002 per step, not 0\.003 \('Dense_0/kernel'\)"
     ):
         testing.assert_audit(wdjax.adamw(LR, 2 * WD, WEIGHTS), params, 3 * LR * WD, WEIGHTS)
-    with pytest.raises(ValueError, match=r"no finding is called 'momentum'. They are: 'decays between steps', "):
+    with pytest.raises(ValueError, match=r"no finding is named 'momentum'. The names are: 'decays between steps', "):
         testing.assert_audit(l2, params, allow=["momentum"])
     with pytest.raises(TypeError, match=r"audit\(\) has no argument 'lr' .* Did you mean learning_rate"):
         testing.assert_audit(l2, params, lr=0.1)

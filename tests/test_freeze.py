@@ -278,7 +278,7 @@ def test_what_freeze_refuses() -> None:
             TypeError,
             r"freeze: optimizer must be a finished Optax optimizer, got 0\.1",
         ),
-        (lambda: freeze(optax.sgd(0.1), None), TypeError, r"freeze: the mask is None. Say what is frozen"),
+        (lambda: freeze(optax.sgd(0.1), None), TypeError, r"freeze: the mask is None. Select the frozen parameters"),
         (lambda: freeze(optax.sgd(0.1), wdjax.by_path({"a": 0.1})), TypeError, "freeze: a mask says True or False"),
         (lambda: freeze(optax.sgd(0.1), only("hed")).init(tree), ValueError, "freeze: the pattern 'hed' matches no"),
         (lambda: freeze(optax.sgd(0.1), True).init(tree), TypeError, "freeze: the mask is True, one boolean"),

@@ -101,7 +101,7 @@ def test_muon_decays_what_its_mask_says(rules: wdjax.Rules) -> None:
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_inside_flatten_there_are_no_names_and_the_remedy_is_told(rules: wdjax.Rules) -> None:
-    with pytest.raises(ValueError, match=r"params are one array.*outside optax\.flatten"):
+    with pytest.raises(ValueError, match=r"params are a single array.*outside optax\.flatten"):
         optax.flatten(wdjax.adamw(0.1, 0.5, rules)).init(params())
 
 

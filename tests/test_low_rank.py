@@ -482,7 +482,7 @@ def init_refusal(params: Any, rate: Any = RATE, **kwargs: Any) -> str:
 
 def test_no_factors() -> None:
     message = init_refusal({"dense": {"kernel": jnp.ones((5, 4)), "lora": {"down": jnp.ones((5, 2))}}})
-    assert "found no LoRA factors among 2 parameters: looked for 'lora_a' beside 'lora_b'" in message
+    assert "there are no LoRA factors among the 2 parameters. Known names are 'lora_a' beside 'lora_b'" in message
     assert "'dense/lora/down'" in message
     assert "pairs={'path of W0': ('path of A', 'path of B')}, where W = W0 + scale * A @ B" in message
 
@@ -563,14 +563,14 @@ def test_shapes_that_do_not_fit() -> None:
     params["dense"]["lora_a"] = jnp.ones((2, 5))
     params["dense"]["lora_b"] = jnp.ones((4, 2))
     for message in (init_refusal(params), refusal(split(params)[0], base=params)):
-        assert "W0 = 'dense/kernel' of shape (4, 5) is no sum with the product of A = 'dense/lora_a'" in message
-        assert "of shape (2, 5) and B = 'dense/lora_b' of shape (4, 2)" in message
+        assert "the shapes do not fit: W0 = 'dense/kernel' has (4, 5), A = 'dense/lora_a' has (2, 5)" in message
+        assert "and B = 'dense/lora_b' has (4, 2)" in message
         assert "pairs={'dense/kernel': ('dense/lora_b', 'dense/lora_a')}" in message
     params["dense"]["lora_a"] = jnp.ones(5)
-    assert "is no sum with the product" in init_refusal(params)
+    assert "the shapes do not fit" in init_refusal(params)
     # Which axis of W0 is the input cannot be told from sizes.
     axes = {"kernel": jnp.ones((3, 5, 5)), "lora_a": jnp.ones((5, 2)), "lora_b": jnp.ones((2, 3, 5))}
-    assert "is no sum with the product" in init_refusal(axes)
+    assert "the shapes do not fit" in init_refusal(axes)
 
 
 def test_an_update_of_another_shape() -> None:
@@ -583,7 +583,7 @@ def test_an_update_of_another_shape() -> None:
 def test_a_quantized_w0() -> None:
     params, frozen = split(layer())
     message = refusal(params, base=jax.tree.map(lambda x: x.astype(jnp.int8), frozen))
-    assert "'dense/kernel' is int8, and W0, A and B must be floating-point" in message
+    assert "'dense/kernel' is int8, but W0, A and B must be floating-point" in message
 
 
 def test_a_mask_that_chooses_no_factor() -> None:
@@ -598,7 +598,7 @@ def test_malformed_pairs() -> None:
     twice = {"dense/kernel": ("dense/lora_a", "dense/lora_b"), "dense/weight": ("dense/lora_a", "dense/up")}
     assert "names the factor 'dense/lora_a' twice" in init_refusal(layer(), pairs=twice)
     message = init_refusal(layer(), pairs={"dense/kernel": ("dense/lora_x", "dense/lora_y")})
-    assert "names the factors 'dense/lora_x' and 'dense/lora_y', and neither is in params" in message
+    assert "names the factors 'dense/lora_x' and 'dense/lora_y', but neither is in params" in message
     assert "'dense/lora_a'" in message
 
 

@@ -251,7 +251,7 @@ def is_wide(leaf: Any) -> bool:
 )
 def test_predicates_are_refused(rules: Rules) -> None:
     fails(
-        r"Rules\.to_dict: the function is_wide can't be written into a file\. Name the parameters by path\.",
+        r"Rules\.to_dict: the function is_wide can't be written to a file\. Name the parameters by path\.",
         rules.to_dict,
         TypeError,
     )
@@ -260,7 +260,7 @@ def test_predicates_are_refused(rules: Rules) -> None:
 def test_a_fan_in_of_ones_own_is_refused() -> None:
     rules = by_width(2, fan_in=is_wide)
     fails(
-        r"Rules\.to_dict: the function fan_in of by_width\(2, fan_in=is_wide\) can't be written into a file",
+        r"Rules\.to_dict: by_width\(2, fan_in=is_wide\) can't be written to a file, because fan_in is a function",
         rules.to_dict,
         TypeError,
     )
@@ -324,7 +324,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a number to match": (
         {"by_path": {"rules": [{"match": 3, "value": 0.1}]}},
         TypeError,
-        "a pattern is a text, .*got 3",
+        "a pattern must be a string, .*got 3",
     ),
     "an empty list": ({"by_path": {"rules": [{"match": [], "value": 0.1}]}}, ValueError, "no pattern was given"),
     "an unknown language": (
@@ -345,7 +345,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a regex that is none": (
         {"by_path": {"rules": [{"match": {"search": ["a"]}, "value": 0.1}]}},
         TypeError,
-        r"Rules\.from_dict: a pattern is a text, .*got \['a'\]",
+        r"Rules\.from_dict: a pattern must be a string, .*got \['a'\]",
     ),
     "rates as a pattern": (
         {"by_path": {"rules": [{"match": {"by_path": TABLE}, "value": 0.1}]}},
@@ -388,7 +388,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "blocks to search": (
         {"by_depth": {"blocks": {"search": "a_"}, "factor": 0.5}},
         TypeError,
-        r"the blocks are a text with '\*' for the number, .* got 'a_' \(search\)",
+        r"blocks must be a string with '\*' for the number, .* got 'a_' \(search\)",
     ),
     "a function of the leaf": (
         {"by_width": {"base": 2, "fan_in": "f"}},
@@ -398,7 +398,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "an axis in words": (
         {"by_width": {"base": 2, "stacked_axes": "1"}},
         ValueError,
-        "stacked_axes counts leading axes, got '1'",
+        "stacked_axes must be a number of leading axes >= 0, got '1'",
     ),
 }
 
@@ -424,7 +424,8 @@ def test_what_is_no_standard_rule() -> None:
         ),
         ({"owners": {"w": {"name": "Dense"}}}, r"the owner of 'w' lacks \['is_library'\]"),
         ({"unknown": "maybe"}, "unknown must be 'error', True"),
-        ({"stacked_axes": {"layers": -1}}, "stacked_axes counts leading axes, got -1"),
+        ({"stacked_axes": {"layers": -1}}, "stacked_axes must be a number of leading axes >= 0, got -1"),
     ):
         fails(message, lambda: Rules.from_dict({"weights_only": arguments}))  # noqa: B023
-    fails("a pattern of stacked_axes is a text", lambda: weights_only(stacked_axes={re.compile("a"): 1}), TypeError)
+    wrong = {re.compile("a"): 1}
+    fails("a pattern of stacked_axes must be a string", lambda: weights_only(stacked_axes=wrong), TypeError)

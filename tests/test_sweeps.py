@@ -239,7 +239,7 @@ def test_the_ends_of_what_was_tried() -> None:
     assert of_losses([[2.0], [1.0], [3.0]]).best().at_end == ()
     assert of_losses([[2.0], [1.0]], lr=[0.2, 0.1]).best().at_end == ("lr",)
     assert of_losses([[2.0]], lr=[0.2]).best().at_end == ()
-    assert "weight_decay is at the end of what was tried" in str(of_losses([[2.0], [1.0]]).best())
+    assert "weight_decay is at the end of the tried values" in str(of_losses([[2.0], [1.0]]).best())
 
 
 def test_failed_runs_are_reported_and_never_the_best() -> None:
@@ -251,7 +251,7 @@ def test_failed_runs_are_reported_and_never_the_best() -> None:
     assert lines[2].endswith("1 of 2 failed")
     assert lines[3].endswith("best")
     assert lines[5].split() == ["0.3", "-", "nan", "2", "of", "2", "failed"]
-    with pytest.raises(ValueError, match="in every setting a run's 'loss' is NaN or infinite"):
+    with pytest.raises(ValueError, match="every setting has a run whose 'loss' is NaN or infinite"):
         of_losses(losses[2:]).best()
     assert "failed" in of_losses(losses[2:]).table()
 
@@ -265,7 +265,7 @@ def test_a_diverging_rate_is_seen_in_a_sweep() -> None:
 def test_results_of_other_names() -> None:
     assert swept().best("loss").index == swept().best().index
     for name in ("los", "curve", "weights"):
-        with pytest.raises(KeyError, match=rf"no scalar of the name '{name}'; it returned the scalars \['loss'\]"):
+        with pytest.raises(KeyError, match=rf"no scalar named '{name}'\. It returned the scalars \['loss'\]"):
             swept().best(name)
     with pytest.raises(ValueError, match=r"confidence must be between 0 and 1, got 95\. Write confidence=0\.95"):
         swept().best(confidence=95)
@@ -274,7 +274,7 @@ def test_results_of_other_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({}, ValueError, r"nothing to try\. Write sweep\(train, weight_decay="),
+        ({}, ValueError, r"no values were given\. Write sweep\(train, weight_decay="),
         ({"weight_decay": []}, ValueError, r"weight_decay must be a list of at least one number, got \[\]"),
         (
             {"weight_decay": 0.1},
@@ -285,15 +285,15 @@ def test_results_of_other_names() -> None:
         ({"weight_decay": [0.1, None]}, ValueError, r"must be finite .* got nan"),
         ({"weight_decay": [0.1, -0.1]}, ValueError, r"weight_decay must be finite and not negative, got -0\.1"),
         ({"learning_rate": [np.inf]}, ValueError, r"learning_rate must be finite and not negative, got inf"),
-        ({"seeds": 0}, ValueError, r"seeds must be how many, or a list of whole numbers, got 0\. Write seeds=5"),
+        ({"seeds": 0}, ValueError, r"seeds must be a count > 0 or a list of integers, got 0\. Write seeds=5"),
         ({"seeds": []}, ValueError, r"got \[\]\. Write seeds=5"),
         ({"seeds": True}, ValueError, r"got True"),
         ({"seeds": 2.5}, ValueError, r"got 2\.5"),
-        ({"seeds": [1, 1]}, ValueError, r"seeds must differ and lie from 0 to 2\*\*32 - 1, got \[1, 1\]"),
-        ({"seeds": [-1]}, ValueError, r"seeds must differ and lie from 0"),
-        ({"chunk": 0}, ValueError, r"chunk must be a whole number of runs > 0, got 0\. Write chunk=8"),
-        ({"devices": []}, ValueError, r"at least one device of this process, got \[\]\. Write devices=jax.local"),
-        ({"lr": [0.1]}, TypeError, r"train\(key, .*lr=\.\.\.\) does not fit the training function: .*'lr'"),
+        ({"seeds": [1, 1]}, ValueError, r"seeds must be different and between 0 and 2\*\*32 - 1, got \[1, 1\]"),
+        ({"seeds": [-1]}, ValueError, r"seeds must be different and between 0"),
+        ({"chunk": 0}, ValueError, r"chunk must be an integer > 0, got 0\. Write chunk=8"),
+        ({"devices": []}, ValueError, r"at least one device, all of this process, got \[\]\. Write devices=jax.local"),
+        ({"lr": [0.1]}, TypeError, r"training function cannot be called as train\(key, .*lr=\.\.\.\): .*'lr'"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -318,7 +318,9 @@ def test_values_that_are_no_rates_may_be_negative() -> None:
     ],
 )
 def test_what_a_training_function_must_not_return(result: Callable[[], Any], words: str) -> None:
-    with pytest.raises(TypeError, match=f"train must return a scalar, or a dictionary of arrays by name, and {words}"):
+    with pytest.raises(
+        TypeError, match=f"train must return a scalar, or a dictionary of arrays by name, but it {words}"
+    ):
         wdjax.sweep(lambda key, weight_decay: result(), weight_decay=[0.1])
     with pytest.raises(
         TypeError, match=r"train must be a function that can be called as train\(key, a=\.\.\.\), got 3"

@@ -81,12 +81,16 @@ def test_boxes_of_partitioned_parameters_leave_no_trace() -> None:
 
 def test_wrong_inputs_of_a_linen_model() -> None:
     fails(
-        r"weights_only: LinenDeep\.init failed on the inputs that were given, 0 of them: .*"
-        r"Write weights_only\(model, x\), .*call_kwargs=\{'train': False\}",
+        r"weights_only: LinenDeep\.init failed with 0 inputs\. "
+        r"Write weights_only\(model, x\), .*call_kwargs=\{'train': False\}.* The error of init: .*missing 1 required",
         lambda: weights_only(LinenDeep()),
         TypeError,
     )
-    fails("1 of them: .*train", lambda: weights_only(LinenDeep(), array(1, dtype=jnp.int32)), TypeError)
+    fails(
+        r"with 1 input\. .*The error of init: .*'train'",
+        lambda: weights_only(LinenDeep(), array(1, dtype=jnp.int32)),
+        TypeError,
+    )
 
 
 class NNXBlock(nnx.Module):
@@ -248,7 +252,7 @@ def test_params_that_the_model_has_not() -> None:
     model = NNXBlock(nnx.Rngs(0))
     fails(
         r"Rules\.mask: weights_only was given a model that has no parameter 'norm/kernal'\. The nearest of its \d+: "
-        r"'norm/kernel', .*Give weights_only the model that these params are of",
+        r"'norm/kernel', .*Give weights_only the model that these params belong to",
         lambda: weights_only(model).mask({"norm": {"kernal": array(4, 4)}}),
     )
     # An earlier rule may take it.
@@ -260,8 +264,9 @@ def test_params_that_the_model_has_not() -> None:
 @pytest.mark.parametrize("wrong", [jnp.tanh, {"kernel": np.ones((2, 2))}, "model", 0.1, optax.sgd(0.1)])
 def test_what_is_no_model(wrong: Any) -> None:
     fails(
-        rf"weights_only: a model is an nnx\.Module, an equinox\.Module, or a Linen module with its inputs, got "
-        rf"{type(wrong).__name__}\. Of parameters alone names and shapes tell: weights_only\(\)",
+        rf"weights_only: the model must be an nnx\.Module, an equinox\.Module, or a Linen module with its inputs, got "
+        rf"{type(wrong).__name__}\. If you have only parameters, write weights_only\(\), which goes by "
+        "names and shapes",
         lambda: weights_only(wrong),
         TypeError,
     )
@@ -270,11 +275,11 @@ def test_what_is_no_model(wrong: Any) -> None:
 @pytest.mark.parametrize("kind", [NNXBlock, nn.Dense, eqx.nn.Linear])
 def test_a_class_is_no_model(kind: type) -> None:
     name = kind.__name__
-    fails(rf"got the class {name}\. Give a module, an instance of it: {name}\(", lambda: weights_only(kind), TypeError)
+    fails(rf"got the class {name}\. Give an instance of it: {name}\(", lambda: weights_only(kind), TypeError)
 
 
 def test_inputs_are_for_linen() -> None:
-    message = r"inputs are for a Linen module, .*NNXBlock holds its own\. Write weights_only\(model\)"
+    message = r"only a Linen module needs inputs, .*NNXBlock holds its parameters\. Write weights_only\(model\)"
     fails(message, lambda: weights_only(NNXBlock(nnx.Rngs(0)), jnp.ones(4)), TypeError)
     fails(message, lambda: weights_only(NNXBlock(nnx.Rngs(0)), call_kwargs={"train": True}), TypeError)
 
@@ -315,7 +320,7 @@ def test_a_registered_name_that_no_layer_has() -> None:
 
     register_layer(Odd, weights=("mixx",))
     fails(
-        r"register_layer: Odd was registered with 'mixx', and in this model it has \['mix'\]\. Write "
+        r"register_layer: Odd was registered with 'mixx', but in this model it has \['mix'\]\. Write "
         r"register_layer\(Odd, weights=",
         lambda: weights_only([Odd(jnp.ones((2, 2)))]),
     )

@@ -453,7 +453,7 @@ def test_pairs_of_a_matrix_and_a_bias_without_names_are_unknown() -> None:
 
 def test_one_array_is_nothing_to_tell_from() -> None:
     fails(
-        r"Rules\.mask: weights_only can't tell a parameter without a name.*outside optax\.flatten",
+        r"Rules\.mask: weights_only can't tell what a parameter without a name is.*outside optax\.flatten",
         lambda: weights_only().mask(jnp.ones((2, 2))),
     )
 
@@ -527,14 +527,16 @@ def test_wrong_stacked_axes() -> None:
     params = {"layers": {"kernel": array(3, 4), "bias": array(3)}}
     for wrong in (-1, 1.0, True, "1"):
         fails(
-            r"weights_only: stacked_axes counts leading axes, got .* for 'layers'\. Write stacked_axes=1, or",
+            r"weights_only: stacked_axes must be a number of leading axes >= 0, got .* for 'layers'\. "
+            r"Write stacked_axes=1, or",
             lambda wrong=wrong: weights_only(stacked_axes={"layers": wrong}),
         )
-    fails(r"stacked_axes counts leading axes, got -1 for '\*\*'", lambda: weights_only(stacked_axes=-1))
+    fails(r"a number of leading axes >= 0, got -1 for '\*\*'", lambda: weights_only(stacked_axes=-1))
     fails(r"the pattern 'layer' matches no parameter", lambda: weights_only(stacked_axes={"layer": 1}).mask(params))
     fails(r"the pattern '/a' has an empty segment", lambda: weights_only(stacked_axes={"/a": 1}))
     fails(
-        r"Rules\.mask: weights_only has stacked_axes=2 for 'layers/bias', of shape \(3,\)",
+        r"Rules\.mask: weights_only has stacked_axes=2 for 'layers/bias', but its shape is \(3,\)\. Write .*"
+        r"stacked_axes=\{'layers': 1\}",
         lambda: weights_only(stacked_axes={"layers": 2}).mask(params),
     )
 
@@ -549,9 +551,9 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
         wdjax.decoupled_decay(0.1, weights_only()).init(STRANGE)
     assert str(caught.value) == (
         "decoupled_decay: weights_only can't tell what these parameters are: 'spline/coef' (3, 4), 'spline/grid' (5,). "
-        "Say of each whether it decays: by_path({'coef': True, 'grid': False}, default=weights_only()); or "
-        "weights_only(unknown=False) of all of them. For a layer of your own: register_layer(MyLayer, "
-        "weights=('coef',)) and weights_only(model), with its inputs for Linen."
+        "Say for each whether it decays: by_path({'coef': True, 'grid': False}, default=weights_only()). Or exclude "
+        "all of them: weights_only(unknown=False). For your own layer class, write register_layer(MyLayer, "
+        "weights=('coef',)) and weights_only(model). Linen models also need their inputs."
     )
     many = {f"theta{number}": array(2) for number in range(10)}
     fails(r"'theta7' \(2,\) and 2 more\. Say", lambda: weights_only().mask(many))
@@ -587,7 +589,7 @@ def test_an_answer_for_all_that_is_unknown() -> None:
         assert found == {"spline": {"coef": unknown, "grid": unknown}, "Dense_0": {"kernel": True, "bias": False}}
     assert repr(weights_only(unknown=False, embeddings=False)) == "weights_only(embeddings=False, unknown=False)"
     fails(
-        r"weights_only: unknown must be 'error', True \(decay\) or False \(don't\), got 'ignore'",
+        r"weights_only: unknown must be 'error', True \(decay\) or False \(no decay\), got 'ignore'",
         lambda: weights_only(unknown="ignore"),
     )
     fails(r"weights_only: embeddings must be True or False, got 0", lambda: weights_only(embeddings=0), TypeError)

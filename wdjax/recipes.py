@@ -1,12 +1,13 @@
-"""Whole optimizers, each one visible chain: read it, copy it, put your own pieces between.
+"""Whole optimizers, each a short chain that you can read, copy and extend.
 
 | | L2 in the gradient | decoupled weight decay |
 |---|---|---|
 | SGD | `sgd_l2` | `sgdw` |
 | Adam | `adam_l2` | `adamw` |
 
-In every recipe `learning_rate` is a number or a schedule, `weight_decay` a number, a schedule or a `by_path` table,
-and `mask` says who decays; without a mask everything does, biases too. For the rules and units see the pieces.
+In every recipe, `learning_rate` is a number or a schedule, and `weight_decay` is a number, a schedule or a `by_path`
+table. `mask` selects the parameters that decay. Without a mask everything decays, including biases. For the rules and
+units, see the transformations in the chain.
 """
 
 from typing import Any
@@ -29,19 +30,19 @@ def sgd_l2(
     nesterov: bool = False,
     toward: Any = None,
 ) -> optax.GradientTransformation:
-    """SGD with L2 regularization in the gradient, so that the momentum buffer sees it: `torch.optim.SGD`.
+    """SGD with L2 regularization in the gradient, so the momentum buffer sees it: `torch.optim.SGD`.
 
     Rule:   g <- g + weight_decay * (p - toward); m <- momentum * m + g; p <- p - learning_rate * m
             (nesterov: p - learning_rate * (momentum * m + g))
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
     Units:  as `add_l2_to_grads`.
-    Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening, which it follows to rounding.
+    Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening. They agree except for rounding.
 
     Args:
         learning_rate: a number or a schedule.
         weight_decay, mask, toward: as `add_l2_to_grads`.
-        momentum: the decay of the momentum buffer; None for none.
-        nesterov: whether to look ahead.
+        momentum: the decay of the momentum buffer; None for no momentum.
+        nesterov: whether to use Nesterov momentum.
 
     Returns:
         An `optax.GradientTransformation`.
@@ -78,7 +79,7 @@ def sgdw(
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
     Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
-            in timm's `SGDW`, which it follows to rounding.
+            in timm's `SGDW`. They agree except for rounding.
 
     Args:
         learning_rate: a number or a schedule.
@@ -121,13 +122,13 @@ def adam_l2(
     nesterov: bool = False,
     toward: Any = None,
 ) -> optax.GradientTransformation:
-    """Adam with L2 regularization in the gradient: `torch.optim.Adam(weight_decay=...)`. Not weight decay.
+    """Adam with L2 regularization in the gradient, which is not weight decay: `torch.optim.Adam(weight_decay=...)`.
 
     Rule:   g <- g + weight_decay * (p - toward); p <- p - learning_rate * adam(g)
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
-    Units:  as `add_l2_to_grads`, then divided by the root of the second moment: with no other gradient every weight
-            moves by the learning rate, whatever weight_decay is. For weight decay write `adamw`.
-    Source: `torch.optim.Adam(lr, weight_decay=...)`, which it follows to rounding; Kingma & Ba 2015.
+    Units:  as `add_l2_to_grads`, then divided by the root of the second moment. With no other gradient, every weight
+            moves by the learning rate, whatever weight_decay is. For weight decay, write `adamw`.
+    Source: `torch.optim.Adam(lr, weight_decay=...)`, which agrees except for rounding; Kingma & Ba 2015.
 
     Args:
         learning_rate: a number or a schedule.
@@ -170,9 +171,9 @@ def adamw(
 
     Rule:   p <- p - learning_rate * (adam(g) + weight_decay * (p - toward))
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
-    Units:  as `decoupled_decay`: with zero gradient a weight is multiplied by 1 - learning_rate * weight_decay each
-            step. There is no default: Optax's is 1e-4, PyTorch's 1e-2, and language models take 0.1.
-    Source: Loshchilov & Hutter 2019. Deviation: times the learning rate itself, as PyTorch and Optax do.
+    Units:  as `decoupled_decay`: with zero gradient, each step multiplies a weight by 1 - learning_rate * weight_decay.
+            There is no default. Optax's is 1e-4, PyTorch's is 1e-2, and language models often use 0.1.
+    Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
     Args:
         learning_rate: a number or a schedule.
@@ -202,7 +203,7 @@ def adamw(
 
 
 def _watched(where: str, chain: Any, learning_rate: Any, weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """The chain; its `init` warns where learning_rate * weight_decay is known to do nothing, or to overshoot."""
+    """The chain. Its `init` warns if learning_rate * weight_decay is known to do nothing or to overshoot."""
     action = Action(where, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 
     def init_fn(params: Any) -> Any:

@@ -1,7 +1,7 @@
-"""For your own unit tests: what weight decay must do in closed form, and assertions that an optimizer does it.
+"""For your own unit tests: closed forms of weight decay, and assertions that an optimizer follows them.
 
-The oracles are NumPy in float64 and know nothing of JAX. The assertions go through chex, so this module, unlike the
-rest of the package, needs the extra `wdjax[testing]`.
+The closed forms use NumPy in float64 and no JAX. The assertions use chex, so this module needs the extra
+`wdjax[testing]`. The rest of the package does not.
 """
 
 import os
@@ -18,8 +18,7 @@ try:
     import chex
 except ImportError as error:
     raise ImportError(
-        "wdjax.testing asserts through chex, which is not installed. Run pip install 'wdjax[testing]', "
-        "or pip install chex."
+        "wdjax.testing needs chex, which is not installed. Run pip install 'wdjax[testing]', or pip install chex."
     ) from error
 
 from ._engine import checks, trees
@@ -32,7 +31,7 @@ from .plans import Plan
 from .plans._planned import show_rate
 
 PyTree = Any
-Floats = Any  # Anything that NumPy makes a float64 array of.
+Floats = Any  # Anything that NumPy can convert to a float64 array.
 Sequenced = float | Sequence[float] | np.ndarray | Callable[[int], Any]
 
 
@@ -115,7 +114,7 @@ def ridge_solution(inputs: Floats, targets: Floats, weight_decay: float) -> np.n
 
 
 def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
-    """The proximal map of threshold times the absolute value: nearer to zero by threshold, and zero within it.
+    """The proximal map of threshold times the absolute value: closer to zero by the threshold, and zero within it.
 
     Rule:   sign(w) * max(|w| - threshold, 0)
     Source: Donoho & Johnstone 1994.
@@ -139,26 +138,26 @@ def assert_only_decays(
     *,
     toward: PyTree = None,
 ) -> None:
-    """Asserts that, with zero gradients, one step takes `expected` of each weight away, and touches nothing else.
+    """Asserts that, with zero gradients, one step removes the fraction `expected` of each weight, and nothing else.
 
-    The optimizer is stepped at a probe: `params` with every number moved one away from zero, so that a decay shows on
-    biases that start at zero, too. It is initialized there, or with `toward` on `params` themselves. The update must
-    be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it, for an
-    optimizer that computes the update as a difference of weights); after `optax.apply_updates` some bit must have
-    changed. Where `expected` is 0, none may. It is the first step that is tested: a learning rate that warms up from 0
-    does nothing there, so test the optimizer with a constant one. `assert_audit` sees later steps, gradients,
+    The optimizer takes one step from a probe: `params` with every number moved away from zero by one. So a decay also
+    shows on biases that start at zero. The optimizer is initialized at the probe, or with `toward` at `params`. The
+    update must be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it,
+    for an optimizer that computes the update as a difference of weights). After `optax.apply_updates`, some bit must
+    have changed. If `expected` is 0, none may change. Only the first step is tested. A learning rate that warms up from
+    0 does nothing there, so test the optimizer with a constant one. `assert_audit` also covers later steps, gradients,
     `MultiSteps`, and chains that end in `stochastic_rounding` or `compensated`, which move weights once in many steps.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
-        params: a tree of parameters: their structure, shapes and dtypes count.
-        expected: the fraction of a weight that one step takes away: learning_rate * weight_decay for decoupled decay,
+        params: a tree of parameters. Structure, shapes and dtypes matter.
+        expected: the fraction of a weight that one step removes: learning_rate * weight_decay for decoupled decay,
             weight_decay for independent decay. A number >= 0, or a `by_path` table.
-        mask: who decays at all; as the `mask` of any wdjax function.
-        toward: where to: None for zero, or a tree like params (`params` itself for `toward="init"`).
+        mask: which parameters should decay, as the `mask` of any wdjax function.
+        toward: the anchor: None for zero, or a tree like params (`params` itself for `toward="init"`).
 
     Raises:
-        AssertionError: naming the parameter, what was expected and what happened.
+        AssertionError: with the parameter, what was expected and what happened.
 
     Example:
 
@@ -192,11 +191,11 @@ def assert_only_decays(
 def assert_audit(
     optimizer: Any, params: PyTree, expected: Any = None, mask: Any = None, *, allow: Sequence[str] = (), **options: Any
 ) -> Audit:
-    """Asserts that an audit of an optimizer finds nothing wrong or suspect, and gives the audit for more assertions.
+    """Asserts that an audit finds nothing wrong or suspect in an optimizer, and returns the audit for more assertions.
 
     Args:
         optimizer, params, expected, mask: as `wdjax.audit`.
-        allow: names of findings that are meant: ["seen by the moments"] where L2 regularization is.
+        allow: names of findings that you accept: ["seen by the moments"] for L2 regularization.
         **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
 
     Raises:
@@ -211,30 +210,34 @@ def assert_audit(
         >>> audit["kernel"].place, audit["kernel"].kind, audit["kernel"].toward
         ('update', 'L2', 'zero')
     """
-    __tracebackhide__ = True  # What pytest shows is the audit, not this function.
+    __tracebackhide__ = True  # So pytest shows the audit and not this function.
     known = sorted(NAMES)
     for name in allow:
         if name not in known:
-            raise ValueError(f"assert_audit: no finding is called {name!r}. They are: {', '.join(map(repr, known))}.")
+            raise ValueError(
+                f"assert_audit: no finding is named {name!r}. The names are: {', '.join(map(repr, known))}."
+            )
     report = audit(optimizer, params, expected, mask, **options)
     faults = [finding for finding in report.findings if finding.harm != "note" and finding.name not in allow]
     if faults:
         listed = "\n  ".join(map(str, faults))
-        raise AssertionError(f"assert_audit:\n  {listed}\nWhat is meant goes into allow=[...].\n\n{report.table()}")
+        raise AssertionError(
+            f"assert_audit:\n  {listed}\nTo accept a finding, write its name into allow=[...].\n\n{report.table()}"
+        )
     return report
 
 
 def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) -> None:
-    """Asserts that a plan is as it was when it was last looked at: a change of the model may not change who decays.
+    """Asserts that a plan equals the golden one, so that no change of the model changes the decay unnoticed.
 
     Args:
-        plan: `wdjax.plan(params, weight_decay, mask)`; `params` from `jax.eval_shape` will do.
-        golden: the path of a text file with a rate, a tab and a path in each line, as `plan.text()` writes it; or a
+        plan: `wdjax.plan(params, weight_decay, mask)`; `params` may come from `jax.eval_shape`.
+        golden: the path of a text file with a rate, a tab and a path in each line, as `plan.text()` writes it. Or a
             dictionary from every canonical path to its rate, or to True or False for whether it decays.
 
     Raises:
-        AssertionError: with what differs, and how to accept it.
-        FileNotFoundError: if there is no such file yet, with how to write it.
+        AssertionError: with the differences, and how to accept them.
+        FileNotFoundError: if the file does not exist yet, with the line that writes it.
 
     Example:
 
@@ -242,10 +245,11 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> wdjax.testing.assert_plan(wdjax.plan(params, 0.1, wdjax.weights_only()), {"kernel": 0.1, "bias": 0.0})
     """
-    __tracebackhide__ = True  # What pytest shows is the plan, not this function.
+    __tracebackhide__ = True  # So pytest shows the plan and not this function.
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"assert_plan: the plan is a {type(plan).__name__}. Write assert_plan(wdjax.plan(params), file)."
+            f"assert_plan: plan must be a Plan, got a {type(plan).__name__}. "
+            "Write assert_plan(wdjax.plan(params), file)."
         )
     if isinstance(golden, Mapping):
         wanted, accept = dict(golden), "change the dictionary"
@@ -253,7 +257,7 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         file = pathlib.Path(golden)
         accept = f"write it: pathlib.Path({str(golden)!r}).write_text(plan.text(), encoding='utf-8')"
         if not file.exists():
-            raise FileNotFoundError(f"assert_plan: there is no {golden}. Look at print(plan), and {accept}.")
+            raise FileNotFoundError(f"assert_plan: the file {golden} does not exist. Check print(plan), and {accept}.")
         rows = (line.partition("\t") for line in file.read_text(encoding="utf-8").split("\n") if line)
         wanted = {path: rate for rate, _, path in rows}
     changed, new = [], []
@@ -269,19 +273,21 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
                     f"{planned.path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}"
                 )
         elif rate != (want if isinstance(want, str) else show_rate(np.float64(want).tolist())):
-            changed.append(f"{planned.path!r} has the rate {rate} and not {want}, by {planned.rule}")
-    faults = [*changed, *(f"{path!r} is gone" for path in wanted), *new]
+            changed.append(f"{planned.path!r} has the rate {rate}, not {want}, by {planned.rule}")
+    faults = [*changed, *(f"{path!r} is missing" for path in wanted), *new]
     if faults:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
         listed = "\n  ".join((*faults[:20], *more))
-        raise AssertionError(f"assert_plan: the plan is not the golden one:\n  {listed}\nIf it is meant, {accept}.")
+        raise AssertionError(
+            f"assert_plan: the plan differs from the golden one:\n  {listed}\nIf this is intended, {accept}."
+        )
 
 
 def _fault_if_touched(before: Any, after: Any) -> str | None:
     old, new = whole(before), whole(after)
     if old.dtype == new.dtype and old.tobytes() == new.tobytes():
         return None
-    return f"must stay bit-identical under zero gradients, and one step moved it: from {old.flat[0]} to {new.flat[0]}."
+    return f"must stay bit-identical with zero gradients, but one step moved it from {old.flat[0]} to {new.flat[0]}."
 
 
 def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, anchor: Any) -> str | None:
@@ -297,15 +303,15 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, a
         got, want = move.flat[worst], wanted.flat[worst]
         hint = ""
         if got == 0:
-            hint = " Is it decayed at all, and is the learning rate of the first step 0?"
+            hint = " Does it decay at all? Is the learning rate of the first step 0?"
         elif np.real(got * np.conj(want)) < 0:
-            hint = " It grows: is the decay on the wrong side of the learning rate?"
-        return f"{must}; the update of its element {worst}, which is {old.flat[worst]}, is {got} and not {want}.{hint}"
+            hint = " It grows. Is the decay on the wrong side of the learning rate?"
+        return f"{must}, but the update of its element {worst}, {old.flat[worst]}, is {got} and not {want}.{hint}"
     fractions, stuck = np.broadcast_to(fraction, old.shape), old == _as_float64(after)
     for one in np.unique(fractions[fractions != 0]):
         if np.all(stuck[fractions == one]):
-            part = "it" if np.ndim(fraction) == 0 else f"what is to lose {one:g}"
-            return f"{must}, and no bit of {part} changed: so small a step rounds to nothing in {before.dtype}."
+            part = "it" if np.ndim(fraction) == 0 else f"the part that must lose {one:g}"
+            return f"{must}, but no bit of {part} changed. Such a small step rounds to nothing in {before.dtype}."
     return None
 
 
@@ -325,5 +331,7 @@ def _each_step(name: str, value: Sequenced, steps: int) -> np.ndarray:
         return np.array([value(step) for step in range(steps)], np.float64)
     values = np.asarray(value, np.float64)
     if values.ndim and len(values) < steps:
-        raise ValueError(f"decayed_weights: {name} has {len(values)} values for {steps} steps. Give one for each step.")
+        raise ValueError(
+            f"decayed_weights: {name} has {len(values)} values for {steps} steps. Write one value for each step."
+        )
     return values[:steps] if values.ndim else np.full(steps, values)

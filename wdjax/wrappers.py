@@ -1,21 +1,21 @@
-"""Around an optimizer that is finished: decay for all of it, or nothing at all for a part of the parameters.
+"""Wrappers around a finished optimizer: one adds weight decay, and one freezes parameters.
 
-`freeze` hides parameters from an optimizer, whatever it is made of, and keeps them bit for bit.
+`freeze` hides parameters from any optimizer, and keeps them bit for bit.
 
-`with_decoupled_decay` decays weights around an optimizer whose update already has the learning rate in it.
+`with_decoupled_decay` decays weights around an optimizer whose update already includes the learning rate.
 
-Inside a chain the place of a decay is the user's to get right. Around a finished optimizer there is only one right
-place, after it, with the learning rate's factor and the sign put in; `with_decoupled_decay` puts them in.
+Inside a chain, the user must put a decay in the right place. Around a finished optimizer, there is only one right
+place: after it, with the factor of the learning rate and the right sign. `with_decoupled_decay` adds both.
 
 Two kinds of optimizers need more than an added term, and get it:
 
 - Some do not step at every update: `optax.MultiSteps` while it accumulates or skips, `optax.apply_if_finite` at a
   NaN. The decay waits with them, and so does its step count.
-- Schedule-free keeps the iterate that it really steps in its state. The decay goes into that iterate, and through its
-  averaging into the weights, as if it stood in the base optimizer.
+- Schedule-free holds the iterate that it really steps in its state. The decay goes into that iterate, and through its
+  averaging into the weights, as if it were in the base optimizer.
 
-Others that rewrite the weights from a state of their own, or that step in part, are refused by name: there the decay
-belongs inside.
+Optimizers that rewrite the weights from their own state, or that step only in part, raise an error. With them, the
+decay belongs inside.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class WithDecoupledDecayState(NamedTuple):
     """The state of `with_decoupled_decay`.
 
     Attributes:
-        decay: the count of real steps, and the anchor if there is one.
+        decay: the count of real steps, and the anchor, if there is one.
         inner_state: the state of the wrapped optimizer.
     """
 
@@ -59,31 +59,31 @@ def with_decoupled_decay(
 
     Rule:   u <- optimizer's u - learning_rate * weight_decay * (p - toward)
     Place:  around the whole optimizer; the result is the last thing before `optax.apply_updates`.
-    Units:  as `decoupled_decay`: per step and per unit of learning rate. One step is one step of the optimizer:
-            under `optax.MultiSteps` the decay acts once per accumulated gradient, and a step that `MultiSteps` or
+    Units:  as `decoupled_decay`: per step and per unit of learning rate. A step is a step of the optimizer. Under
+            `optax.MultiSteps` the decay acts once per accumulated gradient. A step that `MultiSteps` or
             `apply_if_finite` skips does not decay.
     Source: Loshchilov & Hutter 2019; for schedule-free, Defazio et al. 2024 with the decay at y, as
             `optax.contrib.schedule_free_adamw` does.
 
     Args:
         optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
-            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. What decays by
-            itself goes on doing so: `optax.lion` and `optax.adamw` want `weight_decay=0.0`.
-        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        learning_rate: the same number or schedule that the optimizer got. A schedule is called with the wrapper's own
-            count of steps, from 0.
-        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
+            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. An optimizer that
+            decays by itself goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
+        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        learning_rate: the number or schedule that the optimizer has. A schedule is called with the wrapper's own count
+            of steps, from 0.
+        toward: None for zero; a tree like params, which may omit parameters that do not decay (it is a constant of the
             compiled step); or "init" for the values at `init`, kept in the state.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
 
     Raises:
-        TypeError: if `optimizer` is no optimizer.
+        TypeError: if `optimizer` is not an optimizer.
         TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init`: if the optimizer undoes or
-            repeats what is added to it (lookahead, mechanize, COCOB, SAM, conditional steps), or if a part of the
-            parameters is under a `MultiSteps`, `apply_if_finite` or schedule-free of its own.
+            repeats an added decay (lookahead, mechanize, COCOB, SAM, conditional steps), or if part of the parameters
+            has its own `MultiSteps`, `apply_if_finite` or schedule-free.
 
     Warns:
         UserWarning: as `independent_decay`, of weight_decay * learning_rate.
@@ -134,32 +134,32 @@ def with_decoupled_decay(
 
 @checks.known_arguments
 def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """Keeps the parameters of a mask bit for bit; unlike `optax.freeze` it stands around the optimizer, not in a chain.
+    """Keeps the parameters of a mask bit for bit. It goes around the optimizer, not into a chain as `optax.freeze`.
 
-    Zero updates within a chain can be undone by what comes later in it, for example by a decay. The mask of a decay
-    does not stop the gradient. Here the optimizer never sees a frozen parameter. It has no state for it, and the
-    gradient is in no global norm. Whatever was chained or wrapped inside, the update that comes out changes no bit.
+    Zero updates within a chain can be undone by later transformations, for example by a decay. The mask of a decay
+    does not stop the gradient. Here the optimizer never sees a frozen parameter. It has no state for the parameter, and
+    no global norm includes its gradient. Whatever is chained or wrapped inside, the resulting update changes no bit.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
-    Place:  around the whole optimizer: the last thing before `optax.apply_updates`. What is chained behind it may
-            move frozen parameters again.
+    Place:  around the whole optimizer: the last thing before `optax.apply_updates`. A transformation after it may move
+            frozen parameters again.
     Units:  those of the optimizer.
     Source: big_vision's `schedule=[(regex, None)]` does the same. Optax's `selective_transform` gives updates of +0.0,
             which turn a weight of -0.0 into +0.0.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
-        mask: True for what is frozen: `Rules` of booleans such as `only("encoder")`, a tree or prefix tree of
-            booleans, or a function of params that gives one.
+        mask: True for frozen parameters: `Rules` of booleans such as `only("encoder")`, a tree or prefix tree of
+            booleans, or a function of params that returns one.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the others; its `update` needs
-        `params`. Rules inside may still name frozen parameters, and decide on the others as if these were there. To
-        unfreeze, make a new state: the old one has no place for what was frozen.
+        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the other parameters. Its `update`
+        needs `params`. Rules inside may still name frozen parameters, and decide on the others as without freezing. To
+        unfreeze, make a new state, because the old one has no place for frozen parameters.
 
     Raises:
-        TypeError: if `optimizer` is no optimizer, or the mask is none.
-        ValueError: at `init` and `update`: for a mask that does not fit params, or params left out.
+        TypeError: if `optimizer` is not an optimizer, or `mask` is not a mask.
+        ValueError: at `init` and `update`: for a mask that does not fit params, or missing params.
 
     Example:
 
@@ -173,7 +173,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
     where = "freeze"
     inner = checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
     if mask is None:
-        raise TypeError(f"{where}: the mask is None. Say what is frozen: freeze(optimizer, only('encoder')).")
+        raise TypeError(f"{where}: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
         mask._check_booleans(where)
 
@@ -191,7 +191,7 @@ def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
 
 
 class _Frozen:
-    """Which parameters are frozen: how to hide them from an optimizer, and what update keeps them."""
+    """The frozen parameters. It hides them from an optimizer and makes the updates that keep them."""
 
     def __init__(self, mask: Any, params: PyTree):
         self.params = params
@@ -199,7 +199,7 @@ class _Frozen:
         self.flags = flags("freeze", mask, params, self.leaves, of_all=True)
 
     def hidden(self, tree: PyTree, *, is_params: bool = False) -> PyTree:
-        """A tree like params with empty places for what is frozen. Gradients are 0 in the frozen parts of the rest."""
+        """A tree like params with empty places for frozen parameters. Frozen parts have gradients of 0."""
 
         def hide(x: Any, i: int) -> Any:
             flag = self.flags[i]
@@ -210,7 +210,7 @@ class _Frozen:
         return self._mapped(hide, tree)
 
     def hidden_in_argument(self, name: str, value: Any) -> Any:
-        """What line searches and the like get besides: gradients, and functions of all parameters."""
+        """The extra arguments of line searches and the like: gradients, and functions of all parameters."""
         if name == "grad":
             return self.hidden(value)
         if name not in ("value_fn", "obj_fn", "grad_fn"):
@@ -224,7 +224,7 @@ class _Frozen:
         return of_the_others
 
     def kept(self, updates: PyTree, moved: PyTree) -> PyTree:
-        """The updates of the others from `moved`, and for what is frozen those that change no bit."""
+        """The updates in `moved`, and for frozen parameters updates that change no bit."""
         given, _ = self._beside(updates)
 
         def update(new: Any, i: int) -> Any:
@@ -250,12 +250,12 @@ def _where(flag: Any, if_frozen: Any, if_not: Any) -> jax.Array:
 
 
 def _no_update(update: Any, param: Any) -> Any:
-    """What to add to a parameter to keep every bit of it, in the dtype and with the sharding of its update."""
+    """The update that keeps every bit of a parameter, with the dtype and sharding of its own update."""
     if trees.is_decayable(update):
         return _minus_zero(update, param)
     if trees.is_hole(update):
         return _minus_zero(param, param) if trees.is_decayable(param) else update
-    # The gradient of an integer may be of float0, which has no bits; and a key can't be added to.
+    # The gradient of an integer may have the dtype float0, which has no bits. Nothing can be added to a key.
     dtype = getattr(update, "dtype", type(update))
     is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
     return jnp.zeros_like(update) if is_integer else update
@@ -264,9 +264,9 @@ def _no_update(update: Any, param: Any) -> Any:
 def _minus_zero(update: Any, param: Any) -> jax.Array:
     """-0.0 in the shape, dtype and sharding of an update.
 
-    On one device that is a constant, and XLA leaves out its addition. On several, a constant that is returned from jit
-    would lie whole on each of them, unless the explicit axes of a mesh are in its type. There a choice that XLA cannot
-    see through ties it to the parameter: not to the update, or the gradient of what is frozen would be computed for it.
+    On one device it is a constant, and XLA omits its addition. On several devices, a constant that is returned from jit
+    would be replicated on all of them, unless its type has the explicit axes of a mesh. So there a `select` that XLA
+    cannot simplify ties it to the parameter. If it were tied to the update, the frozen gradient would be computed.
     """
     zeros = -jnp.zeros_like(update)
     if is_traced(param) and may_be_split(param) and explicit_axes(zeros) == explicit_axes(param):
@@ -287,24 +287,24 @@ _UNDOING = (
 
 def _refuse_what_undoes_it(state: Any) -> None:
     inside = (
-        "Put the decay inside: there optax.sgd(lr) becomes with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
+        "Put the decay inside: replace optax.sgd(lr) with with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
     )
     if nodes(state, (optax.ApplyEvery,)):
         raise ValueError(
-            "with_decoupled_decay: the optimizer holds optax.apply_every, whose updates are zero at some calls, and a "
-            "decay around it would act at those too. Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, "
-            "learning_rate=lr), which steps once for k gradients."
+            "with_decoupled_decay: the optimizer holds optax.apply_every, whose updates are zero in some calls. A "
+            "decay around it would act in those calls too. Write with_decoupled_decay(optax.MultiSteps(optimizer, k), "
+            "0.1, learning_rate=lr), which steps once for k gradients."
         )
     for node in nodes(state, _UNDOING):
         raise ValueError(
-            f"with_decoupled_decay: the optimizer holds a {type(node).__name__}; it steps in part or rewrites the "
-            f"weights from a state of its own, and a decay added after it would be undone or repeated. {inside}"
+            f"with_decoupled_decay: the optimizer holds a {type(node).__name__}. It steps only in part or rewrites the "
+            f"weights from its own state, so a decay added after it would be undone or repeated. {inside}"
         )
     own = (*SKIPPING, contrib.ScheduleFreeState)
     for node in (found for part in nodes(state, _PARTIAL) for found in nodes(tuple(part), own)):
         raise ValueError(
-            f"with_decoupled_decay: a part of the parameters has a {type(node).__name__} of its own, inside "
-            f"optax.partition or optax.masked, so that no one step is everybody's. {inside}"
+            f"with_decoupled_decay: a part of the parameters has its own {type(node).__name__}, inside "
+            f"optax.partition or optax.masked, so the parameters do not step together. {inside}"
         )
 
 
@@ -315,7 +315,7 @@ def _is_schedule_free(node: Any) -> bool:
 def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
     """For a schedule-free optimizer, the share of a change of its iterate z that reaches the weights y at once.
 
-    z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z', with c the weight of this step in the average.
+    z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z'. Here c is the weight of this step in the average.
     """
     shares = []
     for old, new in zip(*(nodes(state, (contrib.ScheduleFreeState,)) for state in (before, after)), strict=True):

@@ -1,8 +1,8 @@
-"""What an optimizer really does to weights, whoever built it: measured, not read.
+"""Measures what an optimizer really does to weights, whoever built it.
 
-`audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`), draws from what it
-did where, how fast, toward what and in which way each parameter decays (`_measures`), looks for what is not as one
-would expect (`_findings`), and reports it (`_report`): a table to read, and values to assert on.
+`audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`). From the results
+it derives where, how fast, toward what and in which way each parameter decays (`_measures`). It looks for unexpected
+results (`_findings`) and reports them (`_report`): a table to read, and values to assert on.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from ._report import Finding as Finding
 PyTree = Any
 K = TypeVar("K")
 R = TypeVar("R")
-_LONGEST_RUN = 8192  # Steps to see whether a decay survives rounding.
-_SMALL_MODEL = 2**24  # Parameters: so many are probed at full size without being asked to.
+_LONGEST_RUN = 8192  # Most steps for a test whether a decay survives rounding.
+_SMALL_MODEL = 2**24  # Models with at most this many parameters may be probed at full size even without full_size.
 
 
 @checks.known_arguments
@@ -54,38 +54,38 @@ def audit(
     extra_args: Mapping[str, Any] | None = None,
     full_size: bool = False,
 ) -> Audit:
-    """Measures what decay an optimizer applies, wdjax or not: its rate, place, kind and anchor for each parameter.
+    """Measures which decay an optimizer applies, wdjax or not: its rate, place, kind and anchor for each parameter.
 
     The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
-    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so that a large
-    model costs little; rules of wdjax decide on them as on the model itself. Values of `params` are not used.
+    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so a large model
+    costs little. Rules of wdjax decide on the copies as on the model itself. The values of `params` are not used.
 
-    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
-    of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
-    that distance. Run the audit in a notebook or a unit test, before training.
+    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is measured
+    in the first real step with zero gradient. It is the part of that step that changes sign with the weight's distance
+    to the anchor, divided by that distance. Run the audit in a notebook or a unit test, before training.
 
     Args:
-        optimizer: a finished `optax.GradientTransformation`, an `optax.MultiSteps`, or, to see what scales with the
-            learning rate, a function that makes one from a learning rate: `lambda lr: optax.adamw(lr)`.
-        params: a tree of arrays or `jax.ShapeDtypeStruct`s; structure, shapes and dtypes count.
-        expected: the rate that you expect of each parameter in the first real step, a number, a schedule or a
-            `by_path` table; what differs is found.
-        mask: with `expected`: who decays at all; as the `mask` of any wdjax function.
-        learning_rate: the number or schedule that the optimizer has: with a schedule, it is seen whether the decay
-            follows it. For a function it is what the function gets (1e-3 if left out).
-        frozen: a mask, as `freeze` gets it: what is found to move or decay there is wrong.
+        optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
+            a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
+        params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter.
+        expected: the rate that you expect for each parameter in the first real step: a number, a schedule or a
+            `by_path` table. A difference is a finding.
+        mask: with `expected`: which parameters should decay, as the `mask` of any wdjax function.
+        learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
+            follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
+        frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
         steps: the counts at which rates are measured.
-        extra_args: what `update` wants by keyword, the same for all probes: {"value": 1.0}.
-        full_size: whether to probe with arrays of full size: for rules of others that go by size. It costs what a
-            training step costs, some twenty times.
+        extra_args: keyword arguments for `update`, the same for all probes: {"value": 1.0}.
+        full_size: whether to probe with arrays of full size, for rules of other libraries that depend on the size. This
+            costs as much as about twenty training steps.
 
     Returns:
         An `Audit`.
 
     Raises:
-        TypeError: if `optimizer` is no optimizer.
-        TypeError, ValueError: for masks and expected rates, as `decoupled_decay` at `init`; and whatever the optimizer
-            itself raises.
+        TypeError: if `optimizer` is not an optimizer.
+        TypeError, ValueError: for masks and expected rates, as `decoupled_decay` at `init`. Errors of the optimizer
+            itself are passed on.
 
     Example:
 
@@ -97,11 +97,11 @@ def audit(
         Dense_0/bias         1    (3,)  float32  0.0001  update  L2    zero    yes              100%
         Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
         <BLANKLINE>
-        suspect [decays non-weights]: a bias, a norm or another parameter that is no weight of a layer decays \
-('Dense_0/bias'). Give mask=weights_only(), or its .mask to a function of Optax.
+        suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that is not a layer's \
+weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
     """
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # Of rates that vanish and the like: the audit says so itself.
+        warnings.simplefilter("always")  # The audit reports vanishing rates and the like itself.
         return _audit(
             caught, optimizer, params, expected, mask, learning_rate, frozen, steps, extra_args or {}, full_size
         )
@@ -130,7 +130,7 @@ def _audit(
     finished = checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
     leaves = trees.flatten_with_paths(params)
     action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
-    action.init(params)  # Which says at once what does not fit.
+    action.init(params)  # Raises an error at once if something does not fit.
     kept_still = _chosen(where, frozen, params, leaves)
     _try_shapes(optax.with_extra_args_support(finished), params, extra_args)
 
@@ -141,7 +141,7 @@ def _audit(
             first, calls = probes.rhythm()
             return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
 
-    # Some optimizers do not run in float64, and trees and masks with shapes of their own do not fit small copies.
+    # Some optimizers do not run in float64. Optimizers that contain trees with full shapes do not run on small copies.
     size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if trees.is_decayable(leaf))
     sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
     try:
@@ -150,7 +150,7 @@ def _audit(
     except (TypeError, ValueError) as error:
         if sizes == (128,):
             error.add_note(
-                "audit probes large arrays by small copies; if that is why, write audit(..., full_size=True)."
+                "audit probes large arrays with small copies. If that is the cause, write audit(..., full_size=True)."
             )
         raise
     scales: dict[int, bool | None] = dict.fromkeys(facts)
@@ -171,7 +171,7 @@ def _audit(
         drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
         return _with_kept(own, calls, rows, can_run=not (drift or no_number)), drift, no_number
 
-    # Thousands of steps need no large arrays, where small ones will do.
+    # Thousands of steps are slow with large arrays, so small ones come first.
     rows, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
     facts |= {i: facts[i]._replace(is_finite=False) for i in no_number}
     offset = max(first + 1 - calls, 0)
@@ -186,7 +186,7 @@ def _audit(
 
 
 def _try_shapes(transformation: Any, params: PyTree, extra_args: Mapping[str, Any]) -> None:
-    """Raises what the optimizer raises of these parameters, before anything is computed."""
+    """Raises the errors of the optimizer for these parameters, before anything is computed."""
     grads = params.fast if isinstance(params, optax.LookaheadParams) else params
     state = jax.eval_shape(transformation.init, params)
     jax.eval_shape(lambda *args: transformation.update(*args, **extra_args), grads, state, params)
@@ -215,7 +215,7 @@ def _row(
 
 
 def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
-    """The result for the first of these that it runs with."""
+    """The result for the first of these kinds with which it runs."""
     for kind in kinds[:-1]:
         with contextlib.suppress(TypeError, ValueError):
             return run(kind)
@@ -225,7 +225,7 @@ def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
 def _expected(
     action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]], count: int
 ) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest rate that is expected of each parameter."""
+    """The smallest and the largest expected rate of each parameter."""
     terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
     rates = {}
     for (path, _), term in zip(leaves, terms, strict=True):
@@ -267,11 +267,11 @@ def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -
 
 
 def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_written: bool) -> list[float]:
-    """The shares for parameters of low precision: one step of many does nothing, if a writer stands behind them."""
+    """The shares for parameters of low precision, over many steps: with a writer, a single step may change nothing."""
     rates = [abs(row.rate) for row in rows if row.rate]
     if not rates:
         return [1.0] * len(rows)
-    # Four units in the last place of the narrowest, if that is no more than some thousand steps.
+    # Enough steps for four units in the last place of the narrowest dtype, but at most a few thousand.
     narrowest = max(smallest_fraction(row.dtype) for row in rows)
     length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(16 * narrowest / min(rates), 8))))
     wide, ends = (own.trajectory(length, wide=wide) for wide in (True, False))
@@ -279,7 +279,7 @@ def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_wri
     shares = []
     for row in rows:
         i = places[row.path]
-        # Of all weights together: one by one they are rounded by more than they move.
+        # Summed over all weights, because rounding moves a single weight by more than the decay.
         meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
         is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
         shares.append(math.nan if is_written and not is_seen else moved / meant if meant else 1.0)
@@ -287,7 +287,7 @@ def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_wri
 
 
 def _drift(own: Probes) -> str:
-    """How an update changes structure, shapes or dtypes of the state, in words: each change is a compilation."""
+    """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
     state = own.init(own.weights, wide=False)
     before = jax.eval_shape(lambda: state)
     after = own.shapes_after(state)

@@ -1,4 +1,4 @@
-"""What is unexpected in what was measured, and what to write instead: one entry for each, the most harmful first."""
+"""Unexpected measurements, and what to write instead: one entry for each, the most harmful first."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ _DECAYING_ROLES = ("", KERNEL, EMBEDDING, ADAPTER)
 
 
 class Context(NamedTuple):
-    """What is known of one parameter besides its row.
+    """What is known about one parameter in addition to its row.
 
     Attributes:
         facts: what was measured.
-        expected: the smallest and the largest rate that is expected; None if nothing is.
-        is_frozen: whether it is said to be.
-        tolerance: what rates may differ by, relatively.
+        expected: the smallest and the largest expected rate; None if no rate was given.
+        is_frozen: whether the user says that it is frozen.
+        tolerance: by how much rates may differ, relatively.
     """
 
     facts: Facts
@@ -53,45 +53,45 @@ def _is_times(row: Audited, context: Context, factor: float) -> bool:
 def _compared(row: Audited, context: Context) -> str:
     ranges = ((row.least, row.most), context.expected or (0.0, 0.0))
     got, want = (" to ".join(dict.fromkeys((f"{least:.6g}", f"{most:.6g}"))) for least, most in ranges)
-    return f", {got} and not {want} a step"
+    return f": it is {got} per step, not {want}"
 
 
 _CHECKS = (
     _Check(
         "wrong",
         "not finite",
-        "finite weights give updates that are inf or NaN, with zero gradients or with others",
-        "Look at the learning rate, at eps and at the dtype; some optimizers divide by a norm of the gradients.",
+        "finite weights get updates that are inf or NaN, with zero gradients or with nonzero ones",
+        "Look at the learning rate, at eps and at the dtype. Some optimizers divide by a norm of the gradients.",
         lambda row, context: not context.facts.is_finite,
     ),
     _Check(
         "wrong",
         "raw gradients",
-        "the update is the gradient itself, so that the loss is climbed",
-        "optax.masked passes on what its mask leaves out: freeze(optimizer, mask) keeps it, optax.partition gives it "
-        "an optimizer.",
+        "the update is the gradient itself, so each step climbs the loss",
+        "optax.masked returns the raw gradients of parameters outside its mask. To keep these parameters fixed, write "
+        "freeze(optimizer, mask). To train them with another optimizer, use optax.partition.",
         lambda row, context: context.facts.is_raw,
     ),
     _Check(
         "wrong",
         "grows",
         "weights grow where they should decay",
-        "The decay stands on the wrong side of the learning rate: decoupled_decay and optax.add_decayed_weights come "
-        "before it, independent_decay after it.",
+        "The decay is on the wrong side of the learning rate. Put decoupled_decay and optax.add_decayed_weights before "
+        "it, and independent_decay after it.",
         lambda row, context: context.facts.grows,
     ),
     _Check(
         "wrong",
         "diverges",
-        "the rate is 2 or more a step: weights never settle",
-        "Is a factor missing, the learning rate say?",
+        "the rate is 2 or more per step, so weights never settle",
+        "Is a factor missing, such as the learning rate?",
         lambda row, context: row.most >= 2,
     ),
     _Check(
         "wrong",
         "decays frozen",
-        "what is frozen, or what no gradient moves, moves",
-        "freeze(optimizer, mask) around the whole optimizer keeps every bit.",
+        "a parameter moves although it is frozen, or decays although no gradient moves it",
+        "Put freeze(optimizer, mask) around the whole optimizer. It keeps every bit.",
         lambda row, context: (
             (context.is_frozen and context.facts.is_touched)
             or (row.decays and (context.is_frozen or not context.facts.moves))
@@ -108,57 +108,57 @@ _CHECKS = (
         "wrong",
         "decays between steps",
         "a step takes several calls of update, and the decay acts in each of them",
-        "Put the decay inside what accumulates the gradients, or write with_decoupled_decay around it.",
+        "Put the decay inside the wrapper that accumulates the gradients, or with_decoupled_decay around it.",
         lambda row, context: context.facts.is_repeated,
     ),
     _Check(
         "wrong",
         "twice",
         "the decay is twice what is expected",
-        "Two decays act on it: an optimizer that decays by itself, such as optax.adamw or optax.lion, wants "
-        "weight_decay=0.0 beside another.",
+        "Two decays act on it. Set weight_decay=0.0 in an optimizer that decays by itself, such as optax.adamw or "
+        "optax.lion.",
         _is_twice,
     ),
     _Check(
         "wrong",
         "not as expected",
         "the rate is not what is expected",
-        "Are the mask, the rate and the learning rate those that you think?",
+        "Check the mask, the rate and the learning rate.",
         _is_other,
     ),
     _Check(
         "suspect",
         "overshoots",
-        "the rate is 1 or more a step: weights land on zero or jump past it",
-        "continuous_decay and proximal_step(L2(), ...) never overshoot.",
+        "the rate is 1 or more per step, so weights land on zero or jump past it",
+        "Lower the rate, or use continuous_decay or proximal_step(L2(), ...), which never overshoot.",
         lambda row, context: 1 <= row.most < 2,
     ),
     _Check(
         "suspect",
         "decays non-weights",
-        "a bias, a norm or another parameter that is no weight of a layer decays",
-        "Give mask=weights_only(), or its .mask to a function of Optax.",
+        "the decay acts on a bias, a norm or another parameter that is not a layer's weight",
+        "Write mask=weights_only(), or mask=weights_only().mask for Optax.",
         lambda row, context: row.decays and row.role not in _DECAYING_ROLES,
     ),
     _Check(
         "suspect",
         "seen by the moments",
-        "the decay is scaled with the gradient: L2 regularization, no weight decay",
-        "If weight decay is meant, put decoupled_decay after the scaling, as adamw does.",
+        "the decay is scaled with the gradient: this is L2 regularization, not weight decay",
+        "If you want weight decay, put decoupled_decay after the scaling, as adamw does.",
         lambda row, context: row.place == "gradient" and not context.facts.rescaled,
     ),
     _Check(
         "suspect",
         "rescaled",
-        "a norm rescales the decay together with the gradient's part, as a trust ratio does",
-        "What a step takes depends on the gradient, and without one it need not depend on the weight decay at all.",
+        "a norm rescales the decay together with the gradient, as a trust ratio does",
+        "The decay of a step depends on the gradient. With zero gradient it may not depend on weight_decay at all.",
         lambda row, context: context.facts.rescaled,
     ),
     _Check(
         "note",
         "not times the learning rate",
         "the learning rate and its schedule do not scale the decay",
-        "That is independent_decay; decoupled_decay scales with it.",
+        "independent_decay does this. decoupled_decay scales with the learning rate.",
         lambda row, context: row.decays and row.scales_with_learning_rate is False,
     ),
 )
@@ -169,11 +169,11 @@ NAMES = (_DRIFTS, _NARROW, *(check.name for check in _CHECKS), _NOTHING)
 
 
 def findings_of(pairs: Sequence[tuple[Audited, Context]], drift: str, narrow: str, calls: int) -> tuple[Finding, ...]:
-    """The findings: what every parameter shows, how the state changes its types, what a writer warned of."""
+    """The findings: from each parameter, from changes in the types of the state, and from warnings of a writer."""
     found = []
     if drift:
         remedy = (
-            "It is compiled again, and neither jax.lax.scan nor a checkpoint takes it. With low precision, "
+            "So the step is compiled again, and jax.lax.scan and checkpoints fail. With low precision, "
             "in_float32(optimizer) keeps the state in float32 from the start."
         )
         found.append(Finding("wrong", _DRIFTS, drift, remedy))
@@ -190,8 +190,8 @@ def findings_of(pairs: Sequence[tuple[Audited, Context]], drift: str, narrow: st
             Finding(
                 "note",
                 _NOTHING,
-                f"nothing decays, in the first {calls} calls and at the counts tried",
-                "If that is not meant, look at masks and rates.",
+                f"nothing decays in the first {calls} calls or at the tested counts",
+                "If this is not intended, look at masks and rates.",
             )
         )
     return tuple(found)

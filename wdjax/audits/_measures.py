@@ -1,8 +1,8 @@
-"""From what an optimizer did to probes to facts about each leaf: how fast, where, toward what and how it decays.
+"""Derives from the probes' steps how fast, where, toward what and in which way each leaf decays.
 
-With zero gradient, a decay is the part of the step that changes sign with the weights (their distance to the anchor);
-what does not change sign is the anchor's. Beside a gradient it is the same part again: if it is the same number there,
-the decay stands in the update; if not, the gradient's scaling has taken hold of it, or its moments remember it.
+With zero gradient, the decay is the part of the step that changes sign with the weights (their distance to the anchor).
+The part that does not change sign comes from the anchor. With a gradient, the odd part is computed again. If it is the
+same number, the decay is in the update. If not, the decay is scaled with the gradient, or the moments remember it.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from ._probes import Arrays, Probes, Step, positions_of_counters, positions_of_k
 
 
 class Facts(NamedTuple):
-    """What was measured of one leaf.
+    """What was measured for one leaf.
 
     Attributes:
-        rate: the fraction of a weight that the first real step takes; of many weights the median.
-        least, most: the smallest and the largest, where the step is in proportion to the weight.
+        rate: the fraction of a weight that the first real step removes, as the median over the weights.
+        least, most: the smallest and the largest fraction, if the step is proportional to the weight.
         rates: the same at other counts.
-        beside_gradient: the same where there is a gradient.
+        beside_gradient: the same when there is a gradient.
         kind, place, toward: as in `Audited`.
         moves: whether gradients move it.
         is_raw: whether its update is its gradient.
-        is_finite: whether its updates are.
+        is_finite: whether its updates are finite.
         is_touched: whether anything moves it, gradients or not.
-        grows: whether all weights grow that are pulled at.
+        grows: whether the decay makes all weights grow.
         is_repeated: whether it decays in more than one call of a step.
-        rescaled: whether the decay is parallel to the weights beside a gradient, and of another size.
+        rescaled: whether, beside a gradient, the decay keeps its direction but not its size.
     """
 
     rate: float
@@ -49,13 +49,14 @@ class Facts(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Steps from weights at a distance from what the optimizer was initialized with (None: from those themselves).
+    """Steps of the optimizer from different weights and states.
 
     Attributes:
         plus, minus, double, tiny, still: from 1, -1, 2, 1e-6 and 0 times the probe weights, with zero gradient.
         plus_grad, minus_grad: from 1 and -1 times the probe weights, with a gradient.
-        second, fresh: from where `plus` arrived, with zero gradient: with its state, and with a new one at its count.
-        minus_second, minus_fresh, still_second, still_fresh: the same after these; the last two with a gradient.
+        second, fresh: from where `plus` ended, with zero gradient: with its state, and with a new state at its count.
+        minus_second, minus_fresh, still_second, still_fresh: the same after `minus` and `still`; the last two with a
+            gradient.
         foreign: from the probe weights, with zero gradient and the state of `still`.
         later: as `plus` and `minus`, at other counts.
     """
@@ -84,7 +85,7 @@ def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> 
         runs = _run(probes, offset, calls, steps, nudge=probes.gradients)
         return {i: _facts(probes, runs, i, None, nudged=True) for i in probes.indices}
     facts = {i: _facts(probes, runs, i, None) for i in probes.indices}
-    # What does not decay in the first step may do so later.
+    # Leaves that do not decay in the first step may decay later.
     for at_count in steps if runs.later else ():
         late = [i for i in facts if facts[i].kind == "none" and dict(zip(steps, facts[i].rates, strict=True))[at_count]]
         if late:
@@ -92,8 +93,8 @@ def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> 
             facts |= {i: _facts(probes, runs, i, None) for i in late}
     if all(each.kind != "none" for each in facts.values()):
         return facts
-    # Nothing pulls these to zero. Away from where the optimizer was initialized something may pull them back, and so
-    # it does if it keeps weights of its own: those pull all the way, a decay takes a fraction.
+    # The others do not decay to zero, but they may decay to where the optimizer was initialized. An optimizer that
+    # keeps its own copy of the weights also goes back there, but by the whole distance. A decay takes a fraction.
     moved = _run(probes, offset, calls, steps, origin=probes.origin)
     for i, fact in facts.items():
         back = _facts(probes, moved, i, probes.origin)
@@ -103,7 +104,7 @@ def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> 
 
 
 def _is_nan_without_gradient(probes: Probes, runs: _Runs) -> bool:
-    """Whether the optimizer divides zero by zero where there is no gradient at all."""
+    """Whether the optimizer divides zero by zero if all gradients are zero."""
     bare, given = ([step.total(i) for i in probes.indices] for step in (runs.plus, runs.plus_grad))
     return any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given)
 
@@ -118,7 +119,10 @@ def _run(
     nudge: Arrays | None = None,
     at_count: int | None = None,
 ) -> _Runs:
-    """The steps, the first of them at a count; with a nudge, that is the gradient where there would be none."""
+    """All steps. With an origin, the optimizer is initialized there and the weights are offsets from it.
+
+    With a nudge, it replaces the zero gradient. With `at_count`, the first step is taken at that count.
+    """
     zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
     gradients = probes.gradients if nudge is None else probes.scaled(nudge, 2.0)
 
@@ -203,7 +207,7 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged
         else:
             place, rescaled = "gradient", _cosine(beside, odd) > 0.9
     is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + 8 * probes.eps * scale)
-    if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays; noise is drawn again.
+    if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays, but noise changes.
         is_odd = not _same(runs.second.total(i) - odd / w * runs.plus.end()[i], even, 64 * probes.eps * scale, 0.05)
     toward = "init" if origin is not None else "zero" if is_odd else "a tree" if kind.endswith("L2") else ""
     rate, ratios = _rate(odd, w), -np.real(odd / w)
@@ -225,8 +229,8 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged
 
 
 def _is_remembered(runs: _Runs, i: int, noise: Any) -> bool:
-    """Whether a decay comes back in the next step: the state that saw it decays otherwise than one that did not."""
-    # An optimizer with weights of its own goes back to them, all the way, from wherever it is: that is no memory.
+    """Whether a decay comes back in the next step, so that a state that saw it steps differently from a new one."""
+    # An optimizer with its own copy of the weights goes all the way back to it from anywhere. That is not a memory.
     own = _rate(runs.foreign.total(i), runs.plus.start[i] - runs.still.start[i])
     if 0.5 < own < 1.5:
         return False
@@ -234,17 +238,17 @@ def _is_remembered(runs: _Runs, i: int, noise: Any) -> bool:
     fresh = (runs.fresh.total(i) - runs.minus_fresh.total(i)) / 2
     if not np.all(np.isfinite(second)):
         return False
-    # A step size that changed by itself changes what gradients do as well.
+    # If the step size itself changed, steps with a gradient change by the same ratio.
     moved, moved_fresh = runs.still_second.total(i), runs.still_fresh.total(i)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = moved / moved_fresh
     ratio = np.median(ratios[np.isfinite(ratios)]) if np.any(np.isfinite(ratios)) else 1.0
-    # A memory worth the name brings back a tenth and more; estimated step sizes drift by less.
+    # A real memory brings back a tenth or more. Estimated step sizes drift by less.
     return not (_same(second, fresh, noise, 0.05) or _same(second, ratio * fresh, noise, 0.05))
 
 
 def _lands_on_zero(tiny: Step, i: int) -> bool:
-    """Whether weights that are next to zero, if they are moved at all, are moved onto it."""
+    """Whether weights next to zero, if they move at all, move exactly to zero."""
     moved = tiny.total(i)
     return bool(np.any(moved) and np.all((moved == 0) | (moved == -tiny.start[i])))
 
@@ -261,10 +265,10 @@ def _rate(moved: np.ndarray, weights: np.ndarray, *, mean: bool = False) -> floa
 
 
 def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The part of `a` along `b`: that the size of the gradient's step depends on the weights is no decay."""
+    """The part of `a` along `b`. If the size of the gradient's step depends on the weights, that is not a decay."""
     size = float(np.real(np.vdot(b, b)))
     share = float(np.real(np.vdot(b, a))) / size if size else 0.0
-    # Of few elements, all are along each other.
+    # With few elements, any two arrays are nearly parallel.
     return share * b if b.size > 4 or abs(share) < 0.5 else np.zeros_like(b)
 
 
@@ -278,7 +282,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
-    """Whether this is nothing, or what rounding left of updates that are differences of weights."""
+    """Whether this is zero, or only the rounding of updates that are differences of weights."""
     if not np.any(odd):
         return True
     ratios = odd / w
@@ -287,7 +291,7 @@ def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
 
 
 def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
-    """What happens to the pull where weights are twice as large."""
+    """The kind of decay, by how it grows when the weights are doubled."""
     turned = odd / w
     is_real = bool(np.all(np.abs(np.imag(turned)) <= 1e-3 * np.abs(turned)))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Probe weights and gradients, and the optimizer run on them: what it is asked, without what the answers mean."""
+"""Probe weights and gradients, and the optimizer's steps on them. `_measures` interprets the steps."""
 
 import contextlib
 import math
@@ -15,18 +15,18 @@ from ..low_precision import apply_updates
 from ..low_precision._rounding import is_low
 
 PyTree = Any
-Arrays = list[Any]  # A NumPy array for each leaf, None for what is no number.
+Arrays = list[Any]  # A NumPy array for each leaf, None for leaves that are not numbers.
 
-_MOST_CALLS = 64  # To wait for an optimizer that accumulates gradients or warms up.
+_MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
 class Step(NamedTuple):
-    """One real step of an optimizer: as many calls of its `update` as it takes to react to gradients.
+    """One real step of an optimizer, which takes as many calls of `update` as it needs to react to gradients.
 
     Attributes:
-        start: the weights before.
-        moved: what the step added to them, call by call.
-        before, after: its state.
+        start: the weights before the step.
+        moved: what each call added to the weights.
+        before, after: the state before and after the step.
     """
 
     start: Arrays
@@ -39,11 +39,11 @@ class Step(NamedTuple):
         return np.sum([call[i] for call in self.moved], axis=0)
 
     def bare(self) -> "Step":
-        """Without the states, which are large."""
+        """The step without its states, which are large."""
         return self._replace(before=None, after=None)
 
     def end(self) -> Arrays:
-        """The weights after."""
+        """The weights after the step."""
         return [None if start is None else start + self.total(i) for i, start in enumerate(self.start)]
 
 
@@ -51,11 +51,11 @@ class Probes:
     """Small copies of the leaves of a tree, and an optimizer to run on them.
 
     Attributes:
-        leaves: the described leaves, in their true shapes and dtypes.
-        indices: which of them are numbers.
-        weights, origin, gradients: probe values: of either sign and of magnitudes from 0.1 to 2, 0.1 to 2 and 2 to 4.
-        eps: the relative rounding of what is measured.
-        update_eps: the relative rounding of the updates, in the dtype in which they come out.
+        leaves: descriptions of the leaves, with their true shapes and dtypes.
+        indices: the leaves that are numbers.
+        weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
+        eps: the relative rounding error of the measurements.
+        update_eps: the relative rounding error of the updates, in their own dtype.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Probes:
             return [_values(rng, s, leaf.dtype, least, most) if i in self.indices else None for i, (s, leaf) in leaves]
 
         self.weights, self.origin, self.gradients = drawn(0.1, 2.0), drawn(0.1, 2.0), drawn(2.0, 4.0)
-        if isinstance(params, optax.LookaheadParams):  # Else the synchronization of the two looks like a decay.
+        if isinstance(params, optax.LookaheadParams):  # Otherwise the synchronization of the two looks like a decay.
             half = len(found) // 2
             for arrays in (self.weights, self.origin):
                 arrays[half:] = arrays[:half]
@@ -96,11 +96,11 @@ class Probes:
 
     @property
     def tolerance(self) -> float:
-        """What rates may differ by, relatively: float32 may have been at work within."""
+        """By how much rates may differ, relatively. The optimizer may have computed in float32."""
         return max(2e-3, 4 * self.update_eps)
 
     def tree(self, arrays: Arrays, *, wide: bool = True, zeros: bool = False) -> PyTree:
-        """A tree like params with these values; with `wide`, in float64, or low precision at least in float32."""
+        """A tree like params with these values. With `wide`, it is in float64, or low precision becomes float32."""
 
         def leaf(i: int, given: Any) -> Any:
             array = arrays[i]
@@ -135,7 +135,7 @@ class Probes:
             return self._jitted(gradients, state, params)
 
     def steps(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int) -> Step:
-        """The calls of one real step, one after the other, from a state."""
+        """Runs the calls of one real step from a state."""
         params, grads = self.tree(weights), _gradients(self.tree(gradients, zeros=True))
         start, before, moved = self._numbers(params), state, []
         for _ in range(calls):
@@ -147,10 +147,10 @@ class Probes:
         return Step(start, moved, before, state)
 
     def rhythm(self) -> tuple[int, int]:
-        """The first call that makes a real step, from 0, and how many calls make one.
+        """The first call that makes a real step, counted from 0, and how many calls make one.
 
-        A real step reacts to gradients, as `optax.MultiSteps` does in each k-th call; and where in some of these calls
-        nothing happens without a gradient, as in the ascents of SAM, the next one that decays belongs to them.
+        A real step reacts to gradients: with `optax.MultiSteps`, every k-th call does. Some calls react to gradients
+        but do nothing without one, such as the ascents of SAM. They form one step with the next call that decays.
         """
         params = self.tree(self.weights)
         kinds = [
@@ -175,7 +175,7 @@ class Probes:
         return first, calls
 
     def trajectory(self, steps: int, *, wide: bool) -> Arrays:
-        """The probe weights after many calls with zero gradients, in their own dtypes or wide."""
+        """The probe weights after many calls with zero gradients, in their own dtypes or in wide ones."""
         grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=wide, zeros=True))
         params = self.tree(self.weights, wide=wide)
 
@@ -191,14 +191,14 @@ class Probes:
         return self._numbers(params)
 
     def shapes_after(self, state: PyTree) -> PyTree:
-        """The shapes and dtypes of the state after an update of the parameters' own dtypes."""
+        """The shapes and dtypes of the state after an update in the parameters' own dtypes."""
         params = self.tree(self.weights, wide=False)
         grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=False, zeros=True))
         with self._asked_of_true_shapes():
             return jax.eval_shape(lambda: self.optimizer.update(grads, state, params, **self.extra_args)[1])
 
     def without_a_number(self) -> set[int]:
-        """Which leaves get updates that are not finite, in their own dtypes, with zero gradients or with others."""
+        """Leaves whose updates are not finite in their own dtypes, with zero or nonzero gradients."""
         params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
         found: set[int] = set()
         for factor in (0.0, 1.0):
@@ -240,7 +240,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
-    """The shape with no axis longer than this, for arrays that have more elements than four such squares."""
+    """The shape, with its axes cut to `longest` if the array has more than 4 * longest**2 elements."""
     is_large = longest is not None and math.prod(shape) > 4 * longest**2
     return tuple(min(size, longest) for size in shape) if is_large else tuple(shape)  # pyright: ignore[reportArgumentType]
 
@@ -249,14 +249,14 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
     magnitudes = np.exp(rng.uniform(np.log(least), np.log(most), shape))
     if isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating):
         return magnitudes * np.exp(1j * rng.uniform(0, 2 * np.pi, shape))
-    # What the probes are, every dtype that is probed can hold: low precision, too, starts on its own grid.
+    # The values are exact in the parameter's dtype, so low precision does not round them at the start.
     dtype = dtype if isinstance(dtype, np.dtype) else np.dtype(np.float32)
-    signs = rng.permutation(np.resize([1.0, -1.0], math.prod(shape))).reshape(shape)  # As many of each.
+    signs = rng.permutation(np.resize([1.0, -1.0], math.prod(shape))).reshape(shape)  # Half of each.
     return (magnitudes * signs).astype(dtype).astype(np.float64)
 
 
 def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
-    """Which leaves of a state are integers that a step raised by one, or by its number of calls."""
+    """The leaves of a state that are integers and that a step raised by one, or by its number of calls."""
     found = []
     if jax.tree.structure(before) != jax.tree.structure(after):
         return found
@@ -268,7 +268,7 @@ def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
-    """Which leaves of a state are random keys, typed or raw."""
+    """The leaves of a state that are random keys, typed or raw."""
     return [
         i
         for i, leaf in enumerate(jax.tree.leaves(state))
@@ -277,7 +277,7 @@ def positions_of_keys(state: PyTree) -> list[int]:
 
 
 def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyTree:
-    """The state at another step."""
+    """The state with its counters set to a count."""
     leaves, treedef = jax.tree.flatten(state)
     for i in positions:
         leaves[i] = jnp.asarray(count, leaves[i].dtype)
@@ -285,7 +285,7 @@ def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyT
 
 
 def with_counters_of(state: PyTree, other: PyTree, positions: Sequence[int]) -> PyTree:
-    """The state at the step of another state."""
+    """The state with the leaves at these positions taken from another state."""
     leaves, treedef = jax.tree.flatten(state)
     others = jax.tree.leaves(other)
     for i in positions:

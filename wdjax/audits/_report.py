@@ -1,4 +1,4 @@
-"""What an audit found: a row for each parameter, findings ranked by harm, and how a person reads them."""
+"""The result of an audit: a row for each parameter, findings ranked by harm, and the table that is printed."""
 
 import collections
 import dataclasses
@@ -18,24 +18,24 @@ class Audited(NamedTuple):
 
     Attributes:
         path: its canonical path.
-        shape, dtype: of the parameter; the dtype by its name.
-        rate: the fraction of a weight that the first real step takes away with zero gradient (the median, where it is
-            not the same for all); if that step decays nothing, the first of those at `steps` that does. 0.0 where
-            nothing decays, negative where weights grow.
-        least, most: the smallest and the largest of an array with a rate for each layer; else both the rate.
-        rates: pairs of a count and the rate at that count; empty for an optimizer that counts nothing.
-        beside_gradient: the same fraction where there is a gradient.
-        place: "update": added to the finished update; "gradient": the moments see it, or the gradient's scaling takes
-            hold of it; "weights": a rule for the weights after the step; "none".
-        kind: "L2": in proportion to the weight; "L1": of one size for all weights; "norm": in proportion to the
-            weight over a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "none".
-        toward: "zero"; "init": the weights that the optimizer was initialized with; "a tree": others; "" for no decay.
-        scales_with_learning_rate: whether another learning rate makes another rate; None where that was not to be seen.
-        kept: the share of the decay that is left after rounding to the parameter's dtype; 1.0 where it all is; NaN
-            where it can't be seen: the state changes its dtypes, updates are no numbers, or a writer would need more
+        shape, dtype: the shape and the name of the dtype of the parameter.
+        rate: the fraction of a weight that the first real step removes with zero gradient (the median if it differs
+            between weights). If that step decays nothing, the fraction at the first of `steps` that does. 0.0 if
+            nothing decays, negative if weights grow.
+        least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
+        rates: pairs of a count and the rate at that count; empty for an optimizer without a count.
+        beside_gradient: the same fraction when there is a gradient.
+        place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the
+            gradient; "weights": a rule for the weights after the step; "none".
+        kind: "L2": proportional to the weight; "L1": the same size for all weights; "norm": proportional to the weight
+            divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "none".
+        toward: "zero"; "init": the weights at the optimizer's `init`; "a tree": others; "" for no decay.
+        scales_with_learning_rate: whether the rate changes with the learning rate; None if the audit can't tell.
+        kept: the share of the decay that remains after rounding to the parameter's dtype; 1.0 if all of it remains. NaN
+            if it can't be measured: the state changes its dtypes, updates are not finite, or a writer would need more
             steps than were run.
-        role: what the parameter is by its name and shape, as `weights_only` tells it: "kernel", "bias", "norm", ...;
-            "" where nothing tells.
+        role: what the parameter is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if
+            unknown.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Audited(NamedTuple):
 
     @property
     def decays(self) -> bool:
-        """Whether anything pulls at it, with whatever result."""
+        """Whether any decay acts on it, even if rounding removes it."""
         return self.kind != "none"
 
 
@@ -63,11 +63,11 @@ class Finding(NamedTuple):
     """Something that a reader of the code would not expect.
 
     Attributes:
-        harm: "wrong": the training is not what is written; "suspect": probably not what is meant; "note".
-        name: a word for it, to allow it in a test.
+        harm: "wrong": the training is not what the code says; "suspect": probably not what you want; "note".
+        name: its name, which `assert_audit` can allow.
         message: what was measured.
         remedy: what to write instead.
-        paths: the parameters it is about; empty for all.
+        paths: the parameters that it concerns; empty for all.
     """
 
     harm: str
@@ -91,9 +91,9 @@ class Audit:
     Attributes:
         parameters: a row for each parameter that is a number, in the order of the tree.
         findings: what is unexpected, the most harmful first.
-        calls_per_step: how many calls of `update` make one real step, as under `optax.MultiSteps`.
-        first_step: the first call that moved anything when given gradients, from 0: later than calls_per_step - 1
-            under a learning rate that warms up from zero.
+        calls_per_step: how many calls of `update` make one real step. It is more than 1 under `optax.MultiSteps`.
+        first_step: the first call, counted from 0, in which gradients moved anything. It is later than
+            calls_per_step - 1 if the learning rate warms up from zero.
     """
 
     parameters: tuple[Audited, ...]
@@ -118,7 +118,7 @@ class Audit:
     def table(self) -> str:
         """The rows alone; repeated blocks are one line."""
         lines = _table.in_columns(_HEADER, _lines(self.parameters), ("arrays", "shape", "dtype", "rate", "kept"))
-        steps = [f"\na real step every {self.calls_per_step} calls of update"] if self.calls_per_step > 1 else []
+        steps = [f"\none real step every {self.calls_per_step} calls of update"] if self.calls_per_step > 1 else []
         return "\n".join((*lines, *steps))
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ class Audit:
 
 
 def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
-    """One line for the parameters that differ in the numbers of their paths only."""
+    """One line for all parameters whose paths differ only in their numbers."""
     groups: dict[object, list[Audited]] = collections.defaultdict(list)
     for row in rows:
         cells = _cells(row)
@@ -147,7 +147,7 @@ def _cells(row: Audited) -> tuple[str, ...]:
 
 
 def _rates(row: Audited) -> str:
-    """The rate; the smallest and the largest; or, if it changes with the count, the first and the largest or last."""
+    """The rate; its smallest and largest value; or, if it changes with the count, the first and the largest or last."""
     if f"{row.least:.3g}" != f"{row.most:.3g}":
         return f"{row.least:.3g} to {row.most:.3g}"
     if len({f"{rate:.3g}" for rate in (row.rate, *(rate for _, rate in row.rates))}) == 1:

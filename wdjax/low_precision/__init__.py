@@ -1,19 +1,19 @@
-"""Parameters in bfloat16, float16 or float8: what must stand around a chain so that small steps are not rounded away.
+"""Wrappers and writers that keep small steps from being rounded away in bfloat16, float16 or float8.
 
-`optax.apply_updates` rounds params + update to the dtype of params. In bfloat16 a change of less than 2^-9 of a
-weight is rounded back (float16: 2^-12, float8_e4m3fn: 2^-5), and a decay is such a change in every step, so it never
-happens. Two things are lost, and each has its own remedy:
+`optax.apply_updates` rounds params + update to the dtype of params. In bfloat16, rounding undoes a change of less than
+2^-9 of a weight (float16: 2^-12, float8_e4m3fn: 2^-5). A decay is such a change in every step, so it never happens. It
+is lost in two places, and each has its own remedy:
 
-- *Within* the optimizer the decay is a small number beside a large one. `in_float32` wraps the optimizer, so that its
-  arithmetic and its state are in float32, whatever the parameters are in.
-- *At the end* the step is a small number beside the weight. A writer stands last in the chain and gives
-  `optax.apply_updates` an update that lands on a number that it chose: one drawn at random with the right mean
-  (`stochastic_rounding`), the nearest to what was meant since the last step (`compensated`), or the nearest to a
+- *Within* the optimizer, the decay is a small number beside a large one. `in_float32` wraps the optimizer, so its
+  arithmetic and its state are in float32, whatever the dtype of the parameters.
+- *At the end*, the step is a small number beside the weight. A writer is the last in the chain. With its update,
+  `optax.apply_updates` lands on a number that the writer chose: one drawn at random with the right mean
+  (`stochastic_rounding`), the nearest after earlier rounding errors are added back (`compensated`), or the nearest to a
   float32 copy of the weights (`master_weights`).
 
     optax.chain(in_float32(adamw(3e-4, 0.1, mask)), stochastic_rounding(seed=0))
 
-Nothing may follow a writer that changes the update: a decay behind it is rounded away again.
+Nothing after a writer may change the update. A decay behind it is rounded away again.
 """
 
 from typing import Any
@@ -40,24 +40,24 @@ PyTree = Any
 def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer in float32 on gradients and parameters of lower precision.
 
-    In bfloat16 the sum of a direction and a decay loses the decay where it is less than 2^-9 of the direction, and a
-    second moment with b2 = 0.999 never moves. Here neither does.
+    In bfloat16, the sum of a direction and a decay loses the decay if it is less than 2^-9 of the direction, and a
+    second moment with b2 = 0.999 never moves. In float32 neither happens.
 
     Rule:   u <- optimizer's u for the gradients, the parameters and a state in float32; u stays in float32
-    Place:  around the optimizer, and behind it, last in the chain, a writer: `stochastic_rounding`, `compensated` or
+    Place:  around the optimizer. Behind it, last in the chain, comes a writer: `stochastic_rounding`, `compensated` or
             `master_weights`.
-    Units:  those of the optimizer. The state is as large as for float32 parameters: Adam keeps 8 bytes a parameter.
+    Units:  those of the optimizer. The state is as large as for float32 parameters: 8 bytes per parameter for Adam.
     Source: torchao's low-bit optimizers compute in float32 as well.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. Where
-        parameters and gradients have float32 or more, it changes nothing.
+        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. If parameters
+        and gradients are in float32 or wider, it changes nothing.
 
     Raises:
-        TypeError: if `optimizer` is no optimizer.
+        TypeError: if `optimizer` is not an optimizer.
         ValueError: at `init`, if a writer is inside.
 
     Example:
@@ -75,7 +75,7 @@ def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         state = inner.init(_widened(params))
         if nodes(state, WRITERS) and any(map(is_low, jax.tree.leaves(params))):
             raise ValueError(
-                "in_float32: the optimizer holds a writer, which would see float32 parameters and write nothing. "
+                "in_float32: the optimizer holds a writer, which would see float32 parameters and do nothing. "
                 "Put it behind: optax.chain(in_float32(optimizer), compensated())."
             )
         return state
@@ -87,9 +87,9 @@ def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Adds updates to parameters of any dtype: `optax.apply_updates`, for float8 as well.
+    """Adds updates to parameters of any dtype: `optax.apply_updates` that also works with float8.
 
-    Optax leaves the sum to JAX's promotion of dtypes, and of float8 and float32 there is none.
+    Optax relies on JAX's dtype promotion, which is not defined for float8 and float32.
 
     The sum is computed in at least float32 and rounded to the nearest number in the dtype of the parameter. Call it in
     the training step instead of `optax.apply_updates`. For other dtypes both do the same.
@@ -99,7 +99,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         updates: a tree of the same structure.
 
     Returns:
-        The new parameters, in the dtypes of the old. None stays None.
+        The new parameters, with the dtypes of the old ones. None stays None.
 
     Raises:
         ValueError: if the trees differ in structure.

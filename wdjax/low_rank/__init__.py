@@ -32,7 +32,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.unstable import varying_axes
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
-from ._pairs import WHERE, WRITE_PAIRS, Pair, checked, factors_of, has
+from ._pairs import WHERE, WRITE_PAIRS, Pair, checked_pairs, factors_of, has
 
 PyTree = Any
 
@@ -112,7 +112,7 @@ def decoupled_lora_decay(
         {'lora_a': -0.125, 'lora_b': -0.25}
     """
     rates, scales = Action(WHERE, {"weight_decay": weight_decay}, mask), Action(WHERE, {"scale": scale})
-    given = checked(pairs)
+    given = checked_pairs(pairs)
 
     def init_fn(params: PyTree) -> DecayState:
         leaves = trees.flatten_with_paths(params)

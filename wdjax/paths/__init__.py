@@ -1,31 +1,32 @@
-"""Which parameters: rule sets, decided from names, shapes and dtypes while tracing, never from values.
+"""Rule sets: they decide on each parameter by its name, shape and dtype while tracing, never by its values.
 
-What they have in common is `Rules` (`_rules`): a value for each parameter, a boolean (a mask), a rate, a multiplier, a
-schedule, or a text (a label for `optax.partition`). They are made by
+All rule sets are `Rules`. They give each parameter a value: a boolean (a mask), a rate, a multiplier, a schedule, or a
+string (a label for `optax.partition`). These functions make them:
 
-- `by_path`, `only`, `all_but` (`_tables`): a table from patterns to values, in which the first rule that matches wins;
-- `weights_only` (`_standard`): the weights of layers and nothing else, told from names and shapes (`_roles`) or from
-  the modules of a model (`_modules`), to which `register_layer` adds your own;
-- `by_depth` and `by_width` (`_depth`, `_width`): multipliers from a block's depth and a matrix's width.
+- `by_path`, `only`, `all_but` (`_tables`): a table from patterns to values. The first rule that matches wins.
+- `weights_only` (`_standard`): selects the weights of layers and nothing else. It goes by names and shapes (`_roles`)
+  or by the modules of a model (`_modules`). `register_layer` adds your own layers.
+- `by_depth` and `by_width` (`_depth`, `_width`): multipliers from the depth of a block or the width of a matrix.
 
-Each may be a value, a pattern (if it is a mask), the default or a factor of another.
+A rule set may be a value, a pattern (if it is a mask), the default or a factor of another rule set.
 
 A pattern (`_patterns`) is one of
 
-- a text: a shell pattern, case-sensitive. `*`, `?` and `[...]` stay within a segment of the path, `**` spans any
-  number of segments. Without "/" it is compared with each segment, at any depth (`"bias"`, `"LayerNorm_*"`); with
-  "/" it is compared with the path from the root (`"encoder/**/kernel"`). Matching an inner node takes all below it;
-- a compiled regular expression, which must match the whole path: `re.compile(r".*/kernel")`;
-- a predicate, a function of a `Leaf` (path, shape, dtype): `lambda leaf: leaf.ndim >= 2`;
-- a mask by rules, which matches where it is True: `weights_only()`;
-- a tuple of these, any of which may match.
+- a string: a shell pattern, case-sensitive. `*`, `?` and `[...]` stay within a segment of the path. `**` spans any
+  number of segments. Without "/" the pattern is compared with each segment, at any depth (`"bias"`, `"LayerNorm_*"`).
+  With "/" it is compared with the path from the root (`"encoder/**/kernel"`). An inner node includes all below it.
+- a compiled regular expression, which must match the whole path: `re.compile(r".*/kernel")`.
+- a predicate, which is a function of a `Leaf` (path, shape, dtype): `lambda leaf: leaf.ndim >= 2`.
+- a mask made of rules, which matches where it is True: `weights_only()`.
+- a tuple of these. It matches where any of them does.
 
-`syntax=` reads texts as other libraries do, as regular expressions or as pieces of a path.
+`syntax=` reads strings as other libraries do: as regular expressions or as parts of a path.
 
-The canonical path of a parameter is its keys joined by "/", the same in every library; `canonical_paths` lists them.
+The canonical path of a parameter is its keys joined by "/". It is the same in every library. `canonical_paths` lists
+the paths.
 
-A rule that matches nothing, a rule that never decides because earlier ones take all it matches, and a parameter that
-no rule covers are errors: a typo in a pattern stops the program before the first step.
+Three things raise an error: a rule that matches nothing, a rule that never decides because earlier rules match the same
+parameters first, and a parameter without a rule. So a typo in a pattern stops the program before the first step.
 """
 
 from .._engine.rules import Rules as Rules

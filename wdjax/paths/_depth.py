@@ -1,4 +1,4 @@
-"""Multipliers from the depth of a block: layer-wise decay, for lists, numbered names and stacked layers."""
+"""Layer-wise decay: multipliers from the depth of a block, for lists, numbered names and stacked layers."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ _NUMBER = r"(\d+)"
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ByDepth(Rules, kind="by_depth"):
-    """factor ** (blocks above); the depth of a block is the rank of its number among all that there are."""
+    """factor ** (number of blocks above). The depth of a block is the rank of its number among all blocks."""
 
     blocks: tuple[Pattern, ...]
     factor: float
@@ -37,8 +37,8 @@ class ByDepth(Rules, kind="by_depth"):
             if not found:
                 shown = _patterns.show((pattern,))
                 raise ValueError(
-                    f"{tree.where}: by_depth: {shown} matches no parameter, where '*' stands for a number. Write "
-                    f"by_depth('Block_*', ...), by_depth('layers/*', ...), or for layers stacked along an axis "
+                    f"{tree.where}: by_depth: {shown} matches no parameter. Here '*' stands for a number. Write "
+                    f"by_depth('Block_*', ...) or by_depth('layers/*', ...). For layers stacked along an axis, write "
                     f"by_depth('blocks', ..., axis=0). "
                     f"The nearest paths: {_patterns.nearest(shown, [leaf.path for leaf in tree.leaves])}."
                 )
@@ -54,7 +54,7 @@ class ByDepth(Rules, kind="by_depth"):
 
     @staticmethod
     def _numbers(tree: Tree, pattern: Pattern) -> dict[int, tuple[int, ...]]:
-        """The numbers in the path of each leaf that the pattern matches; a group that took no part is 0."""
+        """The numbers in the path of each leaf that the pattern matches. A group that did not match counts as 0."""
         if isinstance(pattern, str):
             match: Callable[[str], re.Match[str] | None] = _patterns.compiled(pattern, _NUMBER).search
         else:
@@ -68,17 +68,17 @@ class ByDepth(Rules, kind="by_depth"):
                 continue
             if not all(group is None or group.isdecimal() for group in found.groups()):
                 raise ValueError(
-                    f"{tree.where}: by_depth: the groups of {_patterns.show((pattern,))} must be numbers, and in "
-                    f"{leaf.path!r} they are {found.groups()}. Write (?:...) around what is no number."
+                    f"{tree.where}: by_depth: the groups of {_patterns.show((pattern,))} must be numbers, but in "
+                    f"{leaf.path!r} they are {found.groups()}. Write (?:...) for a group that is not a number."
                 )
             numbers[i] = tuple(int(group or 0) for group in found.groups())
             place = leaf.path[: found.end(len(found.groups()))]
             if isinstance(pattern, str) and places.setdefault(numbers[i], place) != place:
                 raise ValueError(
-                    f"{tree.where}: by_depth: {pattern!r} finds {places[numbers[i]]!r} and {place!r}, which have one "
-                    "number. Write all the numbers, by_depth('stages/*/blocks/*', ...); a rule set for each stack, "
-                    "by_path({'encoder': by_depth('encoder/Block_*', ...), ...}); or if they are of one depth, both, "
-                    "by_depth(('encoder/Block_*', 'decoder/Block_*'), ...)."
+                    f"{tree.where}: by_depth: {pattern!r} finds {places[numbers[i]]!r} and {place!r}, which have the "
+                    "same number. Include all numbers: by_depth('stages/*/blocks/*', ...). Or write one rule set for "
+                    "each stack: by_path({'encoder': by_depth('encoder/Block_*', ...), ...}). If equal numbers mean "
+                    "equal depth, give both patterns: by_depth(('encoder/Block_*', 'decoder/Block_*'), ...)."
                 )
         return numbers
 
@@ -86,7 +86,7 @@ class ByDepth(Rules, kind="by_depth"):
         assert self.axis is not None
         everyone = range(len(tree.leaves))
         found = set().union(*(_patterns.matching(tree, pattern, everyone, everyone) for pattern in self.blocks))
-        # What `freeze` hides counts too: it says what stood there.
+        # Leaves that `freeze` hides count too, because they keep their shape and dtype.
         found = {i for i in found - first if trees.is_decayable(tree.leaves[i])}
         deciding = found.intersection(asked)
         sizes: dict[int, str] = {}
@@ -96,22 +96,23 @@ class ByDepth(Rules, kind="by_depth"):
                 if not deciding:
                     continue
                 raise ValueError(
-                    f"{tree.where}: by_depth: axis={self.axis} should count the layers stacked in {leaf.path!r}, whose "
-                    f"shape is {leaf.shape}. If it is not stacked, leave it out: "
+                    f"{tree.where}: by_depth: axis={self.axis} does not exist in {leaf.path!r}, whose shape is "
+                    f"{leaf.shape}. It should count the stacked layers. If this array is not stacked, exclude it: "
                     f"by_path({{{leaf.path!r}: 1.0}}, default=by_depth(...))."
                 )
             sizes.setdefault(leaf.shape[self.axis], leaf.path)
         if len(sizes) > 1:
             shown = ", ".join(f"{size} in {path!r}" for size, path in sizes.items())
             raise ValueError(
-                f"{tree.where}: by_depth: the stacked layers are not of one number along axis {self.axis}: {shown}. "
-                "Give by_depth the pattern of one stack, and join two by by_path({'stack_1': by_depth(...), ...})."
+                f"{tree.where}: by_depth: the arrays have different numbers of layers along axis {self.axis}: {shown}. "
+                "Give by_depth the pattern of one stack. Combine several stacks with "
+                "by_path({'stack_1': by_depth(...), ...})."
             )
         if not sizes and first & tree.required & set(asked):
             raise ValueError(
-                f"{tree.where}: by_depth: what {_patterns.show(self.blocks)} matches is hidden here (None, or by "
-                "optax.masked), so the number of layers above what is first is not known. Build the tree on all "
-                "parameters, or write the multiplier of what is first by by_path."
+                f"{tree.where}: by_depth: all parameters that {_patterns.show(self.blocks)} matches are hidden here "
+                "(they are None, or optax.masked hides them), so the number of layers is unknown. Build the tree "
+                "on all parameters, or give the parameters of `first` their multiplier with by_path."
             )
         count = next(iter(sizes), 0)
         values, reason = tuple(self.factor ** (count - k) for k in range(count)), f"{count} stacked blocks"
@@ -140,32 +141,32 @@ class ByDepth(Rules, kind="by_depth"):
 
 @checks.known_arguments
 def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = None) -> Rules:
-    """Multipliers that fall by a factor from each block of a model to the one below it: layer-wise decay.
+    """Layer-wise decay: multipliers that change by a factor from each block of a model to the one below it.
 
-    Rule:   with N blocks, block i (from 0) has factor^(N - i), what is `first` factor^(N + 1), all the rest 1. Blocks
-            are counted in the order of their numbers, wherever these start and whatever is missing.
+    Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and everything else has 1.
+            Blocks are ordered by their numbers. The numbers may start anywhere and have gaps.
     Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. timm and BEiT apply it to
-            the learning rate, and so to the decay that it multiplies: multiply the updates at the end of the chain by
-            `by_depth(...).values(params)`.
+            the learning rate, and so to the decay that the learning rate multiplies. To do the same, multiply the
+            updates at the end of the chain by `by_depth(...).values(params)`.
     Source: BEiT (arXiv 2106.08254); timm's `param_groups_layer_decay`, where the last norm counts as the last block:
             `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
 
     Args:
-        blocks: the pattern of the blocks, where "*" stands for a number, as `"Block_*"`, `"layers/*"` or
-            `"stages/*/blocks/*"` (ordered by the first number, then by the second); or a compiled regular expression
-            for the whole path, whose groups are the numbers (one that took no part is 0); or a tuple of these, where
-            what has the same numbers is of one depth. With `axis` an ordinary pattern.
-        factor: from each block to the one below, > 0.
-        first: the patterns of what lies before the first block: embeddings, the stem.
-        axis: for blocks that are stacked in one array, as `nn.scan` does: the axis that counts them. Each slice
-            then has its own multiplier.
+        blocks: the pattern of the blocks, in which "*" stands for a number: `"Block_*"`, `"layers/*"` or
+            `"stages/*/blocks/*"` (ordered by the first number, then by the second). Or a compiled regular expression
+            for the whole path, whose groups are the numbers (a group that did not match counts as 0). Or a tuple of
+            these: blocks with the same numbers then have the same depth. With `axis`, it is an ordinary pattern.
+        factor: the factor from each block to the one below, > 0.
+        first: the patterns of everything before the first block: embeddings, the stem.
+        axis: the axis that counts the blocks, if they are stacked in one array as by `nn.scan`. Each slice then has its
+            own multiplier.
 
     Returns:
-        `Rules` of multipliers: times a rate they are a rate for any wdjax function.
+        `Rules` of multipliers. Multiplied by a rate, they are a rate for any wdjax function.
 
     Raises:
-        TypeError, ValueError: for a pattern that is none or a factor that is not > 0. At `init` and `update`: for a
-            pattern that matches nothing or finds two blocks of one number, or stacks of different heights.
+        TypeError, ValueError: for an invalid pattern, or a factor that is not > 0. At `init` and `update`: for a
+            pattern that matches nothing or finds two blocks with the same number, or for stacks of different lengths.
 
     Example:
 
@@ -176,19 +177,22 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     """
     factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
     if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
-        raise TypeError(f"by_depth: axis counts stacked blocks, got {axis!r}. Write axis=0, or leave it out.")
-    checked = _patterns.checked("by_depth", blocks)
-    for pattern in checked if axis is None else ():
+        raise TypeError(
+            f"by_depth: axis must be an integer, the axis of the stacked blocks, got {axis!r}. "
+            "Write axis=0, or leave it out."
+        )
+    patterns = _patterns.checked_patterns("by_depth", blocks)
+    for pattern in patterns if axis is None else ():
         if isinstance(pattern, str):
             if not _patterns.compiled(pattern, _NUMBER).groups:
                 raise ValueError(
                     f"by_depth: {pattern!r} has no '*' for the number of a block. Write by_depth('{pattern}_*', "
-                    f"{factor}) or by_depth('{pattern}/*', {factor}); by_depth('{pattern}', {factor}, axis=0) for "
-                    "blocks that are stacked in one array."
+                    f"{factor}) or by_depth('{pattern}/*', {factor}). For blocks that are stacked in one array, write "
+                    f"by_depth('{pattern}', {factor}, axis=0)."
                 )
         elif not isinstance(pattern, re.Pattern) or not pattern.groups:
             raise TypeError(
-                f"by_depth: the blocks are a text with '*' for the number, or a regular expression with a group for "
+                f"by_depth: blocks must be a string with '*' for the number, or a regular expression with a group for "
                 f"it, got {_patterns.show((pattern,))}. Write by_depth('Block_*', {factor})."
             )
-    return ByDepth(checked, factor, _patterns.checked("by_depth", first) if first != () else (), axis)
+    return ByDepth(patterns, factor, _patterns.checked_patterns("by_depth", first) if first != () else (), axis)

@@ -1,6 +1,6 @@
-"""What the modules of a model say of its parameters: the type of the layer that holds each, whatever it is called.
+"""The type of the layer that holds each parameter of a model, whatever the parameter is called.
 
-The libraries are never imported: a model of one means that it is imported already.
+The libraries are never imported here. If a model comes from one, it is imported already.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from ._roles import EMBEDDING, KERNEL, Role
 
 PyTree = Any
 _LIBRARIES = ("flax.linen.", "flax.nnx.", "equinox.nn.", "haiku.")
-# Classes of the libraries that have no parameters, for people to inherit from.
+# Base classes of the libraries, which have no parameters.
 _BASES = ("Module", "Sequential", "List", "Dict", "RNNCellBase")
 _VARIABLES_OF_STATE = ("BatchStat", "Cache", "Intermediate", "RngState", "Perturbation")
 _ALIKE = "an nnx.Module, an equinox.Module, or a Linen module with its inputs"
@@ -25,8 +25,8 @@ class Owner(NamedTuple):
     """The module that holds a parameter.
 
     Attributes:
-        name: of its class, or of the library's layer that this is a subclass of.
-        is_library: whether it is a layer of a library.
+        name: the name of its class, or of the library layer that it inherits from.
+        is_library: whether it is a library layer.
     """
 
     name: str
@@ -51,19 +51,19 @@ _REGISTRY: dict[type, _Registered] = {}
 
 @checks.known_arguments
 def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequence[str] = ()) -> None:
-    """Says of a layer class of your own which of its parameters are weights, for `weights_only(model)`.
+    """Tells `weights_only(model)` which parameters of your own layer class are weights.
 
-    What the layer holds itself and isn't named here doesn't decay; what its submodules hold is theirs. It goes for
-    subclasses too, and a second call for the same class replaces the first.
+    The layer's other parameters don't decay. Parameters of its submodules are not affected. The call also applies to
+    subclasses. A second call for the same class replaces the first.
 
     Args:
-        layer: the class: of an NNX, Equinox or Linen module.
+        layer: the class of an NNX, Equinox or Linen module.
         weights: the names of its parameters that decay.
-        embeddings: the names of its tables, which decay unless `weights_only(embeddings=False)`.
+        embeddings: the names of its tables, which decay except with `weights_only(embeddings=False)`.
 
     Raises:
-        TypeError: if `layer` is no class, or the names are no sequence of texts. By `weights_only(model)`, a
-            ValueError: if no layer of the class has a parameter of such a name.
+        TypeError: if `layer` is not a class, or the names are not a sequence of strings. `weights_only(model)` raises
+            a ValueError if no layer of the class has a parameter with one of the names.
 
     Example:
 
@@ -90,28 +90,26 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
 
 
 def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> dict[str, Owner | Role]:
-    """What holds every parameter of a model by canonical path, or what it is where that is said."""
+    """The owner of each parameter of a model by canonical path, or its role where that is already known."""
     if inspect.isclass(model):
-        raise TypeError(
-            f"weights_only: got the class {model.__name__}. Give a module, an instance of it: {model.__name__}(...)."
-        )
+        raise TypeError(f"weights_only: got the class {model.__name__}. Give an instance of it: {model.__name__}(...).")
     if _is_a(model, "flax.linen", "Module"):
         return _checked(_owners_in_linen(model, inputs, call_kwargs))
     if not _has_modules(model):
         raise TypeError(
-            f"weights_only: a model is {_ALIKE}, got {type(model).__name__}. Of parameters alone names and shapes "
-            "tell: weights_only()."
+            f"weights_only: the model must be {_ALIKE}, got {type(model).__name__}. If you have only parameters, write "
+            "weights_only(), which goes by names and shapes."
         )
     if inputs or call_kwargs:
         raise TypeError(
-            f"weights_only: inputs are for a Linen module, whose parameters appear when it is called; "
-            f"{type(model).__name__} holds its own. Write weights_only(model)."
+            f"weights_only: only a Linen module needs inputs, because its parameters appear when it is called. "
+            f"{type(model).__name__} holds its parameters. Write weights_only(model)."
         )
     return _checked(_owners_in_tree(model))
 
 
 def _checked(owners: Iterator[tuple[str, Owner | Role | _Own]]) -> dict[str, Owner | Role]:
-    """The owners with the roles that were registered; refuses a registered name that no layer of its class has."""
+    """The owners, with the registered roles. Raises an error for a registered name that no layer of its class has."""
     found: dict[str, Owner | Role] = {}
     held: dict[type, set[str]] = {}
     for path, owner in owners:
@@ -123,8 +121,8 @@ def _checked(owners: Iterator[tuple[str, Owner | Role | _Own]]) -> dict[str, Own
         missing = [name for name in (*_REGISTRY[layer].weights, *_REGISTRY[layer].embeddings) if name not in names]
         if missing:
             raise ValueError(
-                f"register_layer: {layer.__name__} was registered with {missing[0]!r}, and in this model it has "
-                f"{sorted(names)}. Write register_layer({layer.__name__}, weights=(...)) with the names that it has."
+                f"register_layer: {layer.__name__} was registered with {missing[0]!r}, but in this model it has "
+                f"{sorted(names)}. Write register_layer({layer.__name__}, weights=(...)) with names that it has."
             )
     return found
 
@@ -152,9 +150,9 @@ def _owners_in_linen(
             variables = jax.eval_shape(init, jax.random.key(0), arrays)
         except Exception as error:
             raise TypeError(
-                f"weights_only: {type(model).__name__}.init failed on the inputs that were given, {len(inputs)} of "
-                f"them: {error} Write weights_only(model, x), with what model.init gets, and "
-                "call_kwargs={'train': False} for its keyword arguments."
+                f"weights_only: {type(model).__name__}.init failed with {len(inputs)} input{'s' * (len(inputs) != 1)}. "
+                "Write weights_only(model, x), with the arguments of model.init, and call_kwargs={'train': False} for "
+                f"its keyword arguments. The error of init: {error}"
             ) from error
     for collection, tree in variables.items():
         for path, _ in trees.flatten_with_paths(tree):
@@ -167,7 +165,7 @@ def _owners_in_linen(
 
 
 def _owners_in_tree(model: Any) -> Iterator[tuple[str, Owner | Role | _Own]]:
-    """The owners in a model that is itself a tree of its parameters."""
+    """The owners in a model that is itself the tree of its parameters."""
     for path, leaf, start, kind in _held(model, (), 0, type(model), frozenset()):
         if any(_is_a(leaf, "flax.nnx", name) for name in _VARIABLES_OF_STATE):
             yield "/".join(path), Role("statistic", f"a {type(leaf).__name__}")
@@ -178,14 +176,17 @@ def _owners_in_tree(model: Any) -> Iterator[tuple[str, Owner | Role | _Own]]:
 def _held(
     node: Any, path: tuple[str, ...], start: int, kind: type, above: frozenset[int]
 ) -> Iterator[tuple[tuple[str, ...], Any, int, type]]:
-    """Every array, number or NNX Variable below a node, its path, how much of it leads to its module, and that type."""
+    """Every array, number or NNX Variable below a node.
+
+    Each comes with its path, the length of its module's path, and the type of that module.
+    """
     is_array = isinstance(node, (float, complex)) or (hasattr(node, "shape") and hasattr(node, "dtype"))
     if is_array or _is_a(node, "flax.nnx", "Variable"):
         yield path, node, start, kind
         return
     if id(node) in above:
         return
-    # nnx.List and nnx.Dict hold for their owner.
+    # nnx.List and nnx.Dict are modules, but the parameters in them belong to their owner.
     if _is_module(node) and not type(node).__module__.startswith("flax.nnx.helpers"):
         start, kind = len(path), type(node)
     for key, child in _children(node):
@@ -194,7 +195,7 @@ def _held(
 
 
 def _has_modules(node: Any) -> bool:
-    """Whether it is a module, or a container of modules."""
+    """Whether the node is a module or a container of modules."""
     if _is_module(node):
         return True
     return isinstance(node, (dict, list, tuple)) and any(_has_modules(child) for _, child in _children(node))
@@ -202,20 +203,20 @@ def _has_modules(node: Any) -> bool:
 
 def _children(node: Any) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    if len(flat) == 1 and not flat[0][0]:  # It is no tree: a plain value, or an NNX module of the older kind.
+    if len(flat) == 1 and not flat[0][0]:  # Not a tree: a plain value, or an NNX module of an older Flax.
         return sorted(vars(node).items()) if _is_a(node, "flax.nnx", "Module") else []
     return [("/".join(map(trees.key_text, keys)), child) for keys, child in flat]
 
 
 def _owner(kind: type, name: str) -> Owner | _Own:
-    """A module of this type as the owner of the attribute or parameter `name`; the role if it is registered."""
+    """The owner of the attribute or parameter `name`, which is a module of this type; its role if it is registered."""
     for base in kind.__mro__:
         if base in _REGISTRY:
             registered = _REGISTRY[base]
             found = KERNEL if name in registered.weights else EMBEDDING if name in registered.embeddings else "other"
             return _Own(base, name, Role(found, f"{name!r} of {base.__name__!r}, as registered"))
     library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
-    # The fields of an Equinox layer say what is its own, and not of a person's subclass.
+    # The fields of an Equinox layer distinguish its own parameters from those that a subclass adds.
     fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _class("equinox", "Module")) else {name}
     if library is None or library.__name__ in _BASES or name not in fields:
         return Owner(kind.__name__, is_library=False)
@@ -231,6 +232,6 @@ def _is_a(value: Any, module: str, name: str) -> bool:
 
 
 def _class(module: str, name: str) -> Any:
-    """The class of this name, or what nothing is an instance of where its module isn't imported."""
+    """The class of this name. If its module isn't imported, an empty tuple, of which nothing is an instance."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind if inspect.isclass(kind) else ()

@@ -1,4 +1,4 @@
-"""The pattern language: what one pattern matches, and what to say of one that matches nothing."""
+"""The pattern language: what a pattern matches, and the error message for a pattern that matches nothing."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ from .._engine.trees import Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A text that is looked for anywhere in a path, as "search" or "contains" reads it."""
+    """A string that may match anywhere in a path, as "search" or "contains" reads it."""
 
     text: str
     syntax: str
@@ -25,12 +25,12 @@ class Piece:
 
 Pattern = str | re.Pattern[str] | Piece | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
 
-BELOW = r"(?:/|\Z)"  # A match of an inner node takes all that is below it.
+BELOW = r"(?:/|\Z)"  # A pattern that matches an inner node matches everything below it.
 SYNTAXES = ("shell", "regex", "search", "contains")
 
 
-def checked(where: str, pattern: Any, syntax: str = "shell") -> tuple[Pattern, ...]:
-    """The patterns of one rule as a tuple; refuses what is no pattern, in the name of the function `where`."""
+def checked_patterns(where: str, pattern: Any, syntax: str = "shell") -> tuple[Pattern, ...]:
+    """The patterns of one rule as a tuple. Errors for an invalid pattern name the function `where`."""
     if syntax not in SYNTAXES:
         raise ValueError(f"{where}: syntax must be one of {', '.join(map(repr, SYNTAXES))}, got {syntax!r}.")
     patterns = pattern if isinstance(pattern, tuple) else (pattern,)
@@ -52,21 +52,21 @@ def _checked_one(where: str, pattern: Any, syntax: str) -> Pattern:
     of_text = isinstance(pattern, Piece) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
     if not of_text and (not callable(pattern) or isinstance(pattern, type)):
         raise TypeError(
-            f"{where}: a pattern is a text, a compiled regular expression, a function of a Leaf or a mask such as "
-            f"weights_only(), got {pattern!r}. "
+            f"{where}: a pattern must be a string, a compiled regular expression, a function of a Leaf or a mask such "
+            f"as weights_only(), got {pattern!r}. "
             "Write several patterns as separate arguments, only('kernel', 'embedding'), or as a tuple in a table."
         )
     return pattern  # pyright: ignore[reportReturnType]
 
 
 def matching(tree: Tree, pattern: Pattern, asked: Sequence[int], left: Sequence[int]) -> set[int]:
-    """The indices among `asked` of the leaves that a pattern matches; a rule set is asked of those in `left` only.
+    """The indices among `asked` of the leaves that a pattern matches. A rule set decides only on those in `left`.
 
     Raises:
-        ValueError: if it matches none. A hole has a path but no shape, so a pattern that looks at more than the path
-            and matches nothing is let pass where there are holes: what it is for may be hidden.
+        ValueError: if it matches none. A hole has a path but no shape. So where there are holes, a pattern that looks
+            at more than the path may match nothing: the leaves that it is for may be hidden.
     """
-    if isinstance(pattern, Rules):  # It may have no answer, but an error, for what earlier rules took.
+    if isinstance(pattern, Rules):  # For leaves that earlier rules decide, it may raise an error.
         asked = left
     if not asked:
         return set()
@@ -82,7 +82,7 @@ def matching(tree: Tree, pattern: Pattern, asked: Sequence[int], left: Sequence[
 
 
 def show(patterns: tuple[Pattern, ...]) -> str:
-    """The patterns of one rule as a person wrote them."""
+    """The patterns of one rule as the user wrote them."""
     shown = [_show(pattern) for pattern in patterns]
     return shown[0] if len(shown) == 1 else f"({', '.join(shown)})"
 
@@ -98,7 +98,7 @@ def _show(pattern: Pattern) -> str:
 
 
 def plain(patterns: tuple[Pattern, ...]) -> Any:
-    """The patterns of one rule as JSON and TOML know them: a text, {language: text}, a rule set, or a list of these.
+    """The patterns of one rule for JSON and TOML: a string, {syntax: string}, a rule set, or a list of these.
 
     Raises:
         TypeError: for a function.
@@ -117,7 +117,7 @@ def _plain(pattern: Pattern) -> Any:
     if isinstance(pattern, re.Pattern):
         return {"regex": _with_flags(pattern)}
     raise TypeError(
-        f"Rules.to_dict: the function {_show(pattern)} can't be written into a file. Name the parameters by path."
+        f"Rules.to_dict: the function {_show(pattern)} can't be written to a file. Name the parameters by path."
     )
 
 
@@ -128,13 +128,13 @@ def from_plain(written: Any) -> Any:
     if isinstance(written, Mapping):
         syntax = next(iter(written), None)
         if len(written) == 1 and syntax in SYNTAXES:
-            return checked("Rules.from_dict", written[syntax], syntax)[0]
+            return checked_patterns("Rules.from_dict", written[syntax], syntax)[0]
         return Rules.from_dict(written)
     return written
 
 
 def _with_flags(pattern: re.Pattern[str]) -> str:
-    """The text that compiles to a regular expression, its flags inside."""
+    """The string that compiles to a regular expression, with its flags inside."""
     if re.compile(pattern.pattern).flags == pattern.flags:
         return pattern.pattern
     return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){pattern.pattern}"
@@ -142,7 +142,9 @@ def _with_flags(pattern: re.Pattern[str]) -> str:
 
 def _compiled_as(where: str, text: str, syntax: str) -> re.Pattern[str]:
     if not text:
-        raise ValueError(f"{where}: the pattern is an empty text. Write the path, or the piece of one, to look for.")
+        raise ValueError(
+            f"{where}: the pattern is an empty string. Write the path, or the part of a path, to look for."
+        )
     if syntax == "contains":
         return re.compile(re.sub(r"\\\.|/", "[./]", re.escape(text)))
     try:
@@ -153,12 +155,12 @@ def _compiled_as(where: str, text: str, syntax: str) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=4096)
 def compiled(pattern: str, star: str = "[^/]*") -> re.Pattern[str]:
-    """A text pattern as a regular expression to `search` a canonical path with; `star` is what a "*" stands for."""
+    """A shell pattern as a regular expression, to `search` a canonical path with. `star` replaces each "*"."""
     segments = pattern.split("/")
     if not all(segments):
         raise ValueError(
-            f"by_path: the pattern {pattern!r} has an empty segment. Paths have no '/' at their ends: 'encoder/kernel' "
-            "is compared from the root, 'kernel' at any depth; a node takes all below it."
+            f"by_path: the pattern {pattern!r} has an empty segment. Remove the extra '/'. 'encoder/kernel' is "
+            "compared from the root, and 'kernel' at any depth. A node includes everything below it."
         )
     if any("**" in segment and segment != "**" for segment in segments):
         raise ValueError(f"by_path: in {pattern!r}, '**' must stand alone in its segment, as in 'encoder/**/kernel'.")
@@ -174,7 +176,7 @@ def compiled(pattern: str, star: str = "[^/]*") -> re.Pattern[str]:
 
 
 def _segment(pattern: str, star: str) -> str:
-    """One segment of a shell pattern as a regular expression, as `fnmatch` reads it but never crossing a "/"."""
+    """One segment of a shell pattern as a regular expression. It is read as by `fnmatch`, but never crosses a "/"."""
     out, i = "", 0
     while i < len(pattern):
         char, i = pattern[i], i + 1
@@ -204,8 +206,8 @@ def _matcher(where: str, pattern: Pattern) -> Callable[[Leaf], bool]:
         answer = leaf.dtype is not None and pattern(leaf)  # pyright: ignore[reportCallIssue]
         if not isinstance(answer, (bool, np.bool_)):
             raise TypeError(
-                f"{where}: the predicate {show((pattern,))} must answer True or False, "
-                f"and for {leaf.path!r} it answered {answer!r}."
+                f"{where}: the predicate {show((pattern,))} must return True or False, "
+                f"but for {leaf.path!r} it returned {answer!r}."
             )
         return bool(answer)
 
@@ -217,15 +219,15 @@ def _no_match(tree: Tree, pattern: Pattern, asked: Sequence[int]) -> str:
     paths = [leaf.path for leaf in leaves]
     message = f"the pattern {show((pattern,))} matches "
     if isinstance(pattern, Rules):
-        message += f"none of the {len(paths)} parameters that the rules before it leave."
+        message += f"none of the {len(paths)} parameters that earlier rules leave undecided."
     elif len(paths) < len(tree.leaves):
-        message += f"none of the {len(paths)} parameters, of {len(tree.leaves)}, that its rule set decides on."
+        message += f"none of the parameters that its rule set decides on ({len(paths)} of {len(tree.leaves)})."
     else:
         message += "no parameter."
     if paths == [""]:
         return (
-            f"{message} The params are one array and have no paths. Give rules the tree: outside optax.flatten, and "
-            "under optax.inject_hyperparams the rule set itself, not its method mask."
+            f"{message} The params are a single array, so they have no paths. Rules need the tree of parameters: put "
+            "them outside optax.flatten. With optax.inject_hyperparams, pass the rule set itself and not its .mask."
         )
     if isinstance(pattern, str):
         message += _near_names(pattern, paths)
@@ -234,25 +236,25 @@ def _no_match(tree: Tree, pattern: Pattern, asked: Sequence[int]) -> str:
     hidden = sum(leaf.dtype is None for leaf in leaves)
     if hidden:
         message += (
-            f" {hidden} of them are empty here (None, or hidden by optax.masked): if the rule is for what they hide, "
-            "build the tree on all parameters first: mask=rules.mask(params)."
+            f" {hidden} of them are empty here (None, or hidden by optax.masked). If the rule is for hidden "
+            "parameters, build the mask on all parameters first: mask=rules.mask(params)."
         )
     return message
 
 
 def nearest(text: str, paths: Sequence[str]) -> str:
-    """The three paths that are nearest to a text."""
+    """The three paths that are nearest to a string."""
     return ", ".join(map(repr, difflib.get_close_matches(text, paths, n=3, cutoff=0.0)))
 
 
 def _near_names(pattern: str, paths: Sequence[str]) -> str:
-    """The name that is nearest to a pattern, and the name that it is only a part of."""
+    """Hints: the name that is nearest to a pattern, and a name that contains it."""
     anywhere = f"**/{pattern}"
     if "/" in pattern and _count(anywhere, paths):
-        return f" From the root it doesn't, but {anywhere!r} matches {_count(anywhere, paths)}, at any depth."
+        return f" It is compared from the root. At any depth, {anywhere!r} matches {_count(anywhere, paths)}."
     matched = _count_as_regex(pattern, paths)
     if matched:
-        return f" As a regular expression it matches {matched}: syntax='regex', or re.compile({pattern!r})."
+        return f" As a regular expression it matches {matched}. Write syntax='regex', or re.compile({pattern!r})."
     names = sorted(set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")})
     by_lower = {name.lower(): name for name in reversed(names)}
     hint = ""
@@ -261,7 +263,7 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
         name = by_lower[near[0]]
         numbered = re.sub(r"\d+", "*", name)
         counts = {text: _count(text, paths) for text in (name, numbered)}
-        # All the numbered siblings are meant, unless a number was written.
+        # A pattern without a number probably means all the numbered siblings.
         if counts[numbered] > counts[name] and not re.search(r"\d", pattern):
             name = numbered
         hint += f" Did you mean {name!r}? It matches {counts[name]} parameter{'s' * (counts[name] != 1)}."
@@ -271,7 +273,7 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
         start = whole.lower().index(pattern.lower())
         wider = f"*{whole[start : start + len(pattern)]}*"
         hint += (
-            f" {pattern!r} is a part of {whole!r}, but a pattern is compared with whole names: {wider!r} matches "
+            f" {pattern!r} is part of {whole!r}, but patterns are compared with whole names. {wider!r} matches "
             f"{_count(wider, paths)}."
         )
     return hint
@@ -282,7 +284,7 @@ def _count_as_regex(pattern: str, paths: Sequence[str]) -> int:
         return 0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # It was not written as one.
+            warnings.simplefilter("ignore")  # The pattern was not meant as a regular expression.
             found = re.compile(pattern).fullmatch
     except re.error:
         return 0
@@ -292,6 +294,6 @@ def _count_as_regex(pattern: str, paths: Sequence[str]) -> int:
 def _count(pattern: str, paths: Sequence[str]) -> int:
     try:
         found = compiled(pattern).search
-    except ValueError:  # A name may be no pattern.
+    except ValueError:  # Not every name is a valid pattern.
         return 0
     return sum(found(path) is not None for path in paths)

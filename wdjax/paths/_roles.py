@@ -1,8 +1,8 @@
-"""What a parameter is to its layer, told from its name, its owner's name and its shape.
+"""The role of a parameter in its layer, by its name, its owner's name and its shape.
 
-The names are those that Flax Linen, Flax NNX, Equinox and Haiku give, and those of well-known models. Where one name
-is used for several things (an Equinox `weight` is a matrix, a table or a norm's scale), the owner's name decides, then
-the bias beside it: a norm's scale has the shape of its bias, a matrix has not. What none of this tells has no role.
+The names are those of Flax Linen, Flax NNX, Equinox, Haiku and well-known models. Some names have several meanings: an
+Equinox `weight` is a matrix, a table or a norm's scale. Then the owner's name decides, and after that the bias beside
+it: a norm's scale has the shape of its bias, and a matrix does not. If nothing decides, the parameter has no role.
 """
 
 import functools
@@ -15,12 +15,12 @@ NORM, BIAS, TOKEN, POSITION = "norm", "bias", "token", "position"
 
 
 class Role(NamedTuple):
-    """What a parameter is, and how one can tell.
+    """What a parameter is, and why.
 
     Attributes:
-        name: "kernel", "embedding" and "adapter" decay; any other is a word for what doesn't.
-        reason: in a few words.
-        or_table: whether this kernel may as well be the table of an embedding layer.
+        name: "kernel", "embedding" and "adapter" decay. All other roles do not.
+        reason: how it was recognized, in a few words.
+        or_table: whether this kernel could also be the table of an embedding layer.
     """
 
     name: str
@@ -29,16 +29,17 @@ class Role(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """What a role is told from.
+    """What a role is decided from.
 
     Attributes:
-        name: its own name, the last segment of its path that says anything.
-        owner: the name of the module that holds it, of the list that this is in, or of its class; "" if there is none.
+        name: its own name: the last segment of its path that carries meaning.
+        owner: the name of the module that holds it, of the list that this module is in, or of its class; "" if there is
+            none.
         shape: its shape, without the axes that are known to stack layers.
-        bias: the shape of the bias beside it, likewise; None if there is none.
-        is_library: whether the owner is a layer of a library, which is what its name says whatever the shape.
-        in_list: whether the owner is a list, whose name doesn't say which of its layers this is.
-        around: the name of what holds the owner.
+        bias: the shape of the bias beside it, also without these axes; None if there is no bias.
+        is_library: whether the owner is a library layer. Then its name decides, whatever the shape.
+        in_list: whether the owner is a list. Its name doesn't tell which of its layers this is.
+        around: the name of the owner's owner.
     """
 
     name: str
@@ -79,14 +80,14 @@ _STATE = _set("state states carry hidden memory h c")
 
 @functools.lru_cache(maxsize=65536)
 def words(name: str) -> tuple[str, ...]:
-    """The words of a name in lower case, numbers left out: "RMSNorm_0" is ("rms", "norm"), "conv2d" is ("conv",)."""
+    """The words of a name in lower case, without numbers: "RMSNorm_0" is ("rms", "norm"), "conv2d" is ("conv",)."""
     name = re.sub(r"\d+[dD](?![a-z])", "", name)
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
 
 
 def is_norm(name: str) -> bool:
     """Whether a module of this name is a normalization."""
-    # The last word counts: "head_norm" is a norm, "LayerNormDense" a layer.
+    # The last word counts: "head_norm" is a norm, and "LayerNormDense" is a layer.
     for word in reversed(words(name)):
         if word in _NORM or word.endswith("norm"):
             return True
@@ -102,7 +103,7 @@ def is_layer(name: str) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def role(parameter: Parameter) -> Role | None:
-    """The role of a parameter, or None if nothing tells."""
+    """The role of a parameter, or None if nothing decides it."""
     own = words(parameter.name)
     if own:
         found = _named(parameter, own)
@@ -118,15 +119,15 @@ def role(parameter: Parameter) -> Role | None:
 
 
 def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
-    """The role that the name gives, whatever the shape."""
+    """The role by the name, whatever the shape."""
     name, first, last, every, rank = parameter.name, own[0], own[-1], frozenset(own), len(parameter.shape)
     owner = words(parameter.owner)
     named, of_owner = f"named {name!r}", f"{name!r} of {parameter.owner!r}"
     is_matrix = last in _MATRIX | _LAYER
-    is_made_by_matrix = first == "w" or first in _INTO or "to" in every  # "w_scale" may be what makes the scale.
+    is_made_by_matrix = first == "w" or first in _INTO or "to" in every  # "w_scale" may be the matrix for a scale.
     if rank >= 2 and _is_lora_factor(parameter, own):
         return Role(ADAPTER, f"a LoRA factor, {of_owner}" if parameter.owner else f"a LoRA factor, {named}")
-    if name in ("A", "B", "C", "D"):  # Of a state-space model: D is its skip connection.
+    if name in ("A", "B", "C", "D"):  # State-space models: D is the skip connection.
         return Role("state space", named) if name == "D" else None
     if first == "a" and last in ("re", "im", "param"):
         return Role("dynamics", named)
@@ -155,34 +156,34 @@ def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     if own == ("w", "e"):
         return Role(EMBEDDING, named)
     is_scale = (last in _SCALE and not is_made_by_matrix) or (first in _SCALE and last not in _TABLE)
-    # The magnitudes of NNX's WeightNorm are named by the path of what they scale.
+    # NNX's WeightNorm names its magnitudes by the path of the parameter that they scale.
     if (is_scale and not is_matrix) or (owner == ("scales",) and name.startswith("(")):
         return Role(NORM if is_norm(parameter.owner) else "scale", named)
     return None
 
 
 def _of_library(parameter: Parameter) -> Role:
-    """The role of what a layer of a library calls a matrix."""
+    """The role of a parameter that a library layer calls a matrix."""
     is_table = bool(_TABLE.intersection(words(parameter.owner)))
     name = NORM if is_norm(parameter.owner) else EMBEDDING if is_table else KERNEL
     return Role(name, f"{parameter.name!r} of {parameter.owner!r}")
 
 
 def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
-    """The role of what a name calls a matrix: it may be a norm's scale, a table, or one vector."""
+    """The role of a parameter that is named as a matrix. It may also be a norm's scale, a table, or one vector."""
     shape, bias, rank = parameter.shape, parameter.bias, len(parameter.shape)
     is_weight, qualifier = own[-1] in ("weight", "weights"), own[:-1]
-    # A raw parameter may be its own owner: "attention_norm_weight".
+    # The name of a raw parameter may contain its owner: "attention_norm_weight".
     owner = "_".join(qualifier) if is_norm("_".join(qualifier)) else parameter.owner
     said = words(owner)
     named, of_owner = f"named {parameter.name!r}", f"{parameter.name!r} of {owner!r}"
     has_bias_of_matrix = bias is not None and len(bias) < rank and rank >= 2
     if is_norm(owner) and not has_bias_of_matrix:
-        # Or what makes a scale and a shift for the norm.
+        # It may also be a matrix that computes the norm's scale and shift.
         may_be_kernel = rank >= 2 and (own[-1] == "kernel" or "ada" in said)
         return None if may_be_kernel else Role(NORM, of_owner)
     if bias == shape:
-        # A scale and its shift; y = w x + b of single numbers looks the same.
+        # A scale and its shift. For single numbers, y = w x + b looks the same.
         return Role(NORM, f"{parameter.name!r} of the shape of its bias") if math.prod(shape) > 1 else None
     if rank < 2:
         if bias is not None and math.prod(bias) == 1:
@@ -196,10 +197,10 @@ def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
 def _weight_without_bias(
     parameter: Parameter, qualifier: tuple[str, ...], owner: tuple[str, ...], of_owner: str
 ) -> Role | None:
-    """The role of a `weight` of two axes or more: that of a linear layer looks like that of an embedding."""
+    """The role of a `weight` with two axes or more, which may belong to a linear layer or an embedding."""
     rank, is_vector = len(parameter.shape), math.prod(parameter.shape[:-1]) == 1
     kernel, vector = Role(KERNEL, of_owner), Role(TOKEN, f"one vector, {of_owner}")
-    if qualifier:  # "class_weights" is no matrix, "gate_weight" is one.
+    if qualifier:  # "class_weights" is not a matrix, "gate_weight" is one.
         return kernel if any(_is_part(word) or word in _LAYER for word in qualifier) else None
     if is_layer("_".join(owner)) or "patch" in owner:
         return kernel
@@ -216,7 +217,7 @@ def _weight_without_bias(
 
 
 def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
-    """The role of what a name calls a layer, a table, a token or a norm, where the shape agrees."""
+    """The role of a parameter that is named as a layer, a table, a token or a norm, if the shape fits."""
     named = f"named {parameter.name!r}"
     every = frozenset(own)
     is_vector = math.prod(parameter.shape[:-1]) == 1
@@ -234,7 +235,7 @@ def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
 
 
 def _is_a_part(own: tuple[str, ...]) -> bool:
-    """Whether a name says which of a layer's matrices it is: "weight_ih", "W_Q", "wi_gate"."""
+    """Whether the name tells which matrix of a layer it is: "weight_ih", "W_Q", "wi_gate"."""
     first, *rest = own
     is_first = first in ("w", "weight", "kernel") or first in _INTO
     return is_first and bool(rest) and all(_is_part(word) and word != "b" for word in rest)
@@ -245,7 +246,7 @@ def _is_part(word: str) -> bool:
 
 
 def _is_lora_factor(parameter: Parameter, own: tuple[str, ...]) -> bool:
-    """Whether it is "lora_a", "a" of "lora", or the kernel of "lora_a"."""
+    """Whether the parameter is "lora_a", "a" of "lora", or the kernel of "lora_a"."""
     if _is_lora(parameter.name):
         return own[-1] in _MATRIX | _FACTOR | _set("lora ra")
     if _is_lora(parameter.owner) and own[-1] in _FACTOR and (len(own) == 1 or own[0] in _MATRIX):

@@ -1,4 +1,4 @@
-"""The standard rule, `weights_only`: the weights of layers decay, and nothing else."""
+"""The standard rule, `weights_only`: the weights of layers decay, and nothing else does."""
 
 import collections
 import dataclasses
@@ -13,15 +13,15 @@ from . import _modules, _patterns
 from ._modules import Owner
 from ._roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
 
-# What holds an array inside a parameter (a Variable, a named array) and says nothing of it.
+# Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
-# What Linen keeps beside "params".
+# Linen's collections beside "params".
 _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WeightsOnly(Rules, kind="weights_only"):
-    """The standard rule; `owners` holds what the model says of each path, None if there is only the names to go by."""
+    """The standard rule. `owners` holds what the model says about each path. It is None if only the names are known."""
 
     embeddings: bool
     unknown: bool | str
@@ -31,8 +31,8 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         if [leaf.path for leaf in tree.leaves] == [""]:
             raise ValueError(
-                f"{tree.where}: weights_only can't tell a parameter without a name. The params are one "
-                f"{_one(tree.leaves[0])}: give it the tree of parameters, outside optax.flatten."
+                f"{tree.where}: weights_only can't tell what a parameter without a name is. The params are a single "
+                f"{_one(tree.leaves[0])}. Give it the tree of parameters, outside optax.flatten."
             )
         roles = self._roles(tree, [i for i in asked if i in tree.required])
         decided, unknown = {}, []
@@ -40,7 +40,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             leaf, found = tree.leaves[i], roles.get(i)
             if i not in tree.required:
                 if leaf.dtype is not None:
-                    decided[i] = Decision(False, "weights_only", "no real number")
+                    decided[i] = Decision(False, "weights_only", "not a real number")
             elif found is not None and (self.embeddings or not found.or_table):
                 decays = found.name in (KERNEL, ADAPTER) or (found.name == EMBEDDING and self.embeddings)
                 decided[i] = Decision(decays, "weights_only", f"{found.name}: {found.reason}")
@@ -74,10 +74,10 @@ class WeightsOnly(Rules, kind="weights_only"):
         return roles
 
     def _owner(self, tree: Tree, path: str) -> Owner | Role | None:
-        """What is known of a path before its name is read."""
+        """What is known about a path before its name is read."""
         first, *inner = path.split("/")
         if self.owners is None:
-            # NNX's SpectralNorm and WeightNorm keep statistics of this name within.
+            # NNX's SpectralNorm and WeightNorm hold statistics with this name.
             named = first if inner and first in _COLLECTIONS else "batch_stats" if "batch_stats" in inner[:-1] else ""
             return Role("statistic", f"in {named!r}") if named else None
         found = self.owners.get(path, self.owners.get(path.removeprefix("params/")))
@@ -85,12 +85,12 @@ class WeightsOnly(Rules, kind="weights_only"):
             near = _patterns.nearest(path, list(self.owners))
             raise ValueError(
                 f"{tree.where}: weights_only was given a model that has no parameter {path!r}. The nearest of its "
-                f"{len(self.owners)}: {near}. Give weights_only the model that these params are of."
+                f"{len(self.owners)}: {near}. Give weights_only the model that these params belong to."
             )
         return found
 
     def _stacked(self, tree: Tree) -> dict[int, int]:
-        """The number of stacked axes of each leaf for which it was said."""
+        """The number of stacked axes of each leaf for which it was given."""
         everyone = range(len(tree.leaves))
         found: dict[int, int] = {}
         for pattern, axes in self.stacked_axes:
@@ -100,7 +100,8 @@ class WeightsOnly(Rules, kind="weights_only"):
             leaf = tree.leaves[i]
             if i in tree.required and axes > len(leaf.shape):
                 raise ValueError(
-                    f"{tree.where}: weights_only has stacked_axes={axes} for {leaf.path!r}, of shape {leaf.shape}."
+                    f"{tree.where}: weights_only has stacked_axes={axes} for {leaf.path!r}, but its shape is "
+                    f"{leaf.shape}. Write the number of axes that stack layers, such as stacked_axes={{'layers': 1}}."
                 )
         return found
 
@@ -144,35 +145,35 @@ def weights_only(
     stacked_axes: int | Mapping[str, int] = 0,
     call_kwargs: Mapping[str, Any] | None = None,
 ) -> Rules:
-    """The mask that is True for the weights of layers, and False for all else.
+    """The mask that is True for the weights of layers, and False for everything else.
 
     Weights are the matrices of dense, convolutional, recurrent, einsum and attention layers, LoRA factors, and the
     tables of embedding layers. Not weights: biases, scales and offsets of norms, positional embeddings and tables of
     relative positions, class tokens and other learned inputs, layer scales, temperatures, batch statistics, buffers,
-    the dynamics of state-space models, integers.
+    the dynamics of state-space models, and integers.
 
-    Without a model it goes by names and shapes, those of Flax Linen, Flax NNX, Equinox and Haiku, and PyTorch's. With a
-    model it asks the types of the modules: an `nnx.Module`, an `equinox.Module`, or a Linen module with the inputs of
-    its `init` (arrays or `jax.ShapeDtypeStruct`s; nothing is run). Names tell of what no layer of a library holds. A
-    table of an embedding layer is an embedding also where positions are looked up in it; what is added to activations
-    as it is, is a positional embedding.
+    Without a model, it goes by the names and shapes of Flax Linen, Flax NNX, Equinox, Haiku and PyTorch. With a model,
+    it goes by the types of the modules. The model is an `nnx.Module`, an `equinox.Module`, or a Linen module with the
+    inputs of its `init` (arrays or `jax.ShapeDtypeStruct`s; nothing is run). Names still decide on parameters that no
+    library layer holds. The table of an embedding layer is an embedding even if it is indexed by position. An array
+    that is added to activations as it is, is a positional embedding.
 
     Args:
-        model, inputs: the model whose modules to ask; for Linen also what it is called with.
-        embeddings: whether the tables of embedding layers decay. If they don't, an Equinox `weight` in a list may be
-            unknown without the model: a linear layer that has no bias looks like an embedding.
-        unknown: what to do with parameters that neither name nor type tells: "error", or the boolean for them.
-        stacked_axes: the number of leading axes that stack layers (`filter_vmap`), where names don't tell a stacked
-            scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku need none.
-        call_kwargs: keyword arguments of a Linen model's call: `{"train": False}`.
+        model, inputs: the model whose modules decide. For Linen, also the inputs that it is called with.
+        embeddings: whether the tables of embedding layers decay. If False, an Equinox `weight` in a list may be unknown
+            without the model, because a linear layer without a bias looks like an embedding.
+        unknown: what to do with parameters that neither name nor type identifies: "error", or the boolean for them.
+        stacked_axes: the number of leading axes that stack layers (`filter_vmap`), if names don't distinguish a stacked
+            scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku don't need it.
+        call_kwargs: keyword arguments for the call of a Linen model: `{"train": False}`.
 
     Returns:
-        `Rules`: a mask for any wdjax function, a pattern or a default in `by_path`; `.mask` is for Optax.
+        `Rules`: a mask for any wdjax function, and a pattern or default in `by_path`. `.mask` is for Optax.
 
     Raises:
-        TypeError: if `model` is no module of these libraries.
-        ValueError: at `init` and `update`: listing the unknown parameters and the line to add; with a model, for a
-            parameter that it has not.
+        TypeError: if `model` is not a module of these libraries.
+        ValueError: at `init` and `update`: for unknown parameters, with the line to add; with a model, for a parameter
+            that the model does not have.
 
     Example:
 
@@ -182,25 +183,28 @@ def weights_only(
         {'Dense_0': {'bias': False, 'kernel': True}, 'cls_token': False}
     """
     if not isinstance(unknown, bool) and unknown != "error":
-        raise ValueError(f"weights_only: unknown must be 'error', True (decay) or False (don't), got {unknown!r}.")
+        raise ValueError(f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {unknown!r}.")
     if not isinstance(embeddings, bool):
         raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
     said = stacked_axes if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
     for pattern, axes in said.items():
         if not isinstance(pattern, str):
-            raise TypeError(f"weights_only: a pattern of stacked_axes is a text, got {pattern!r}.")
+            raise TypeError(
+                f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}. "
+                "Write stacked_axes={'layers': 1}."
+            )
         if not isinstance(axes, int) or isinstance(axes, bool) or axes < 0:
             raise ValueError(
-                f"weights_only: stacked_axes counts leading axes, got {axes!r} for {pattern!r}. "
+                f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
-        _patterns.checked("weights_only", pattern)
+        _patterns.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
     return WeightsOnly(embeddings, unknown, tuple(said.items()), owners)
 
 
 def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
-    """What names and shapes say of the parameter at a path; PyTorch's names have "." for "/"."""
+    """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
     found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)]
     while len(found) > 1 and found[-1][1] in _STORAGE:
         found.pop()
@@ -214,7 +218,7 @@ def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
 
 
 def _names_of_the_bias(name: str) -> Iterator[str]:
-    """What the bias beside a parameter of this name may be called, the likeliest first."""
+    """Possible names of the bias beside a parameter of this name, the most likely first."""
     if re.fullmatch(r"[wW](\d*|_\w+)", name):
         yield ("b" if name[0] == "w" else "B") + name[1:]
         yield "b" + name[1:]
@@ -232,17 +236,17 @@ Axes = tuple[int, ...]
 
 
 def _may_be_a_stacked_vector(parameter: Parameter, found: Role | None) -> bool:
-    """Whether only the shape says that it is a matrix, as of an Equinox layer in a list that has no bias."""
+    """Whether only the shape shows that it is a matrix, as for an Equinox layer in a list that has no bias."""
     is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
     by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2
     return by_shape and (parameter.in_list or not is_layer(parameter.owner))
 
 
 def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]]:
-    """For each node of the tree, the leading axes that layers have too many: surely those in it, perhaps those below.
+    """For each node of the tree, the surplus leading axes of its layers: the certain ones, then the possible ones.
 
-    A bias has one axis (a convolution's has ones behind it): what it has more of stacks layers. A `weight` without a
-    bias has two, unless it is a convolution's.
+    A bias has one axis (in a convolution, axes of size 1 follow it). Any more axes stack layers. A `weight` without a
+    bias has two axes, except in a convolution.
     """
     found: dict[str, tuple[set[Axes], set[Axes]]] = collections.defaultdict(lambda: (set(), set()))
     for path, shape in shapes.items():
@@ -264,7 +268,7 @@ def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]
 def _unstacked(
     path: str, found: Role | None, parameter: Parameter, stacks: Mapping[str, tuple[set[Axes], set[Axes]]]
 ) -> Role | None:
-    """The role of what is a matrix or a stacked vector, by the layers nearest to it; None if they don't tell."""
+    """The role of a matrix or a stacked vector, by the layers nearest to it; None if they don't decide."""
     leading = parameter.shape[:-1]
     beside = node = path.removesuffix("/weight").rpartition("/")[0]
     while True:
@@ -290,7 +294,7 @@ def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | R
     for leaf in unknown:
         name = leaf.path.rpartition("/")[2]
         takes = _patterns.compiled(name).search
-        # The name alone would also take parameters that are well known.
+        # The name alone would also match parameters that are known.
         taken = [other.path for other in tree.leaves if takes(other.path)]
         is_unique = all(path in paths and path.rpartition("/")[2] == name for path in taken)
         lines.setdefault(name if is_unique else leaf.path, len(leaf.shape) > 1)
@@ -299,10 +303,10 @@ def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | R
     layer = owner.name if isinstance(owner, Owner) else "MyLayer"
     message = (
         f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"
-        f"{more}. Say of each whether it decays: by_path({{{line}{', ...' if len(lines) > 4 else ''}}}, "
-        "default=weights_only()); or weights_only(unknown=False) of all of them. For a layer of your own: "
-        f"register_layer({layer}, weights=({name!r},)) and weights_only(model), with its inputs for Linen."
+        f"{more}. Say for each whether it decays: by_path({{{line}{', ...' if len(lines) > 4 else ''}}}, "
+        "default=weights_only()). Or exclude all of them: weights_only(unknown=False). For your own layer class, write "
+        f"register_layer({layer}, weights=({name!r},)) and weights_only(model). Linen models also need their inputs."
     )
     if owners is None and any(leaf.path.endswith("weight") for leaf in unknown):
-        message += " For layers that are stacked in one array: stacked_axes={'the layers': 1}."
+        message += " For layers that are stacked in one array, write stacked_axes={'the layers': 1}."
     return message

@@ -1,4 +1,4 @@
-"""Tables from patterns to values, the first match wins: `by_path`, `only`, `all_but`."""
+"""Tables from patterns to values, in which the first match wins: `by_path`, `only`, `all_but`."""
 
 import dataclasses
 import enum
@@ -14,7 +14,7 @@ from ._patterns import Pattern
 
 
 class _Missing(enum.Enum):
-    """A member of an enumeration stays itself under copy and pickle."""
+    """An enumeration, because its member stays identical under copy and pickle."""
 
     MISSING = enum.auto()
 
@@ -27,16 +27,16 @@ MISSING: Any = _Missing.MISSING
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Table(Rules, kind="by_path"):
-    """An ordered table from patterns to values; a value may be a rule set, which then decides what the pattern took."""
+    """An ordered table from patterns to values. A rule set as a value decides on what its pattern matched."""
 
     rules: tuple[tuple[tuple[Pattern, ...], Any], ...]
     default: Any = MISSING
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        # A hole counts as matched, so that a rule set for the whole model also serves inside `optax.masked` or
-        # `optax.partition`, where a part of the model is hidden.
+        # A hole counts as matched, so that a rule set for the whole model also works inside `optax.masked` or
+        # `optax.partition`, where part of the model is hidden.
         deciders: dict[int, int] = {}
-        groups: list[dict[int, Pattern]] = []  # For each rule, what it decides on, and the pattern that took it.
+        groups: list[dict[int, Pattern]] = []  # For each rule, the leaves it decides on and the pattern that matched.
         for number, (patterns, _) in enumerate(self.rules):
             left = [i for i in asked if i not in deciders]
             matched: dict[int, Pattern] = {}
@@ -85,8 +85,8 @@ class Table(Rules, kind="by_path"):
     def _shadowed(self, number: int, deciders: set[int]) -> str:
         earlier = [_patterns.show(self.rules[i][0]) for i in sorted(deciders)]
         return (
-            f"the rule {_patterns.show(self.rules[number][0])} never decides: every parameter that it matches is taken "
-            f"by {' or '.join(earlier)} before it. The first match wins: put the narrower rule first, or drop this one."
+            f"the rule {_patterns.show(self.rules[number][0])} never decides: {' or '.join(earlier)} comes first and "
+            "matches the same parameters. The first match wins. Put the narrower rule first, or remove this one."
         )
 
 
@@ -100,25 +100,25 @@ def _decisions(tree: Tree, group: Sequence[int], value: Any) -> dict[int, Decisi
 def by_path(
     rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = MISSING, syntax: str = "shell"
 ) -> Rules:
-    """A table from patterns to values; for each parameter the first rule that matches wins.
+    """A table from patterns to values. For each parameter, the first rule that matches wins.
 
     Args:
-        rules: a dictionary, or a list of pairs (pattern, value); the order counts. For patterns see `wdjax.paths`.
-            Values: booleans for a mask; finite numbers >= 0, 0-d arrays or schedules for rates; text for labels; or
-            a rule set of these, which decides on what the pattern matches.
-        default: the value of parameters that no rule matches, a rule set too: `default=weights_only()`. Without one
-            they are an error.
-        syntax: how a text is read, for tables that come from elsewhere: "shell" as `wdjax.paths` says; "regex" as a
-            regular expression for the whole path; "search" as one for any part of it; "contains" as a piece of the
-            path, "." for "/".
+        rules: a dictionary, or a list of pairs (pattern, value). The order counts. For patterns see `wdjax.paths`.
+            Values: booleans for a mask; finite numbers >= 0, 0-d arrays or schedules for rates; strings for labels; or
+            a rule set of these, which decides on the parameters that the pattern matches.
+        default: the value of parameters that no rule matches. It may be a rule set: `default=weights_only()`. Without a
+            default, such parameters are an error.
+        syntax: how strings are read, for tables from other libraries: "shell" as described in `wdjax.paths`; "regex" as
+            a regular expression for the whole path; "search" as one for any part of it; "contains" as a part of the
+            path, where "." also stands for "/".
 
     Returns:
-        `Rules`, to give as the mask or as the rate of any wdjax function.
+        `Rules`, to use as the mask or the rate of any wdjax function.
 
     Raises:
-        TypeError: if a pattern or a value is of a kind that has no meaning here.
+        TypeError: if a pattern or a value has an invalid type.
         ValueError: if a pattern is malformed, or a rate is negative, NaN, infinite or not a scalar. At `init` and
-            `update`: if a rule matches no parameter or never decides, or a parameter is not covered.
+            `update`: if a rule matches no parameter or never decides, or if no rule covers a parameter.
 
     Example:
 
@@ -130,13 +130,17 @@ def by_path(
     """
     table = []
     if isinstance(rules, str):
-        raise TypeError(f"by_path: the rules are a table, got the text {rules!r}. Write only({rules!r}), or {TABLE}.")
+        raise TypeError(
+            f"by_path: the rules must be a table, got the string {rules!r}. Write only({rules!r}), or {TABLE}."
+        )
     if isinstance(rules, Rules):
-        raise TypeError(f"by_path: the rules are a table, got {rules!r}. It is a rule set already; write {TABLE}.")
+        raise TypeError(
+            f"by_path: the rules must be a table, got the rule set {rules!r}. Use it as it is, or write {TABLE}."
+        )
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"by_path: a rule is a pair (pattern, value), got {pair!r}. Write {TABLE}.")
-        table.append((_patterns.checked("by_path", pair[0], syntax), _checked_value(pair[1])))
+            raise TypeError(f"by_path: a rule must be a pair (pattern, value), got {pair!r}. Write {TABLE}.")
+        table.append((_patterns.checked_patterns("by_path", pair[0], syntax), _checked_value(pair[1])))
     if not table and default is MISSING:
         raise ValueError(f"by_path: no rules and no default were given. Write {TABLE}.")
     return Table(tuple(table), default if default is MISSING else _checked_value(default))
@@ -144,11 +148,11 @@ def by_path(
 
 @checks.known_arguments
 def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
-    """The mask that is True for the parameters that any of the patterns matches, and False for all others.
+    """The mask that is True for parameters that match any of the patterns, and False for all others.
 
     Args:
         patterns: as in `wdjax.paths`; each must match at least one parameter.
-        syntax: how a text is read, as in `by_path`.
+        syntax: how strings are read, as in `by_path`.
 
     Raises:
         TypeError, ValueError: as `by_path`.
@@ -160,16 +164,16 @@ def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
         >>> wdjax.only("kernel").mask(params)
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
-    return Table(((_patterns.checked("only", patterns, syntax), True),), default=False)
+    return Table(((_patterns.checked_patterns("only", patterns, syntax), True),), default=False)
 
 
 @checks.known_arguments
 def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
-    """The mask that is False for the parameters that any of the patterns matches, and True for all others.
+    """The mask that is False for parameters that match any of the patterns, and True for all others.
 
     Args:
         patterns: as in `wdjax.paths`; each must match at least one parameter.
-        syntax: how a text is read, as in `by_path`: `all_but("bias", "LayerNorm.weight", syntax="contains")`.
+        syntax: how strings are read, as in `by_path`: `all_but("bias", "LayerNorm.weight", syntax="contains")`.
 
     Raises:
         TypeError, ValueError: as `by_path`.
@@ -181,7 +185,7 @@ def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
         >>> wdjax.all_but("bias").mask(params)
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
-    return Table(((_patterns.checked("all_but", patterns, syntax), False),), default=True)
+    return Table(((_patterns.checked_patterns("all_but", patterns, syntax), False),), default=True)
 
 
 def stacks(where: str, stacked_axes: Any) -> Any:
@@ -212,5 +216,5 @@ def _uncovered(paths: list[str]) -> str:
     more = f" (and {len(paths) - 1} more: {', '.join(map(repr, paths[1:4]))})" if len(paths) > 1 else ""
     return (
         f"no rule covers the parameter {paths[0]!r}{more}. "
-        f"Add a rule, such as {{{name!r}: ...}}, or a value for all the rest: by_path({{...}}, default=...)."
+        f"Add a rule such as {{{name!r}: ...}}, or a value for all other parameters: by_path({{...}}, default=...)."
     )

@@ -1,4 +1,4 @@
-"""Multipliers from the fan-in of a matrix: decay that keeps its pace as a model gets wider."""
+"""Multipliers from the fan-in of a matrix, so that the decay per step stays the same as a model gets wider."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from ._standard import parameter_at
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ByWidth(Rules, kind="by_width"):
-    """(fan-in / base) ** power for matrices, 1 for all else."""
+    """(fan-in / base) ** power for matrices, 1 for everything else."""
 
     base: float
     power: float
@@ -30,14 +30,14 @@ class ByWidth(Rules, kind="by_width"):
             width = None
             if i in tree.required:
                 width = self._width(tree.where, leaf, shapes) if self.fan_in is None else self._given(tree.where, leaf)
-            if not width:  # No matrix, or an empty one.
-                decided[i] = Decision(1.0, "by_width", "no matrix")
+            if not width:  # Not a matrix, or an empty one.
+                decided[i] = Decision(1.0, "by_width", "not a matrix")
             else:
                 decided[i] = Decision((width / self.base) ** self.power, "by_width", f"fan-in {width:g}")
         return decided
 
     def _width(self, where: str, leaf: Leaf, shapes: dict[str, tuple[int, ...]]) -> int | None:
-        """The fan-in by the layout of the library that the name is of; None for what is no matrix."""
+        """The fan-in, by the layout that belongs to the name. None if the leaf is not a matrix."""
         parameter = parameter_at(leaf.path, shapes)
         found = role(parameter)
         if found is not None and found.name != KERNEL:
@@ -46,10 +46,11 @@ class ByWidth(Rules, kind="by_width"):
         if inputs is not None:
             return math.prod(inputs)
         raise ValueError(
-            f"{where}: by_width can't tell the fan-in of {leaf.path!r}, of shape {leaf.shape}. For layers that are "
-            "stacked give the number of leading axes that stack them: by_width(256, stacked_axes=1). Else give a "
-            "function of the leaf, None for what is no matrix: by_width(256, fan_in=lambda leaf: leaf.shape[0]); or "
-            f"leave it out: by_path({{{leaf.path!r}: 1.0}}, default=by_width(256))."
+            f"{where}: by_width can't tell the fan-in of {leaf.path!r}, of shape {leaf.shape}. If layers are stacked, "
+            "give the number of leading axes that stack them: by_width(256, stacked_axes=1). Otherwise give a function "
+            "that returns the fan-in of a leaf, or None if it is not a matrix: "
+            "by_width(256, fan_in=lambda leaf: leaf.shape[0]). Or exclude the parameter: "
+            f"by_path({{{leaf.path!r}: 1.0}}, default=by_width(256))."
         )
 
     def _given(self, where: str, leaf: Leaf) -> float | None:
@@ -57,8 +58,8 @@ class ByWidth(Rules, kind="by_width"):
         width = self.fan_in(leaf)
         if width is not None and not (_is_number(width) and width > 0):
             raise ValueError(
-                f"{where}: by_width: fan_in must give a number > 0, or None for what is no matrix, and for "
-                f"{leaf.path!r} it gave {width!r}."
+                f"{where}: by_width: fan_in must return a number > 0, or None for a leaf that is not a matrix, but for "
+                f"{leaf.path!r} it returned {width!r}."
             )
         return width
 
@@ -74,7 +75,10 @@ class ByWidth(Rules, kind="by_width"):
 
     def _arguments(self) -> dict[str, Any]:
         if self.fan_in is not None:
-            raise TypeError(f"Rules.to_dict: the function fan_in of {self!r} can't be written into a file.")
+            raise TypeError(
+                f"Rules.to_dict: {self!r} can't be written to a file, because fan_in is a function. "
+                "Write the multipliers with by_path instead."
+            )
         return {"base": self.base, "power": self.power, "stacked_axes": self.stacked_axes}
 
     @classmethod
@@ -88,11 +92,12 @@ def by_width(
 ) -> Rules:
     """Multipliers that grow with the width of a layer's matrix.
 
-    Under μP the learning rate of a hidden matrix falls as 1 / width, and with it the decay that it multiplies. Times
-    its width the decay per step is the same again at every size: `0.1 * by_width(256)` is 0.1 at the width of 256 at
-    which it was tuned. It is for hidden matrices: `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
+    Under μP the learning rate of a hidden matrix falls as 1 / width, and so does the decay that it multiplies. The
+    multiplier grows with the width, so the decay per step is the same at every size again. `0.1 * by_width(256)` is 0.1
+    at a width of 256, where it was tuned. It is for hidden matrices:
+    `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
 
-    Rule:   (fan-in / base)^power for a matrix, 1 for all else.
+    Rule:   (fan-in / base)^power for a matrix, 1 for everything else.
     Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
     Source: CompleteP, arXiv 2505.01618, Table 1 (hidden weight decay times the width multiplier, AdamW); the square
             root: arXiv 2510.15262.
@@ -100,18 +105,17 @@ def by_width(
     Args:
         base: the fan-in at which the multiplier is 1, > 0.
         power: 1 for μP and CompleteP; 0.5 for a decay that grows with the square root of the width.
-        fan_in: a function of a `Leaf` (path, shape, dtype), None for what is no matrix. Without one the layout goes by
-            the name: all axes but the last of a `kernel` (the first alone for Flax's query, key and value) or a `w`,
-            all but the first of a `weight`; beside a bias that says otherwise, the axes that the bias lacks. For a
-            matrix of another name it is needed.
+        fan_in: a function of a `Leaf` (path, shape, dtype) that returns the fan-in, or None if the leaf is not a
+            matrix. Without it, the name decides which axes are the inputs: all but the last of a `kernel` or a `w`
+            (only the first of Flax's query, key and value), and all but the first of a `weight`. If a bias beside the
+            matrix says otherwise, the inputs are the axes that the bias lacks. Matrices with other names need `fan_in`.
         stacked_axes: the number of leading axes that stack layers.
 
     Returns:
-        `Rules` of multipliers: times a rate they are a rate for any wdjax function.
+        `Rules` of multipliers. Multiplied by a rate, they are a rate for any wdjax function.
 
     Raises:
-        TypeError, ValueError: for a base that is not > 0. At `init` and `update`: for a matrix whose fan-in is not
-            known.
+        TypeError, ValueError: for a base that is not > 0. At `init` and `update`: for a matrix whose fan-in is unknown.
 
     Example:
 
@@ -130,13 +134,14 @@ def by_width(
         )
     if not isinstance(stacked_axes, int) or isinstance(stacked_axes, bool) or stacked_axes < 0:
         raise ValueError(
-            f"by_width: stacked_axes counts leading axes, got {stacked_axes!r}. Write by_width(256, stacked_axes=1)."
+            f"by_width: stacked_axes must be a number of leading axes >= 0, got {stacked_axes!r}. "
+            "Write by_width(256, stacked_axes=1)."
         )
     return ByWidth(base, float(power), fan_in, stacked_axes)
 
 
 def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
-    """The axes of a matrix that count its inputs, by the layout that its name tells; None if that does not fit."""
+    """The sizes of a matrix's input axes, by the layout that its name implies. None if that layout does not fit."""
     shape, bias = parameter.shape, parameter.bias
     if parameter.name == "weight":  # (out, in, ...), and a bias (out,) or (out, 1, ...).
         fits = bias is None or (bias[:1] == shape[:1] and math.prod(bias) == shape[0])

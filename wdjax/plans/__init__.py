@@ -1,8 +1,7 @@
-"""The decision as a value: which parameters decay, at which rate, by which rule and why, before anything is trained.
+"""Plans show before training which parameters decay, at which rate, by which rule and why.
 
-`plan` asks rules, masks and rates what they will do to a tree of parameters, or of `jax.ShapeDtypeStruct`s, and gives
-the answer back as a `Plan`: to print, to compare with another, to hold in a file, and to assert in a unit test
-(`wdjax.testing.assert_plan`).
+`plan` applies rules, masks and rates to a tree of parameters or of `jax.ShapeDtypeStruct`s. It returns a `Plan`, which
+you can print, compare with another, save to a file, and assert in a unit test (`wdjax.testing.assert_plan`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ..paths._standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
 from ._planned import Planned as Planned
-from ._planned import Rate, show_rate
+from ._planned import PlannedRate, show_rate
 from ._planned import Totals as Totals
 
 PyTree = Any
@@ -33,13 +32,13 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
 
     It takes the arguments that `decoupled_decay` and the other transformations take, and shows what they will do to
     `params`. Nothing is applied. Call it before training, on parameters or on the output of `jax.eval_shape`, which
-    costs no memory. Rates are in the units of `weight_decay`. With its default of 1 they are multipliers.
+    costs no memory. Rates are in the units of `weight_decay`. With the default of 1, they are multipliers.
 
     Args:
         params: a tree of arrays or `jax.ShapeDtypeStruct`s.
         weight_decay: a number or 0-d array, a schedule, or `Rules` of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        frozen: the mask that `freeze` gets, if it is used: what is frozen does not decay.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        frozen: the mask for `freeze`, if you use it. Frozen parameters do not decay.
 
     Returns:
         A `Plan`.
@@ -48,7 +47,7 @@ def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: A
         TypeError, ValueError: as `decoupled_decay` at `init`.
 
     Warns:
-        UserWarning: if nothing decays, or everything does and biases are among it.
+        UserWarning: if nothing decays, or if everything decays and there are biases.
 
     Example:
 
@@ -93,12 +92,12 @@ def _asked(
 def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
     decisions = [chosen]
     if not is_decayable:
-        decisions = [Decision(False, _NO_NUMBER, "no real number")]
+        decisions = [Decision(False, _NO_NUMBER, "not a real number")]
     elif kept.value is True:
         decisions = [kept._replace(rule=f"frozen: {kept.rule}")]
     elif chosen.value is not False and rate.rule:
         decisions = [rate] if chosen.rule == "all" else [chosen, rate]
-    value: Rate = 0.0
+    value: PlannedRate = 0.0
     if is_decayable and chosen.value is not False and kept.value is not True:
         factors = (*rate.factors, rate.value)
         stack_of("plan", leaf.path, factors)
@@ -114,7 +113,7 @@ def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, k
     )
 
 
-def _shown(factors: Sequence[Any], leaf: Leaf) -> Rate:
+def _shown(factors: Sequence[Any], leaf: Leaf) -> PlannedRate:
     """The product of the factors of a rate.
 
     It is a number, or one for each layer, or a text: the range of an array, and factors that have no value yet.
@@ -129,7 +128,7 @@ def _shown(factors: Sequence[Any], leaf: Leaf) -> Rate:
             names.append("traced")
         else:
             numbers = numbers * np.asarray(factor.along(len(leaf.shape)) if isinstance(factor, PerLayer) else factor)
-    rate: Rate = tuple(map(float, numbers.ravel())) if np.ndim(numbers) else float(numbers)
+    rate: PlannedRate = tuple(map(float, numbers.ravel())) if np.ndim(numbers) else float(numbers)
     if isinstance(rate, tuple) and any(np.ndim(factor) for factor in factors if not isinstance(factor, PerLayer)):
         trees.check_broadcasts("plan", f"the rate of {leaf.path!r}", numbers, leaf.shape)
         least, most = min(rate), max(rate)
@@ -145,13 +144,13 @@ def _warn(rows: Sequence[Planned]) -> None:
     if decayable and not any(row.decays for row in decayable):
         checks.warn(
             f"plan: nothing decays: no rule, mask or rate lets any of {len(decayable)} arrays decay, or they are "
-            "frozen. Print the plan to see which rule took each."
+            "frozen. Print the plan to see the rule for each."
         )
     shapes = {row.path: row.shape for row in rows}
     roles = {row.path: role(parameter_at(row.path, shapes)) for row in decayable}
     biases = [path for path, found in roles.items() if found is not None and found.name == BIAS]
     if biases and all(row.decays for row in decayable):
         checks.warn(
-            f"plan: everything decays, biases too: {', '.join(map(repr, biases[:3]))}. For the weights alone give "
-            "mask=weights_only()."
+            f"plan: everything decays, including biases: {', '.join(map(repr, biases[:3]))}. To decay only the "
+            "weights, write mask=weights_only()."
         )

@@ -1,4 +1,4 @@
-"""A plan: one row for each parameter, to print, to compare and to keep."""
+"""A plan has one row for each parameter. It can be printed, compared and saved."""
 
 import collections
 import dataclasses
@@ -12,12 +12,12 @@ from ._planned import Planned, Totals, show_rate, totals_of
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """Who decays, how strongly and why: one row for each parameter, in the order of the tree.
+    """Which parameters decay, how strongly and why: one row for each parameter, in the order of the tree.
 
-    `print(plan)` and `str(plan)` give a table in plain text, `plan.show()` and `rich.print(plan)` one in colors for a
-    terminal, and a notebook shows it as HTML. Repeated blocks are one line.
+    `print(plan)` and `str(plan)` give a table in plain text. `plan.show()` and `rich.print(plan)` show it in colors in
+    a terminal. A notebook shows it as HTML. Repeated blocks are one line.
 
-    `for row in plan` goes through the rows, and `plan[path]` is the row of one parameter.
+    `for row in plan` iterates over the rows, and `plan[path]` is the row of one parameter.
     """
 
     parameters: tuple[Planned, ...]
@@ -46,14 +46,14 @@ class Plan:
 
     @property
     def totals_by_rule(self) -> dict[str, "Totals"]:
-        """The same for the parameters that each rule decided on."""
+        """The totals of the parameters that each rule decided on."""
         groups: dict[str, list[Planned]] = collections.defaultdict(list)
         for planned in self.parameters:
             groups[planned.rule].append(planned)
         return {rule: totals_of(group) for rule, group in groups.items()}
 
     def diff(self, other: "Plan") -> "PlanDiff":
-        """What `other` plans otherwise: parameters that it has besides, that it lacks, and whose rate it changes."""
+        """How `other` differs: parameters that it adds, parameters that it lacks, and parameters with another rate."""
         before, after = self._rows, other._rows
         return PlanDiff(
             added=tuple(planned for path, planned in after.items() if path not in before),
@@ -66,14 +66,14 @@ class Plan:
         )
 
     def text(self) -> str:
-        """A line for each parameter, its rate, a tab and its path: for a golden file and `testing.assert_plan`.
+        """A line for each parameter, for a golden file and `testing.assert_plan`: its rate, a tab and its path.
 
-        A schedule is there by its name alone, and numbers with six digits.
+        Numbers have six digits. A schedule is shown by its name only.
         """
         return "".join(f"{show_rate(planned.rate)}\t{planned.path}\n" for planned in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker."""
+        """The plan in plain dictionaries, lists, strings, numbers and booleans, for JSON, TOML or a tracker."""
         rows = [planned._asdict() for planned in self.parameters]
         for row in rows:
             row["shape"] = list(row["shape"])
@@ -85,7 +85,7 @@ class Plan:
         """The plan that `to_dict` wrote.
 
         Raises:
-            ValueError: if `data` is nothing that `to_dict` writes.
+            ValueError: if `data` was not written by `to_dict`.
         """
         try:
             rows = [{**row, "shape": tuple(row["shape"])} for row in data["parameters"]]
@@ -94,11 +94,12 @@ class Plan:
             return Plan(tuple(Planned(**row) for row in rows))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"Plan.from_dict: {error} in what should be a dictionary of Plan.to_dict, got {str(data)[:80]}."
+                f"Plan.from_dict: data must be a dictionary from Plan.to_dict, got {str(data)[:80]}, which raises "
+                f"{type(error).__name__}: {error}."
             ) from error
 
     def show(self) -> None:
-        """Prints the table: in colors where rich is installed and the output is a terminal, else in plain text."""
+        """Prints the table: in colors if rich is installed and the output is a terminal, otherwise in plain text."""
         try:
             from rich.console import Console
         except ImportError:
@@ -126,11 +127,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlanDiff:
-    """How one plan differs from another; false if it doesn't.
+    """How one plan differs from another. It is falsy if there is no difference.
 
     Attributes:
-        added, removed: the rows of parameters that only the second, or only the first plan has.
-        changed: pairs of rows of parameters whose rate differs.
+        added, removed: the rows of parameters that only the second plan has, or only the first.
+        changed: pairs of rows, for parameters whose rate differs.
     """
 
     added: tuple[Planned, ...]
@@ -142,4 +143,4 @@ class PlanDiff:
 
     def __str__(self) -> str:
         added, removed = ((None, p) for p in self.added), ((p, None) for p in self.removed)
-        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference in who decays"
+        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference"

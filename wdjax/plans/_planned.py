@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Rate = float | tuple[float, ...] | str
+PlannedRate = float | tuple[float, ...] | str
 
 
 class Planned(NamedTuple):
@@ -12,19 +12,19 @@ class Planned(NamedTuple):
 
     Attributes:
         path: its canonical path.
-        shape, dtype: of the parameter; the dtype by its name.
-        decays: whether anything is to act on it.
-        rate: a number; for stacked layers a number for each; a text for what is known only while training (a schedule,
-            a traced rate); 0.0 where nothing decays.
+        shape, dtype: the shape and the name of the dtype of the parameter.
+        decays: whether the parameter will decay.
+        rate: a number; for stacked layers, a number for each; a string if the rate is known only during training (a
+            schedule, a traced rate); 0.0 if the parameter does not decay.
         rule: the rule that decided, as it is written.
-        reason: why it applies, in a few words.
+        reason: why the rule applies, in a few words.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     decays: bool
-    rate: Rate
+    rate: PlannedRate
     rule: str
     reason: str
 
@@ -35,7 +35,7 @@ class Planned(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """How many parameters, in how many arrays, decay, and how many there are."""
+    """How many parameters and arrays decay, and how many there are."""
 
     decayed: int
     parameters: int
@@ -49,8 +49,8 @@ class Totals(NamedTuple):
         )
 
 
-def show_rate(rate: Rate, *, digits: int = 6) -> str:
-    """A rate as golden files have it: that of stacked layers is one number for each."""
+def show_rate(rate: PlannedRate, *, digits: int = 6) -> str:
+    """A rate as it is written in golden files. For stacked layers, it is one number for each layer."""
     if isinstance(rate, str):
         return rate
     return ", ".join(f"{one:.{digits}g}" for one in (rate if isinstance(rate, (tuple, list)) else (rate,)))
@@ -63,7 +63,7 @@ def totals_of(rows: Sequence[Planned]) -> Totals:
 
 
 def count(number: int) -> str:
-    """A count as people say it: "124.4 M"."""
+    """A count in short form: "124.4 M"."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= 0.99995 * size * (10 if unit == "k" else 1):  # Never "1000.0 k".
             return f"{number / size:.1f} {unit}"

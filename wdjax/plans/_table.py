@@ -1,4 +1,4 @@
-"""A plan as a table: repeated blocks are one line, in plain text, for rich, or as HTML."""
+"""A plan as a table, in plain text, for rich, or as HTML. Repeated blocks are one line."""
 
 import collections
 import html
@@ -12,7 +12,7 @@ from ._planned import Planned, count, show_rate
 HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why")
 _NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
 _NUMBER = re.compile(r"\d+")
-_DISPENSABLE = ("dtype", "arrays", "rule", "shape", "parameters")  # Where the terminal is narrow, in this order.
+_DISPENSABLE = ("dtype", "arrays", "rule", "shape", "parameters")  # Dropped in this order if the terminal is narrow.
 
 
 class _Row(Protocol):
@@ -24,14 +24,14 @@ R = TypeVar("R", bound=_Row)
 
 
 class Line(NamedTuple):
-    """A line of the table; one cell for each name of the header."""
+    """A line of the table, with one cell for each name in the header."""
 
     cells: tuple[str, ...]
     decays: bool
 
 
 def lines_of(parameters: Sequence[Planned]) -> list[Line]:
-    """One line for the parameters of one shape and one rule that differ in the numbers of their paths only."""
+    """One line for all parameters with the same shape and rule whose paths differ only in their numbers."""
     groups: dict[Any, list[Planned]] = collections.defaultdict(list)
     for p in parameters:
         without = tuple(_NUMBER.split(p.path)), tuple(_NUMBER.split(p.reason))
@@ -45,7 +45,7 @@ def as_text(parameters: Sequence[Planned]) -> list[str]:
 
 
 def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> list[str]:
-    """The lines of a table; the columns of these names are set right."""
+    """The lines of a table. The columns named in `right` are right-aligned."""
     rows = [header, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = []
@@ -71,14 +71,14 @@ def as_rich(title: str, parameters: Sequence[Planned], width: int) -> Any:
     for name in shown:
         table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
     for line in lines:
-        # Text, since rich would take brackets in a pattern for markup.
+        # As Text, because rich would read brackets in a pattern as markup.
         cells = [Text(cell) for cell, name in zip(line.cells, HEADER, strict=True) if name in shown]
         table.add_row(*cells, style="green" if line.decays else "dim")
     return table
 
 
 def as_html(title: str, parameters: Sequence[Planned]) -> str:
-    """A title and a table, with nothing but inline styles."""
+    """A title and a table, with inline styles only."""
 
     def row(cells: Iterable[str], tag: str, style: str = "") -> str:
         return f"<tr{style}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -89,7 +89,7 @@ def as_html(title: str, parameters: Sequence[Planned]) -> str:
 
 
 def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]:
-    """A line for each change from one row to another, None where there is none; like changes are one line."""
+    """A line for each change from one row to another; None stands for a missing row. Similar changes are one line."""
     groups: dict[Any, dict[str, tuple[Planned | None, Planned | None]]] = collections.defaultdict(dict)
     for old, new in pairs:
         row = new if old is None else old
@@ -124,7 +124,7 @@ def _line(group: Sequence[Planned]) -> Line:
 
 
 def merged(group: Sequence[R]) -> list[list[R]]:
-    """The group in parts, each with every combination of the numbers in its paths: a line says what there is."""
+    """The group in parts. Each has every combination of the numbers in its paths, so that its line is exact."""
     columns = _columns([planned.path for planned in group])
     if math.prod(map(len, columns)) == len(group):
         return [list(group)]
@@ -136,13 +136,13 @@ def merged(group: Sequence[R]) -> list[list[R]]:
 
 
 def _columns(texts: Sequence[str]) -> list[list[str]]:
-    """The numbers at each place of texts that differ in nothing else, as they are written, in their order."""
+    """The sorted numbers at each position in strings that differ only in their numbers, as they are written."""
     columns = zip(*map(_NUMBER.findall, texts), strict=True)
     return [sorted(set(column), key=lambda digits: (int(digits), digits)) for column in columns]
 
 
 def merged_texts(texts: Sequence[str]) -> str:
-    """One text for texts that differ in their numbers only: "blocks/{0..11}/kernel"."""
+    """One string for strings that differ only in their numbers: "blocks/{0..11}/kernel"."""
     shown = map(_range, _columns(texts))
     return _NUMBER.sub(lambda match: next(shown), texts[0])
 
@@ -157,7 +157,7 @@ def _range(digits: Sequence[str]) -> str:
 
 
 def _rates(group: Sequence[Planned]) -> str:
-    """The rate of all; from the first to the last where they rise or fall with the numbers; else each that there is."""
+    """The common rate; the first and the last if rates rise or fall with the numbers; otherwise all of them."""
     ordered = sorted(group, key=lambda planned: list(map(int, _NUMBER.findall(planned.path))))
     each = list(dict.fromkeys(planned.rate for planned in ordered))
     rates: list[Any] = list(each[0]) if len(each) == 1 and isinstance(each[0], tuple) else list(each)

@@ -1,13 +1,14 @@
-"""Many trainings that differ in weight decay and learning rate, compiled once: which rate is best, and how surely?
+"""Many runs with different weight decay and learning rate, compiled once: which rate is best, and how certain is that?
 
-The rates are data of the compiled program, so one compilation serves every run. A program trains a chunk of runs at a
-time on each device, and is called until all are done: memory is bounded by the chunk, progress can be shown between
-calls, and devices share the runs without a word between them.
+The rates are arguments of the compiled program, so one compilation serves every run. The program trains a chunk of runs
+at a time on each device, and is called until all runs are done. So the chunk bounds the memory, progress can be shown
+between calls, and the devices share the runs without communication.
 
-A sweep answers with a set, not with a number. Seeds differ in their best rate, and what a validation loss over a few
-seeds can tell is which settings are worse than another one; the rest may be the best (`Best`).
+The answer of a sweep is a set of settings, not one number. The best rate differs between seeds. From the validation
+losses of a few seeds, one can tell only which settings are worse than another one. The others may be the best (`Best`).
 
-Hypergradients need nothing from here: a training function that can be swept can be differentiated by its rates.
+Hypergradients need nothing from this module. If a training function can be swept, it can be differentiated with respect
+to its rates.
 """
 
 import functools
@@ -43,33 +44,34 @@ def sweep(
         result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
 
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
-    the optimizer itself, loops with `jax.lax.scan`, and returns what is measured at the end. Every value is a traced
+    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Every value is a traced
     0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing,
     and neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
 
-    Every setting gets the same seeds, hence the same initial weights and batches if `train` draws them from its key:
-    settings are compared on equal terms.
+    Every setting gets the same seeds. If `train` draws its initial weights and batches from its key, these are the same
+    in every setting, and the comparison is fair.
 
     Args:
-        train: `train(key, **values)`, which returns a scalar loss, or a dictionary with the loss and whatever else is
-            to be kept: scalars, curves, parameters. Give the same function again and nothing is compiled again.
-        seeds: how many, counted from 0, or the seeds themselves.
-        chunk: how many runs each device trains at once, under `jax.vmap`. None for one on CPUs, where a run is then bit
-            for bit what it is alone, and for all on GPUs and TPUs. Memory grows with it. Small networks gain from 4 or
-            8 on CPUs too; large ones lose.
-        devices: the devices that share the runs, of this process; None for JAX's default device.
-        progress: what wraps the loop over calls of the program: `progress=tqdm.tqdm`.
-        **values: for each argument of `train` by which the runs differ, a list of finite numbers; those that are
-            called as rates are in wdjax must not be negative. All combinations are tried. For settings that are not a
-            grid, sweep over `trial=range(n)` and let `train` look the rates up.
+        train: `train(key, **values)`, which returns a scalar loss, or a dictionary of the loss and other results, such
+            as scalars, curves and parameters. The same function is not compiled again.
+        seeds: the number of seeds, counted from 0, or the seeds themselves.
+        chunk: how many runs each device trains at once, under `jax.vmap`. None means all runs on GPUs and TPUs, and one
+            on CPUs, where each run then gives the same bits as alone. Memory grows with it. On CPUs, small networks
+            also gain from 4 or 8, and large ones lose.
+        devices: the devices of this process that share the runs; None for JAX's default device.
+        progress: a wrapper for the loop over the calls of the program: `progress=tqdm.tqdm`.
+        **values: a list of finite numbers for each argument of `train` that differs between runs. Arguments with the
+            names of rates in wdjax must not be negative. All combinations are run. If the settings are not a grid,
+            sweep over `trial=range(n)` and let `train` look up the rates.
 
     Returns:
-        A `Sweep`: `.results` as NumPy arrays of shape (values of the first name, ..., seeds), `.best()` and `.table()`.
+        A `Sweep` with `.results` as NumPy arrays of shape (values of the first name, ..., seeds), `.best()` and
+        `.table()`.
 
     Raises:
         TypeError: if `train` cannot be called with these names, or returns neither a scalar nor a dictionary.
-        ValueError: for values that are none, not finite, negative rates or not one-dimensional; for no seeds, no
-            devices, devices of another process, or a chunk < 1.
+        ValueError: for values that are missing, not numbers, not finite, negative rates or not one-dimensional; for no
+            seeds, no devices, devices of another process, or a chunk < 1.
 
     Example:
 
@@ -79,10 +81,10 @@ def sweep(
         ...     params = jax.random.normal(key, (3,))
         ...     def step(carry, _):
         ...         params, state = carry
-        ...         updates, state = optimizer.update(params - 1.0, state, params)  # of a loss |params - 1|^2 / 2
+        ...         updates, state = optimizer.update(params - 1.0, state, params)  # The loss is |params - 1|^2 / 2.
         ...         return (optax.apply_updates(params, updates), state), None
         ...     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=200)
-        ...     return jnp.sum((params - 0.5) ** 2)  # of a validation loss, which 1 / (1 + weight_decay) minimizes
+        ...     return jnp.sum((params - 0.5) ** 2)  # A validation loss. Its minimum is at weight_decay = 1.
         >>> found = wdjax.sweep(train, weight_decay=[0.0, 0.5, 1.0, 2.0], learning_rate=[0.1], seeds=4)
         >>> found.results["loss"].shape
         (4, 1, 4)
@@ -91,19 +93,19 @@ def sweep(
     """
     tried = {name: _checked_values(name, given) for name, given in values.items()}
     if not tried:
-        raise ValueError(f"sweep: there is nothing to try. Write {_WRITE}.")
+        raise ValueError(f"sweep: no values were given. Write {_WRITE}.")
     _check_call(train, tried)
     numbers = _checked_seeds(seeds)
     shared = _checked_devices(devices)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise ValueError(f"sweep: chunk must be a whole number of runs > 0, got {chunk!r}. Write chunk=8, or leave it.")
+        raise ValueError(f"sweep: chunk must be an integer > 0, got {chunk!r}. Write chunk=8, or leave it out.")
 
     grid = np.meshgrid(*tried.values(), numbers, indexing="ij")
     *columns, of_seeds = (axis.ravel() for axis in grid)
     total = of_seeds.size
     share = -(-total // len(shared))
     at_once = min(share, chunk or (1 if shared[0].platform == "cpu" else share))
-    # As few runs as can be are computed only to fill the last call.
+    # Calls of equal size, so that as few runs as possible are computed only to fill the last call.
     calls = -(-share // at_once)
     size = -(-share // calls) * len(shared)
 
@@ -113,9 +115,9 @@ def sweep(
         for call in progress(range(calls)):
             rows = np.minimum(np.arange(call * size, (call + 1) * size), total - 1)
             arguments = {name: column[rows] for name, column in zip(tried, columns, strict=True)}
-            with jax.set_mesh(mesh):  # The caller's may be another one.
+            with jax.set_mesh(mesh):  # The caller may have set another mesh.
                 outputs.append(_call(train, mesh, of_seeds[rows].astype(np.uint32), arguments))
-            # The device has its next work before the host waits for the last; results don't pile up there.
+            # The device gets its next work before the host waits for the last results. They don't pile up there.
             outputs[-2:-1] = jax.device_get(outputs[-2:-1])
         outputs = jax.device_get(outputs)
     except jax.errors.JaxRuntimeError as error:
@@ -133,7 +135,7 @@ def sweep(
 
 @functools.partial(jax.jit, static_argnames=("train", "mesh"))
 def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
-    """The results of as many runs as there are seeds, shared by the devices."""
+    """The results of one run for each seed. The devices share the runs."""
 
     def one(seed: jax.Array, values: dict[str, jax.Array]) -> dict[str, Any]:
         return _checked_result(train(jax.random.key(seed), **values))
@@ -141,12 +143,12 @@ def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]
     def on_one_device(seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
         if len(seeds) > 1:
             return jax.vmap(one)(seeds, values)
-        # Not even a vmap over one: the same operations as in a run alone, and so the same bits.
+        # A single run without vmap has the same operations as the run alone, and so the same bits.
         result = one(seeds[0], {name: value[0] for name, value in values.items()})
         return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
     runs = PartitionSpec("runs")
-    # Of what `train` does nothing is known but that runs don't meet; so nothing is checked of what varies over devices.
+    # Runs don't communicate, and `train` may be anything, so checks of what varies over devices are off.
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False)(seeds, values)
 
 
@@ -158,8 +160,8 @@ def _checked_values(name: str, given: Any) -> np.ndarray:
         raise ValueError(f"sweep: {name} must be a list of numbers, got {given!r}. Write {write}.") from None
     if values.ndim != 1 or not values.size:
         raise ValueError(
-            f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}; what all runs share "
-            "belongs into train."
+            f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}. Put values that all "
+            "runs share into train."
         )
     wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
     if wrong.size:
@@ -174,16 +176,16 @@ def _check_call(train: Any, values: dict[str, np.ndarray]) -> None:
     try:
         inspect.signature(train).bind(None, **values)
     except TypeError as error:
-        raise TypeError(f"sweep: {call} does not fit the training function: {error}.") from None
+        raise TypeError(f"sweep: the training function cannot be called as {call}: {error}.") from None
 
 
 def _checked_seeds(seeds: Any) -> np.ndarray:
     is_count = isinstance(seeds, (int, np.integer)) and not isinstance(seeds, bool)
     numbers = np.arange(max(seeds, 0)) if is_count else np.asarray(seeds)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
-        raise ValueError(f"sweep: seeds must be how many, or a list of whole numbers, got {seeds!r}. Write seeds=5.")
+        raise ValueError(f"sweep: seeds must be a count > 0 or a list of integers, got {seeds!r}. Write seeds=5.")
     if len(set(numbers.tolist())) < numbers.size or numbers.min() < 0 or numbers.max() >= 2**32:
-        raise ValueError(f"sweep: seeds must differ and lie from 0 to 2**32 - 1, got {seeds!r}. Write seeds=5.")
+        raise ValueError(f"sweep: seeds must be different and between 0 and 2**32 - 1, got {seeds!r}. Write seeds=5.")
     return numbers
 
 
@@ -193,8 +195,8 @@ def _checked_devices(devices: Any) -> tuple[Any, ...]:
     found = tuple(devices)
     if not found or any(device.process_index != jax.process_index() for device in found):
         raise ValueError(
-            f"sweep: devices must be at least one device of this process, got {devices!r}. Write "
-            "devices=jax.local_devices(), and give each process values or seeds of its own."
+            f"sweep: devices must be a list of at least one device, all of this process, got {devices!r}. Write "
+            "devices=jax.local_devices(), and give each process its own values or seeds."
         )
     return found
 
@@ -206,6 +208,6 @@ def _checked_result(result: Any) -> dict[str, Any]:
         return {"loss": result}
     shown = f"an array of shape {jnp.shape(result)}" if isinstance(result, jax.Array) else type(result).__name__
     raise TypeError(
-        f"sweep: train must return a scalar, or a dictionary of arrays by name, and returned {shown}. "
+        f"sweep: train must return a scalar, or a dictionary of arrays by name, but it returned {shown}. "
         'Write return loss, or return {"loss": loss, "curve": losses}.'
     )

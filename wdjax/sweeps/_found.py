@@ -1,4 +1,4 @@
-"""What a sweep found: the results of all runs, the best setting, and what may be as good."""
+"""The results of a sweep: those of all runs, the best setting, and the settings that may be as good."""
 
 import dataclasses
 import itertools
@@ -11,22 +11,22 @@ from ..plans._table import in_columns
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Best:
-    """The setting of the lowest mean loss over seeds, and the settings that the seeds cannot tell from the best.
+    """The setting with the lowest mean loss over seeds, and the settings that the seeds cannot tell from the best.
 
-    A setting is ruled out if another one is better by a paired one-sided t-test over the seeds, each pair at a level of
-    (1 - confidence) / (settings - 1). So the setting that is truly best, for infinitely many seeds, is among the rest
-    with that confidence, if the differences between settings are about normal over seeds. It is the screening of
-    Nelson, Swann, Goldsman & Song 2001 (Operations Research 49) with common random numbers: the same seeds in every
-    setting, so that what seeds have in common cancels. With one seed nothing is known and nothing is ruled out.
+    A setting is ruled out if another one is better in a paired one-sided t-test over the seeds. Each pair is tested at
+    a level of (1 - confidence) / (settings - 1). So the setting that is truly best, for infinitely many seeds, remains
+    with that confidence, if the differences between settings are about normal over seeds. This is the screening of
+    Nelson, Swann, Goldsman & Song 2001 (Operations Research 49) with common random numbers: every setting has the same
+    seeds, so the part of the loss that depends only on the seed cancels. With one seed, nothing is ruled out.
 
     Attributes:
         values: the setting, by name.
-        index: where it is in the grid.
-        mean, standard_error: of its loss over the seeds; the error is NaN for one seed. The mean is that of a winner,
-            so it is too low by about its error: report the loss on data that did not choose.
-        alike: of the grid's shape, booleans: what may be the best.
-        interval: for each name the smallest and the largest value among these.
-        at_end: the names whose best value is the smallest or largest that was tried, unless it is 0: try more.
+        index: its position in the grid.
+        mean, standard_error: the mean loss over the seeds and its error, which is NaN for one seed. The setting was
+            chosen for its low mean, so the mean is too low by about its error. Report the loss on other data.
+        alike: booleans of the grid's shape: which settings may be the best.
+        interval: for each name, the smallest and the largest value among these.
+        at_end: the names whose best value is the smallest or largest that was tried, except 0. Try values beyond it.
     """
 
     values: dict[str, float]
@@ -43,7 +43,7 @@ class Best:
             for name, value in self.values.items()
         )
         alike = f"{self.alike.sum()} of {self.alike.size} settings may be the best"
-        end = "".join(f"; {name} is at the end of what was tried" for name in self.at_end)
+        end = "".join(f"; {name} is at the end of the tried values" for name in self.at_end)
         return f"{found}: {self.mean:.4g} ± {self.standard_error:.2g}; {alike}{end}"
 
     __repr__ = __str__
@@ -51,13 +51,13 @@ class Best:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
-    """What all runs returned.
+    """The results of all runs.
 
     Attributes:
-        values: for each name the values that were tried, float64; their order is that of the grid's axes.
-        seeds: the seeds, the axis after those.
+        values: the values that were tried, by name, as float64. The grid's axes have the same order as the names.
+        seeds: the seeds, which are the axis after the grid.
         results: what `train` returned, by name ("loss" if it returned a scalar): NumPy arrays of shape
-            (*grid, seeds, *the shape that one run returned), or trees of these.
+            (*grid, seeds, *shape of one run's result), or trees of these.
     """
 
     values: dict[str, np.ndarray]
@@ -65,12 +65,12 @@ class Sweep:
     results: dict[str, Any]
 
     def best(self, name: str = "loss", *, confidence: float = 0.95) -> Best:
-        """The setting where the result of this name is lowest in the mean, and what may be as good.
+        """The setting with the lowest mean of the result with this name, and the settings that may be as good.
 
-        A setting with a run that ended in NaN or infinity is never the best and never alike.
+        A setting with a run that ended in NaN or infinity is neither the best nor among these.
 
         Raises:
-            KeyError: if `train` returned no scalar of this name.
+            KeyError: if `train` returned no scalar with this name.
             ValueError: if no setting has finite results for all seeds, or `confidence` is not between 0 and 1.
         """
         if not 0 < confidence < 1:
@@ -80,7 +80,7 @@ class Sweep:
         losses = self._losses(name).reshape(-1, len(self.seeds))
         finite = np.flatnonzero(np.isfinite(losses).all(axis=1))
         if not len(finite):
-            raise ValueError(f"Sweep.best: in every setting a run's {name!r} is NaN or infinite. Try lower rates.")
+            raise ValueError(f"Sweep.best: every setting has a run whose {name!r} is NaN or infinite. Try lower rates.")
         alike = np.zeros(len(losses), bool)
         alike[finite] = may_be_best(losses[finite], 1 - confidence)
         row = finite[losses[finite].mean(axis=1).argmin()]
@@ -102,9 +102,9 @@ class Sweep:
         )
 
     def table(self, name: str = "loss") -> str:
-        """A line for each setting: mean and standard error of the result of this name, runs that failed, what is best.
+        """A line for each setting: mean and standard error of the result with this name, and which may be the best.
 
-        Where a run ended in NaN or infinity, the mean is that of the others, and the line says how many failed.
+        If runs ended in NaN or infinity, the mean is over the others, and the line shows how many failed.
         """
         losses = self._losses(name).reshape(-1, len(self.seeds))
         settings = list(itertools.product(*self.values.values()))
@@ -131,7 +131,7 @@ class Sweep:
             scalars = [
                 n for n, r in self.results.items() if isinstance(r, np.ndarray) and r.ndim == len(self._grid) + 1
             ]
-            raise KeyError(f"Sweep: train returned no scalar of the name {name!r}; it returned the scalars {scalars}.")
+            raise KeyError(f"Sweep: train returned no scalar named {name!r}. It returned the scalars {scalars}.")
         return found.astype(np.float64)
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ class Sweep:
 
 
 def may_be_best(losses: np.ndarray, level: float) -> np.ndarray:
-    """Of the rows (settings, seeds), those that no other is better than by a paired t-test, corrected for all pairs."""
+    """The rows (settings, seeds) that no other row beats in a paired t-test, corrected for all pairs."""
     may = np.ones(len(losses), bool)
     freedom = losses.shape[1] - 1
     if freedom == 0 or len(losses) == 1:
@@ -148,14 +148,14 @@ def may_be_best(losses: np.ndarray, level: float) -> np.ndarray:
     for other in losses:
         worse = losses - other
         mean, error = worse.mean(axis=1), _standard_error(worse)
-        # Where all seeds differ by the same there is no doubt: t is infinite.
+        # If the difference is the same for all seeds, there is no doubt: t is infinite.
         t = np.divide(mean, error, out=np.where(mean > 0, np.inf, 0.0), where=error > 0)
         may &= upper_tail_of_t(t, freedom) >= level / (len(losses) - 1)
     return may
 
 
 def upper_tail_of_t(t: np.ndarray, freedom: int) -> np.ndarray:
-    """P(T > t) of Student's distribution for whole degrees of freedom: Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    """P(T > t) of Student's distribution for integer degrees of freedom: Abramowitz & Stegun 26.7.3 and 26.7.4."""
     angle = np.arctan(t / np.sqrt(freedom))
     is_odd = freedom % 2
     term = np.cos(angle) if is_odd else np.ones_like(angle)
@@ -168,7 +168,7 @@ def upper_tail_of_t(t: np.ndarray, freedom: int) -> np.ndarray:
 
 
 def _standard_error(losses: np.ndarray) -> Any:
-    """Of the mean over the last axis; NaN for fewer than two."""
+    """The standard error of the mean over the last axis; NaN for fewer than two values."""
     count = losses.shape[-1]
     return losses.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.full(losses.shape[:-1], np.nan)
 
