@@ -12,10 +12,12 @@ Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); wh
 optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
-from ._engine.loop import DecayState as DecayState
+from ._engine.types import Anchor as Anchor
+from ._engine.types import Mask as Mask
+from ._engine.types import Params as Params
+from ._engine.types import Rate as Rate
+from ._engine.types import Schedule as Schedule
 from .audits import Audit as Audit
-from .audits import Audited as Audited
-from .audits import Finding as Finding
 from .audits import audit as audit
 from .in_gradient import add_l2_to_grads as add_l2_to_grads
 from .in_gradient import add_penalty_to_grads as add_penalty_to_grads
@@ -25,9 +27,6 @@ from .in_update import cautious as cautious
 from .in_update import continuous_decay as continuous_decay
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
-from .low_precision import CompensatedState as CompensatedState
-from .low_precision import MasterWeightsState as MasterWeightsState
-from .low_precision import StochasticRoundingState as StochasticRoundingState
 from .low_precision import apply_updates as apply_updates
 from .low_precision import compensated as compensated
 from .low_precision import in_float32 as in_float32
@@ -41,9 +40,7 @@ from .paths import all_but as all_but
 from .paths import by_depth as by_depth
 from .paths import by_path as by_path
 from .paths import by_width as by_width
-from .paths import canonical_paths as canonical_paths
 from .paths import only as only
-from .paths import register_layer as register_layer
 from .paths import weights_only as weights_only
 from .penalties import L1 as L1
 from .penalties import L2 as L2
@@ -51,21 +48,16 @@ from .penalties import ElasticNet as ElasticNet
 from .penalties import GroupLasso as GroupLasso
 from .penalties import Huber as Huber
 from .penalties import Penalty as Penalty
+from .penalties import ProximalPenalty as ProximalPenalty
 from .plans import Plan as Plan
-from .plans import PlanDiff as PlanDiff
-from .plans import Planned as Planned
 from .plans import plan as plan
 from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
-from .sweeps import Best as Best
-from .sweeps import Sweep as Sweep
 from .sweeps import sweep as sweep
-from .telemetry import MonitorState as MonitorState
 from .telemetry import monitor as monitor
 from .telemetry import scalars as scalars
-from .wrappers import WithDecoupledDecayState as WithDecoupledDecayState
 from .wrappers import freeze as freeze
 from .wrappers import with_decoupled_decay as with_decoupled_decay
 

@@ -8,20 +8,19 @@ rate whatever the weight decay is. What most people want beside Adam is `in_upda
 Complex weights: updates are taken as directions of descent, that is the conjugate of what `jax.grad` returns.
 """
 
-from typing import Any
-
 import jax
 import optax
 
 from ._engine import checks
 from ._engine.arithmetic import LeafRule, Strength, away, plus, stateless
 from ._engine.loop import Action, transformation
+from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
 from .penalties import L2, Penalty, check_kind, check_strength, gradient
 
 
 @checks.known_arguments
-def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+def add_l2_to_grads(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None) -> optax.GradientTransformation:
     """Adds weight_decay times the weight to its gradient: L2 regularization, without touching the loss.
 
     Rule:   g <- g + weight_decay * (p - toward)
@@ -61,7 +60,7 @@ def add_l2_to_grads(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
 
 @checks.known_arguments
 def add_penalty_to_grads(
-    kind: Penalty, strength: Any, mask: Any = None, *, toward: Any = None, stacked_axes: Any = 0
+    kind: Penalty, strength: Rate, mask: Mask = None, *, toward: Anchor = None, stacked_axes: StackedAxes = 0
 ) -> optax.GradientTransformation:
     """Adds strength times the gradient of any penalty, without touching the loss.
 

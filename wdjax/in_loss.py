@@ -9,6 +9,7 @@ that of the whole parameters, however they are sharded. Within `shard_map` and `
 that all devices have together: docs/many_devices.md has the table.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from ._engine import checks, mesh_axes, trees
 from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
+from ._engine.types import Anchor, Mask, Params, Rate, StackedAxes
 from .paths import stacks
 from .penalties import L2, Penalty, check_kind, check_strength, weighted_value
 
@@ -25,7 +27,7 @@ PyTree = Any
 
 @checks.known_arguments
 def l2_penalty(
-    params: PyTree, weight_decay: Any, mask: Any = None, *, toward: PyTree = None, axis_name: Any = None
+    params: Params, weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None, axis_name: Hashable = None
 ) -> jax.Array:
     """Half of weight_decay times the sum of squared weights, to add to the loss.
 
@@ -64,14 +66,14 @@ def l2_penalty(
 
 @checks.known_arguments
 def penalty(
-    params: PyTree,
+    params: Params,
     kind: Penalty,
-    strength: Any,
-    mask: Any = None,
+    strength: Rate,
+    mask: Mask = None,
     *,
-    toward: PyTree = None,
-    axis_name: Any = None,
-    stacked_axes: Any = 0,
+    toward: Anchor = None,
+    axis_name: Hashable = None,
+    stacked_axes: StackedAxes = 0,
 ) -> jax.Array:
     """strength times any penalty of the weights, to add to the loss.
 

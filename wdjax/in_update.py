@@ -16,13 +16,15 @@ import optax
 
 from ._engine import checks, trees
 from ._engine.arithmetic import Strength, away, cast, compute_dtype, minus, plus, stateless, subtracted
-from ._engine.loop import Action, DecayState, transformation
+from ._engine.loop import Action, transformation
+from ._engine.loop import DecayState as DecayState
+from ._engine.types import Anchor, Mask, Rate
 
 PyTree = Any
 
 
 @checks.known_arguments
-def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None) -> optax.GradientTransformation:
     """Decays weights in proportion to the learning rate, untouched by the optimizer's scaling: AdamW's weight decay.
 
     Rule:   u <- u + weight_decay * (p - toward)
@@ -63,7 +65,7 @@ def decoupled_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) 
 
 
 @checks.known_arguments
-def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None) -> optax.GradientTransformation:
+def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None) -> optax.GradientTransformation:
     """Decays weights by a fraction of their own each step, whatever the learning rate is.
 
     Rule:   u <- u - weight_decay * (p - toward)
@@ -95,7 +97,7 @@ def independent_decay(weight_decay: Any, mask: Any = None, *, toward: Any = None
 
 @checks.known_arguments
 def continuous_decay(
-    weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+    weight_decay: Rate, mask: Mask = None, *, learning_rate: Rate, toward: Anchor = None
 ) -> optax.GradientTransformation:
     """Decays weights as in continuous time, exponentially: never past the anchor, however large the rates.
 

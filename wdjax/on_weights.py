@@ -6,14 +6,13 @@ weights become exactly zero and stay countable. (An anchor other than zero is me
 the weights is a difference, and only the one to zero is always exact.)
 """
 
-from typing import Any
-
 import jax
 import optax
 
 from ._engine import checks
 from ._engine.arithmetic import Strength, away, stateless, unless_off
 from ._engine.loop import Action, transformation
+from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
 from .penalties import ProximalPenalty, check_kind, check_strength
 
@@ -21,12 +20,12 @@ from .penalties import ProximalPenalty, check_kind, check_strength
 @checks.known_arguments
 def proximal_step(
     kind: ProximalPenalty,
-    strength: Any,
-    mask: Any = None,
+    strength: Rate,
+    mask: Mask = None,
     *,
-    learning_rate: Any,
-    toward: Any = None,
-    stacked_axes: Any = 0,
+    learning_rate: Rate,
+    toward: Anchor = None,
+    stacked_axes: StackedAxes = 0,
 ) -> optax.GradientTransformation:
     """Moves the weights that the optimizer arrives at to the minimum of penalty plus squared distance.
 

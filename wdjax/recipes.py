@@ -16,19 +16,20 @@ import optax
 
 from ._engine import checks
 from ._engine.loop import Action
+from ._engine.types import Anchor, Mask, Rate
 from .in_gradient import add_l2_to_grads
 from .in_update import decoupled_decay
 
 
 @checks.known_arguments
 def sgd_l2(
-    learning_rate: Any,
-    weight_decay: Any,
-    mask: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Rate,
+    mask: Mask = None,
     *,
     momentum: float | None = None,
     nesterov: bool = False,
-    toward: Any = None,
+    toward: Anchor = None,
 ) -> optax.GradientTransformation:
     """SGD with L2 regularization in the gradient, so the momentum buffer sees it: `torch.optim.SGD`.
 
@@ -64,13 +65,13 @@ def sgd_l2(
 
 @checks.known_arguments
 def sgdw(
-    learning_rate: Any,
-    weight_decay: Any,
-    mask: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Rate,
+    mask: Mask = None,
     *,
     momentum: float | None = None,
     nesterov: bool = False,
-    toward: Any = None,
+    toward: Anchor = None,
 ) -> optax.GradientTransformation:
     """SGD with decoupled weight decay: the momentum buffer never sees the decay.
 
@@ -110,9 +111,9 @@ def sgdw(
 
 @checks.known_arguments
 def adam_l2(
-    learning_rate: Any,
-    weight_decay: Any,
-    mask: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Rate,
+    mask: Mask = None,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -120,7 +121,7 @@ def adam_l2(
     eps_root: float = 0.0,
     mu_dtype: Any = None,
     nesterov: bool = False,
-    toward: Any = None,
+    toward: Anchor = None,
 ) -> optax.GradientTransformation:
     """Adam with L2 regularization in the gradient, which is not weight decay: `torch.optim.Adam(weight_decay=...)`.
 
@@ -155,9 +156,9 @@ def adam_l2(
 
 @checks.known_arguments
 def adamw(
-    learning_rate: Any,
-    weight_decay: Any,
-    mask: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Rate,
+    mask: Mask = None,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -165,7 +166,7 @@ def adamw(
     eps_root: float = 0.0,
     mu_dtype: Any = None,
     nesterov: bool = False,
-    toward: Any = None,
+    toward: Anchor = None,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay: `optax.adamw`, `torch.optim.AdamW`.
 
@@ -202,7 +203,9 @@ def adamw(
     return _watched("adamw", chain, learning_rate, weight_decay, mask)
 
 
-def _watched(where: str, chain: Any, learning_rate: Any, weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+def _watched(
+    where: str, chain: Any, learning_rate: optax.ScalarOrSchedule, weight_decay: Rate, mask: Mask
+) -> optax.GradientTransformation:
     """The chain. Its `init` warns if learning_rate * weight_decay is known to do nothing or to overshoot."""
     action = Action(where, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 

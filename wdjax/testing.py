@@ -24,6 +24,7 @@ except ImportError as error:
 from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype
 from ._engine.loop import Action, DecayState
+from ._engine.types import Anchor, Mask, Optimizer, Params, Rate
 from ._engine.unstable import whole
 from .audits import Audit, audit
 from .audits._findings import NAMES
@@ -132,11 +133,11 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
 @checks.known_arguments
 def assert_only_decays(
     optimizer: optax.GradientTransformation,
-    params: PyTree,
-    expected: Any,
-    mask: Any = None,
+    params: Params,
+    expected: Rate,
+    mask: Mask = None,
     *,
-    toward: PyTree = None,
+    toward: Anchor = None,
 ) -> None:
     """Asserts that, with zero gradients, one step removes the fraction `expected` of each weight, and nothing else.
 
@@ -189,7 +190,13 @@ def assert_only_decays(
 
 
 def assert_audit(
-    optimizer: Any, params: PyTree, expected: Any = None, mask: Any = None, *, allow: Sequence[str] = (), **options: Any
+    optimizer: Optimizer | Callable[[Any], Optimizer],
+    params: Params,
+    expected: Rate | None = None,
+    mask: Mask = None,
+    *,
+    allow: Sequence[str] = (),
+    **options: Any,
 ) -> Audit:
     """Asserts that an audit finds nothing wrong or suspect in an optimizer, and returns the audit for more assertions.
 

@@ -30,6 +30,7 @@ from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
 from ._engine.masks import flags
 from ._engine.steps import SKIPPING, nodes, stepped
+from ._engine.types import Anchor, Mask, Optimizer, Rate
 from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
 from .paths import Rules
 
@@ -53,7 +54,7 @@ class WithDecoupledDecayState(NamedTuple):
 
 @checks.known_arguments
 def with_decoupled_decay(
-    optimizer: Any, weight_decay: Any, mask: Any = None, *, learning_rate: Any, toward: Any = None
+    optimizer: Optimizer, weight_decay: Rate, mask: Mask = None, *, learning_rate: Rate, toward: Anchor = None
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decoupled weight decay to any finished Optax optimizer.
 
@@ -133,7 +134,7 @@ def with_decoupled_decay(
 
 
 @checks.known_arguments
-def freeze(optimizer: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtraArgs:
     """Keeps the parameters of a mask bit for bit. It goes around the optimizer, not into a chain as `optax.freeze`.
 
     Zero updates within a chain can be undone by later transformations, for example by a decay. The mask of a decay

@@ -93,7 +93,7 @@ class Term(NamedTuple):
         number, arrays = self.parted()
         return _product(jnp.finfo(dtype).dtype.type(number), arrays)
 
-    def known(self) -> np.ndarray | float | None:
+    def known(self) -> Any:
         """The rate in float64, NumPy; None if it has no value while tracing."""
         if any(callable(factor) or is_traced(factor) for factor in self.factors):
             return None

@@ -21,3 +21,9 @@ Mask: TypeAlias = Rules | Callable[[Params], Params] | Params | None
 
 # A tree like params, or the values at `init`; None for zero.
 Anchor: TypeAlias = Params | Literal["init"] | None
+
+# A finished optimizer.
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+
+# How many leading axes stack layers: of all parameters, or by pattern.
+StackedAxes: TypeAlias = int | Mapping[str, int]

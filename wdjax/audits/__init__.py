@@ -21,6 +21,7 @@ from .._engine.hazards import smallest_fraction
 from .._engine.loop import Action, DecayState
 from .._engine.masks import flags
 from .._engine.steps import nodes
+from .._engine.types import Mask, Optimizer, Params, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low
 from ..low_precision._writers import NARROW_UPDATES
@@ -43,13 +44,13 @@ _SMALL_MODEL = 2**24  # Models with at most this many parameters may be probed a
 
 @checks.known_arguments
 def audit(
-    optimizer: Any,
-    params: PyTree,
-    expected: Any = None,
-    mask: Any = None,
+    optimizer: Optimizer | Callable[[Any], Optimizer],
+    params: Params,
+    expected: Rate | None = None,
+    mask: Mask = None,
     *,
-    learning_rate: Any = None,
-    frozen: Any = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    frozen: Mask = None,
     steps: Sequence[int] = (0, 10, 100, 1000),
     extra_args: Mapping[str, Any] | None = None,
     full_size: bool = False,

@@ -24,6 +24,7 @@ import optax
 
 from .._engine import checks, trees
 from .._engine.steps import nodes
+from .._engine.types import Optimizer
 from ._rounding import is_low
 from ._writers import WRITERS as WRITERS
 from ._writers import CompensatedState as CompensatedState
@@ -37,7 +38,7 @@ PyTree = Any
 
 
 @checks.known_arguments
-def in_float32(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer in float32 on gradients and parameters of lower precision.
 
     In bfloat16, the sum of a direction and a decay loses the decay if it is less than 2^-9 of the direction, and a

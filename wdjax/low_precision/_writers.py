@@ -51,7 +51,7 @@ WRITERS = (StochasticRoundingState, CompensatedState, MasterWeightsState)
 
 
 @checks.known_arguments
-def stochastic_rounding(seed: Any) -> optax.GradientTransformation:
+def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.GradientTransformation:
     """Rounds weights of low precision up or down at random, so that on average they are where they should be.
 
     Rule:   p + u is rounded to one of its two neighbours in the dtype of p, to the upper with the probability

@@ -29,6 +29,7 @@ import optax
 from .._engine import checks, mesh_axes, trees
 from .._engine.arithmetic import LeafRule, Strength, Term, cast, compute_dtype, plus
 from .._engine.loop import Action, DecayState
+from .._engine.types import Mask, Rate
 from .._engine.unstable import varying_axes
 from ..paths._roles import ADAPTER, role
 from ..paths._standard import parameter_at
@@ -39,7 +40,7 @@ PyTree = Any
 
 @checks.known_arguments
 def decoupled_lora_decay(
-    weight_decay: Any, mask: Any = None, *, scale: Any = 1.0, pairs: Mapping[str, tuple[str, str]] | None = None
+    weight_decay: Rate, mask: Mask = None, *, scale: Rate = 1.0, pairs: Mapping[str, tuple[str, str]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Decays the matrix W = W0 + scale * A @ B that LoRA factors make, by a pull on the factors A and B alone.
 

@@ -12,6 +12,7 @@ import numpy as np
 from .._engine import checks, trees
 from .._engine.masks import flags
 from .._engine.rules import Decision, PerLayer, rate_or_rules, stack_of
+from .._engine.types import Mask, Params, Rate
 from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules
 from ..paths._roles import BIAS, role
@@ -27,7 +28,7 @@ _NO_NUMBER = "not decayable"
 
 
 @checks.known_arguments
-def plan(params: PyTree, weight_decay: Any = 1.0, mask: Any = None, *, frozen: Any = None) -> Plan:
+def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen: Mask = None) -> Plan:
     """Shows which parameters decay, at which rate, by which rule and why.
 
     It takes the arguments that `decoupled_decay` and the other transformations take, and shows what they will do to

@@ -9,7 +9,7 @@ from them. The rest is measured. Each array gives a few sums of products of the 
 taken in one fused reduction (`_sums`). All metrics are arithmetic on these sums.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,10 @@ from .._engine import checks, mesh_axes, trees
 from .._engine.loop import Action, DecayState
 from .._engine.rules import Decision
 from .._engine.steps import nodes, stepped
+from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision._rounding import is_low, is_narrow
-from ..paths import Rules
+from ..paths import Leaf, Rules
 from ..plans import _asked, _planned
 from ._sums import METRICS as METRICS
 from ._sums import Sums, metrics, sums
@@ -47,14 +48,14 @@ class MonitorState(NamedTuple):
 
 @checks.known_arguments
 def monitor(
-    optimizer: Any,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    optimizer: Optimizer,
+    weight_decay: Rate = 0.0,
+    mask: Mask = None,
     *,
-    learning_rate: Any = 1.0,
-    toward: Any = None,
-    groups: Any = None,
-    axis_name: Any = None,
+    learning_rate: Rate = 1.0,
+    toward: Anchor = None,
+    groups: Rules | Callable[[Leaf], str] | None = None,
+    axis_name: Hashable = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
 
