@@ -26,7 +26,7 @@ from wdjax import all_but, by_depth, by_path, by_width, only, weights_only
 from wdjax.low_rank import decoupled_lora_decay
 from wdjax.testing import assert_only_decays
 
-TIMM = Path(__file__).parent / "data" / "layer_decay"
+TIMM = Path(__file__).parents[1] / "data" / "layer_decay"
 RATE = 0.25  # A power of two: times other powers of two it rounds nowhere.
 LAYERS = 3
 

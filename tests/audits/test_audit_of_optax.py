@@ -1,6 +1,6 @@
 """The audit of every optimizer of Optax that has a weight decay, against what its source says.
 
-`python tests/test_audit_of_optax.py` writes the table of docs/audit.md anew.
+`python tests/audits/test_audit_of_optax.py` writes the table of docs/audit.md anew.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from wdjax.audits._probes import Probes
 
 pytestmark = pytest.mark.peers
 
-PAGE = Path(__file__).parent.parent / "docs" / "audit.md"
+PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 LEARNING_RATE = 0.01
 SHAPES = {"Dense_0/kernel": (8, 6), "Dense_0/bias": (6,)}
 
@@ -50,7 +50,7 @@ def test_the_audit_says_what_the_source_says(row: Row) -> None:
     check_rates(row, audit)
     check_places_kinds_and_what_scales(row, audit)
     check_findings(row, audit)
-    assert line(row, audit) in PAGE.read_text().splitlines(), "run python tests/test_audit_of_optax.py"
+    assert line(row, audit) in PAGE.read_text().splitlines(), "run python tests/audits/test_audit_of_optax.py"
 
 
 def check_rates(row: Row, audit: wdjax.Audit) -> None:
