@@ -30,14 +30,11 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from optax import contrib
 from orbax.checkpoint import v1 as ocp
-from registry import ROWS, Row
+from registry import ROWS, Row, core_row
 
 import wdjax
 from wdjax import DecayState, by_path, only
 from wdjax.testing import decayed_weights
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
 
 # Four ways to disk and back. Each gets a tree, and `like`, which has its structure and not its values.
 
@@ -506,7 +503,7 @@ def walk_numpy(row: Row, code: Code, params: Any, updates: Any, counts: range) -
     return {"Dense_0": weights}
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64_in_all_threads")
 @pytest.mark.parametrize("before", ["number", "mask"])
 def test_after_a_restore_the_new_code_decides_from_the_saved_count_on(row: Row, before: str, tmp_path: Path) -> None:
@@ -590,7 +587,7 @@ NO_ANCHOR = r"toward='init', and the state holds no anchor: it comes from an opt
 
 
 @pytest.mark.usefixtures("x64_in_all_threads")
-@every_row
+@core_row
 def test_an_anchor_that_was_not_saved_is_missed_and_can_be_given(row: Row, tmp_path: Path) -> None:
     pretrained = make_float64()
     params = jax.tree.map(lambda p: p + 1, pretrained)

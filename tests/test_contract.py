@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import ANCHOR, DECAYS, ROWS, Row
+from registry import ANCHOR, ROWS, Row, core_decay, core_first, core_row, every_decay, every_row
 
 import wdjax
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
 
 RATE = 0.3
 RATES = {
@@ -122,7 +119,7 @@ def test_mixed_dtypes_keep_the_dtype_of_the_update(row: Row) -> None:
         chex.assert_trees_all_close(float64(new), expected(row, updates, params), **TOLERANCE[update_dtype])
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64")
 def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
     params, updates = make_params(jnp.float64), make_updates(jnp.float64)
@@ -137,7 +134,7 @@ def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
         chex.assert_trees_all_close(new, expected(row, updates, params, third), rtol=1e-14, atol=1e-15)
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64")
 def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
     params, updates = make_params(), make_updates()
@@ -153,7 +150,7 @@ def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@every_row
+@core_row
 def test_one_state_structure_for_every_rate_and_mask(row: Row) -> None:
     params, updates = make_params(), make_updates()
     masks: dict[str, Any] = {
@@ -176,7 +173,7 @@ def test_one_state_structure_for_every_rate_and_mask(row: Row) -> None:
         assert optax.tree.get(after, "DecayState").count == 2
 
 
-@every_decay
+@core_decay
 def test_masks_of_every_kind_agree(row: Row) -> None:
     params, updates = make_params(), make_updates()
     masks = [
@@ -257,7 +254,7 @@ def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
     assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
 
 
-@every_decay
+@core_decay
 def test_what_is_no_number_passes_through(row: Row) -> None:
     key = jax.random.key(0)
     params = {
@@ -279,7 +276,7 @@ def test_what_is_no_number_passes_through(row: Row) -> None:
     assert new["w"] is not updates["w"]
 
 
-@every_row
+@core_row
 def test_no_recompilation_from_step_to_step_or_when_a_traced_rate_changes(row: Row) -> None:
     params, updates = make_params(), make_updates()
 
@@ -301,7 +298,7 @@ def test_no_recompilation_from_step_to_step_or_when_a_traced_rate_changes(row: R
         _, other = scheduled(other)
 
 
-@every_row
+@core_row
 def test_inject_hyperparams(row: Row) -> None:
     params, updates = make_params(), make_updates()
     rules = wdjax.only("kernel")
@@ -322,7 +319,7 @@ def test_inject_hyperparams(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_multi_steps_acts_once_a_step(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.MultiSteps(row.build(RATE), every_k_schedule=3)
@@ -334,7 +331,7 @@ def test_multi_steps_acts_once_a_step(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_apply_if_finite_skips_the_decay_with_the_step(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.apply_if_finite(row.build(RATES["schedule"]), max_consecutive_errors=3)
@@ -347,7 +344,7 @@ def test_apply_if_finite_skips_the_decay_with_the_step(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_flatten(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.flatten(row.build(RATE))
@@ -361,7 +358,7 @@ def test_flatten(row: Row) -> None:
     chex.assert_trees_all_close(new, want, **TOLERANCE[jnp.float32])
 
 
-@every_row
+@core_row
 def test_scan_over_steps(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATES["schedule"])
@@ -379,7 +376,7 @@ def test_scan_over_steps(row: Row) -> None:
     chex.assert_trees_all_close(float64(final), weights, rtol=1e-5, atol=1e-5)
 
 
-@every_row
+@core_row
 def test_vmap_over_the_rate(row: Row) -> None:
     params, updates = make_params(), make_updates()
 
@@ -420,7 +417,7 @@ def test_gradient_with_respect_to_the_rate(row: Row) -> None:
     np.testing.assert_allclose(jax.grad(total)(0.0), slope, rtol=1e-5)
 
 
-@every_row
+@core_row
 @pytest.mark.parametrize("toward", [None, "init"])
 def test_donation_of_params_updates_and_state(row: Row, toward: str | None) -> None:
     params, updates = make_params(), make_updates()
@@ -439,7 +436,7 @@ def test_donation_of_params_updates_and_state(row: Row, toward: str | None) -> N
     jax.block_until_ready((state, params))
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "GroupLasso" not in row.name], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", core_first(row for row in ROWS if "GroupLasso" not in row.name))
 def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -454,7 +451,7 @@ def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
     assert optax.tree.get(state, "anchor")["w"].sharding.is_equivalent_to(sharding, 2)
 
 
-@every_row
+@core_row
 def test_params_left_out(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATE)
@@ -463,7 +460,7 @@ def test_params_left_out(row: Row) -> None:
         optimizer.update(updates, optimizer.init(params))
 
 
-@every_row
+@core_row
 def test_updates_of_another_structure_or_shape(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATE)
