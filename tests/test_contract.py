@@ -75,8 +75,15 @@ def run_pmap(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
 RUNS = {"eager": run_eager, "jit": run_jit, "pmap": run_pmap}
 
 
-@every_row
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+# Compiled on every row; un-jitted and on replicas is what the engine makes of the same.
+CLOSED_FORMS = [
+    pytest.param(row, RUNS[run], id=f"{run}-{row.name}", marks=() if row.core or run == "jit" else pytest.mark.slow)
+    for run in RUNS
+    for row in ROWS
+]
+
+
+@pytest.mark.parametrize(("row", "run"), CLOSED_FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
     params, updates = make_params(dtype), make_updates(dtype)
@@ -192,26 +199,26 @@ def test_masks_of_every_kind_agree(row: Row) -> None:
         assert_same_bits(new["Dense_0"]["bias"], updates["Dense_0"]["bias"])
 
 
-def test_rates_by_path_each_with_its_own() -> None:
+@core_row
+def test_rates_by_path_each_with_its_own(row: Row) -> None:
     params, updates = make_params(), make_updates()
-    for row in ROWS:
-        rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
-        optimizer = row.build(wdjax.by_path(rates))
-        new, _ = optimizer.update(updates, optimizer.init(params), params)
-        want = expected_by_path(row, updates, params, kernel=0.1, bias=0.2)
-        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+    rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
+    optimizer = row.build(wdjax.by_path(rates))
+    new, _ = optimizer.update(updates, optimizer.init(params), params)
+    want = expected_by_path(row, updates, params, kernel=0.1, bias=0.2)
+    chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
-def test_multipliers_by_path_times_a_number_an_array_or_a_schedule() -> None:
+@core_row
+def test_multipliers_by_path_times_a_number_an_array_or_a_schedule(row: Row) -> None:
     params, updates = make_params(), make_updates()
     table = wdjax.by_path({"kernel": 2.0}, default=0.5)
-    for row in ROWS:
-        for base in (0.1, np.float32(0.1), jnp.array(0.1), lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32)):
-            for rate in (base * table, table * base):
-                optimizer = row.build(rate)
-                new, _ = optimizer.update(updates, optimizer.init(params), params)
-                want = expected_by_path(row, updates, params, kernel=0.2, bias=0.05)
-                chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+    for base in (0.1, np.float32(0.1), jnp.array(0.1), lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32)):
+        for rate in (base * table, table * base):
+            optimizer = row.build(rate)
+            new, _ = optimizer.update(updates, optimizer.init(params), params)
+            want = expected_by_path(row, updates, params, kernel=0.2, bias=0.05)
+            chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
 def assert_same_bits(new: Any, old: Any) -> None:

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,24 @@ def expected(row: Row, path: str) -> float:
     return rate
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+# One of each place, kind and finding; CI has them all.
+FAST = (
+    "adamw",
+    "sgd, add_decayed_weights",
+    "add_decayed_weights, adam",
+    "lamb",
+    "schedule_free_sgd",
+    "MultiSteps of adamw",
+    "sgd, keep_params_nonnegative",
+    "yogi",
+)
+
+
+def fast_first(rows: list[Row]) -> list[Any]:
+    return [pytest.param(row, id=row.name, marks=() if row.name in FAST else pytest.mark.slow) for row in rows]
+
+
+@pytest.mark.parametrize("row", fast_first(ROWS))
 def test_the_audit_says_what_the_source_says(row: Row) -> None:
     audit = audited(row)
     check_rates(row, audit)
@@ -100,7 +118,7 @@ SCHEDULED = [
 ]
 
 
-@pytest.mark.parametrize("row", SCHEDULED, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", fast_first(SCHEDULED))
 def test_schedules_of_the_learning_rate(row: Row) -> None:
     schedule = optax.linear_schedule(LEARNING_RATE, LEARNING_RATE / 10, 1000)
     audit = wdjax.audit(row.build(schedule), probe(), learning_rate=schedule, extra_args=row.extra, steps=(0, 500, 900))

@@ -18,7 +18,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import LEARNING_RATE, ROWS, Row, core_first, core_row, every_decay, every_row
+from registry import LEARNING_RATE, ROWS, Row, core_decay, core_first, core_row, every_row
+from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 
 import wdjax
@@ -366,7 +367,7 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.filterwarnings("ignore:.*independent_decay")
-@every_decay
+@core_decay
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:
     # In float32 the rates are 1e-90 = 0, 1e-60 = 0 and 1e-30.
@@ -390,8 +391,10 @@ def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> Non
     assert_same_bits(jax.jit(traced)(jnp.array(0.0)), stacked(updates, axis))
 
 
-@pytest.mark.parametrize("kind", [wdjax.L2(), wdjax.L1(), wdjax.ElasticNet(0.3), wdjax.GroupLasso(), wdjax.Huber(0.5)])
-@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize(
+    "kind", [wdjax.L2(), slow(wdjax.L1()), slow(wdjax.ElasticNet(0.3)), wdjax.GroupLasso(), slow(wdjax.Huber(0.5))]
+)
+@pytest.mark.parametrize("axis", [slow(0), -1])
 def test_stacked_in_the_loss(kind: Any, axis: int) -> None:
     params, anchor = listed(), listed(seed=2)
     plain, deep = (0.3 * rules for rules in two_forms(axis, 0.75))
