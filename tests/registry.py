@@ -1,13 +1,16 @@
 """Every transformation once: how it is built from a rate, and what it does to one array in NumPy float64.
 
-A new method is one row here, and the whole contract suite runs on it.
+A new method is one row here, and the whole contract suite runs on it. What a row computes is its own, and is tested on
+every row, always (`every_row`); what the engine does around it is the same for many rows, and is tested on the core
+rows, and on the others where slow tests run too (`core_row`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+import pytest
 
 import wdjax
 
@@ -22,11 +25,13 @@ class Row(NamedTuple):
         name: for the test's id.
         build: (rate, mask, toward) -> transformation.
         oracle: (update, weight, rate, anchor) -> update, in float64; knows nothing of JAX.
+        core: whether it is one of those that stand for all paths through the engine: the slow tests are the others'.
     """
 
     name: str
     build: Callable[..., Any]
     oracle: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
+    core: bool = False
 
 
 def soft(w: np.ndarray, k: float) -> np.ndarray:
@@ -64,6 +69,7 @@ def _in_gradient(name: str) -> Row:
         f"add_penalty_to_grads[{name}]",
         lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(kind, rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * gradient(w - a),
+        core=name == "GroupLasso",  # Not elementwise.
     )
 
 
@@ -75,6 +81,7 @@ def _on_weights(name: str) -> Row:
             kind, rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
+        core=name == "L1",  # Of the weights and the update.
     )
 
 
@@ -83,12 +90,14 @@ ROWS = [
         "add_l2_to_grads",
         lambda rate, mask=None, toward=None: wdjax.add_l2_to_grads(rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * (w - a),
+        core=True,
     ),
     *map(_in_gradient, KINDS),
     Row(
         "decoupled_decay",
         lambda rate, mask=None, toward=None: wdjax.decoupled_decay(rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * (w - a),
+        core=True,
     ),
     Row(
         "independent_decay",
@@ -101,6 +110,7 @@ ROWS = [
             rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: u - (1 - np.exp(-LEARNING_RATE * rate)) * (w - a),
+        core=True,  # Of two factors.
     ),
     Row(
         "cautious[decoupled_decay]",
@@ -111,6 +121,7 @@ ROWS = [
         "cautious[independent_decay]",
         lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.independent_decay(rate, mask, toward=toward)),
         lambda u, w, rate, a: agreeing(u, -rate * (w - a)),
+        core=True,  # Around another.
     ),
     Row(
         "cautious[continuous_decay]",
@@ -133,8 +144,20 @@ ROWS = [
             optax.sgd(LEARNING_RATE), rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: -LEARNING_RATE * (u + rate * (w - a)),
+        core=True,  # Around an optimizer.
     ),
 ]
 
 # What leaves an update bit-identical when it is off; SGD's own arithmetic is not a decay.
 DECAYS = [row for row in ROWS if row.name != "with_decoupled_decay[sgd]"]
+
+
+def core_first(rows: Iterable[Row]) -> list[Any]:
+    """The parameters of a test that is slow on all rows but the core ones."""
+    return [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in rows]
+
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+core_row = pytest.mark.parametrize("row", core_first(ROWS))
+core_decay = pytest.mark.parametrize("row", core_first(DECAYS))

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 import wdjax
 from benchmarks import at_scale
@@ -44,7 +45,7 @@ def test_the_tree_has_as_many_parameters_as_the_model() -> None:
         assert sum(np.prod(row.shape) for row in plan.parameters if not row.decays) == 161 * 8192  # The norms.
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "wdjax.adamw"))
 def test_a_device_takes_what_is_computed_by_hand_and_gathers_nothing(name: str) -> None:
     got = at_scale.examine(at_scale.cases()[name], mesh())
     of_param, of_gradient, of_state, counters = CASES[name]
@@ -62,6 +63,7 @@ def test_a_device_takes_what_is_computed_by_hand_and_gathers_nothing(name: str) 
     assert said == ({"all-reduce": 3 * 4 * groups} if "GroupLasso" in name else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wdjax.adamw, layers listed", "optax.adamw, layers listed"])
 def test_layers_one_by_one(name: str) -> None:
     case = at_scale.cases(layers=2)[name]
@@ -103,7 +105,7 @@ def test_bytes_and_shapes_are_read_from_a_program() -> None:
     assert at_scale.outside_of_fusions(fused + program) == "\n" + program
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "wdjax.adamw"))
 def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(name: str) -> None:
     case = at_scale.cases()[name]
     params, same = (at_scale.cut(case.params, mesh(kind)) for kind in (AxisType.Explicit, AxisType.Auto))
@@ -129,6 +131,7 @@ def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one
         assert memory.output_size_in_bytes == want + 4 * 3 + pointers
 
 
+@pytest.mark.slow
 def test_256_devices() -> None:
     only = "cases = s.cases(); s.cases = lambda: {name: cases[name] for name in ('wdjax.adamw', 'optax.adamw')}"
     code = f"import benchmarks.at_scale as s; {only}; table = s.main([]); print([row['met'] for row in table.rows])"

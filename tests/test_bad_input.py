@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import ROWS, Row
+from registry import Row, every_row
 
 import wdjax
 from wdjax import testing
 
 PARAMS = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 def where(row: Row) -> str:
@@ -185,7 +184,7 @@ BAD_ANCHORS = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@every_row
 @pytest.mark.parametrize(("toward", "words"), BAD_ANCHORS, ids=[str(i) for i in range(len(BAD_ANCHORS))])
 def test_anchors_of_another_structure_or_shape(row: Row, toward: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as caught:

@@ -30,14 +30,12 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from optax import contrib
 from orbax.checkpoint import v1 as ocp
-from registry import ROWS, Row
+from registry import ROWS, Row, core_row
+from slow import slow, slow_but
 
 import wdjax
 from wdjax import DecayState, by_path, only
 from wdjax.testing import decayed_weights
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
 
 # Four ways to disk and back. Each gets a tree, and `like`, which has its structure and not its values.
 
@@ -199,11 +197,14 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 # All of one group train side by side, each on parameters of its own, and one checkpoint has them all.
 GROUPS = {
-    "rows": {row.name: row_case(row) for row in ROWS},
+    "core rows": {row.name: row_case(row) for row in ROWS if row.core},
+    "other rows": {row.name: row_case(row) for row in ROWS if not row.core},
     "optimizers": {name: Case(build) for name, build in OPTIMIZERS.items()},
 }
 PLACES = {"float32": (jnp.float32, False), "bfloat16": (jnp.bfloat16, False), "eight devices": (jnp.float32, True)}
-every_group = pytest.mark.parametrize("group", ["rows", pytest.param("optimizers", marks=pytest.mark.peers)])
+every_group = pytest.mark.parametrize(
+    "group", ["core rows", slow("other rows"), pytest.param("optimizers", marks=pytest.mark.peers)]
+)
 
 
 def begin(group: str, params: Any) -> Any:
@@ -266,7 +267,7 @@ def uninterrupted(group: str, place: str) -> tuple[Any, Any, Any, Callable[[Any,
 
 
 @every_group
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_but(PLACES, "float32"))
 def test_a_restored_run_continues_bit_for_bit(group: str, place: str, tmp_path: Path) -> None:
     like, saved, want, resume = uninterrupted(group, place)
     for name, store in STORES.items():
@@ -280,7 +281,7 @@ def test_a_restored_run_continues_bit_for_bit(group: str, place: str, tmp_path: 
 
 
 @every_group
-@pytest.mark.parametrize("place", ["float32", "bfloat16"])
+@pytest.mark.parametrize("place", ["float32", slow("bfloat16")])
 def test_the_position_of_the_schedule_and_the_anchor_matter_to_that(group: str, place: str) -> None:
     # What the test above would not see if these were restored wrong, or not at all.
     _, saved, want, resume = uninterrupted(group, place)
@@ -309,7 +310,7 @@ def test_the_position_of_the_schedule_and_the_anchor_matter_to_that(group: str, 
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("store", BY_ORBAX)
+@pytest.mark.parametrize("store", [by_orbax, slow(by_checkpoint_manager)])
 def test_saved_on_eight_devices_and_restored_on_one_and_back(store: Any, tmp_path: Path) -> None:
     one, other = begin("optimizers", make_params()), begin("optimizers", jax.tree.map(jnp.ones_like, make_params()))
     for name, saved, like in (("gather", over_all_devices(one), other), ("spread", one, over_all_devices(other))):
@@ -506,9 +507,9 @@ def walk_numpy(row: Row, code: Code, params: Any, updates: Any, counts: range) -
     return {"Dense_0": weights}
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64_in_all_threads")
-@pytest.mark.parametrize("before", ["number", "mask"])
+@pytest.mark.parametrize("before", ["mask", slow("number")])
 def test_after_a_restore_the_new_code_decides_from_the_saved_count_on(row: Row, before: str, tmp_path: Path) -> None:
     params = make_float64()
     updates = jax.tree.map(lambda p: 0.3 * jnp.cos(5 * p), params)
@@ -590,7 +591,7 @@ NO_ANCHOR = r"toward='init', but the state holds no anchor: it comes from an opt
 
 
 @pytest.mark.usefixtures("x64_in_all_threads")
-@every_row
+@core_row
 def test_an_anchor_that_was_not_saved_is_missed_and_can_be_given(row: Row, tmp_path: Path) -> None:
     pretrained = make_float64()
     params = jax.tree.map(lambda p: p + 1, pretrained)
@@ -940,6 +941,7 @@ def wait_for(what: Callable[[], bool], child: subprocess.Popen[bytes], log: Path
 MOMENTS = ["first save", "save", *np.random.default_rng(0).uniform(0, 0.1, 2), "save"]
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
 def test_a_process_that_is_killed_loses_nothing_that_was_saved_before(tmp_path: Path) -> None:

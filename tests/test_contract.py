@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import ANCHOR, DECAYS, ROWS, Row
+from registry import ANCHOR, ROWS, Row, core_decay, core_first, core_row, every_decay, every_row
 
 import wdjax
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
 
 RATE = 0.3
 RATES = {
@@ -78,8 +75,15 @@ def run_pmap(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
 RUNS = {"eager": run_eager, "jit": run_jit, "pmap": run_pmap}
 
 
-@every_row
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+# Compiled on every row; un-jitted and on replicas is what the engine makes of the same.
+CLOSED_FORMS = [
+    pytest.param(row, RUNS[run], id=f"{run}-{row.name}", marks=() if row.core or run == "jit" else pytest.mark.slow)
+    for run in RUNS
+    for row in ROWS
+]
+
+
+@pytest.mark.parametrize(("row", "run"), CLOSED_FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
     params, updates = make_params(dtype), make_updates(dtype)
@@ -122,7 +126,7 @@ def test_mixed_dtypes_keep_the_dtype_of_the_update(row: Row) -> None:
         chex.assert_trees_all_close(float64(new), expected(row, updates, params), **TOLERANCE[update_dtype])
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64")
 def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
     params, updates = make_params(jnp.float64), make_updates(jnp.float64)
@@ -137,7 +141,7 @@ def test_float64_parameters_are_decayed_in_float64(row: Row) -> None:
         chex.assert_trees_all_close(new, expected(row, updates, params, third), rtol=1e-14, atol=1e-15)
 
 
-@every_row
+@core_row
 @pytest.mark.usefixtures("x64")
 def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
     params, updates = make_params(), make_updates()
@@ -153,7 +157,7 @@ def test_the_x64_flag_changes_no_float32_result(row: Row) -> None:
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@every_row
+@core_row
 def test_one_state_structure_for_every_rate_and_mask(row: Row) -> None:
     params, updates = make_params(), make_updates()
     masks: dict[str, Any] = {
@@ -176,7 +180,7 @@ def test_one_state_structure_for_every_rate_and_mask(row: Row) -> None:
         assert optax.tree.get(after, "DecayState").count == 2
 
 
-@every_decay
+@core_decay
 def test_masks_of_every_kind_agree(row: Row) -> None:
     params, updates = make_params(), make_updates()
     masks = [
@@ -195,26 +199,26 @@ def test_masks_of_every_kind_agree(row: Row) -> None:
         assert_same_bits(new["Dense_0"]["bias"], updates["Dense_0"]["bias"])
 
 
-def test_rates_by_path_each_with_its_own() -> None:
+@core_row
+def test_rates_by_path_each_with_its_own(row: Row) -> None:
     params, updates = make_params(), make_updates()
-    for row in ROWS:
-        rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
-        optimizer = row.build(wdjax.by_path(rates))
-        new, _ = optimizer.update(updates, optimizer.init(params), params)
-        want = expected_by_path(row, updates, params, kernel=0.1, bias=0.2)
-        chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+    rates = {"kernel": lambda count: 0.1, "bias": jnp.array(0.2)}
+    optimizer = row.build(wdjax.by_path(rates))
+    new, _ = optimizer.update(updates, optimizer.init(params), params)
+    want = expected_by_path(row, updates, params, kernel=0.1, bias=0.2)
+    chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
-def test_multipliers_by_path_times_a_number_an_array_or_a_schedule() -> None:
+@core_row
+def test_multipliers_by_path_times_a_number_an_array_or_a_schedule(row: Row) -> None:
     params, updates = make_params(), make_updates()
     table = wdjax.by_path({"kernel": 2.0}, default=0.5)
-    for row in ROWS:
-        for base in (0.1, np.float32(0.1), jnp.array(0.1), lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32)):
-            for rate in (base * table, table * base):
-                optimizer = row.build(rate)
-                new, _ = optimizer.update(updates, optimizer.init(params), params)
-                want = expected_by_path(row, updates, params, kernel=0.2, bias=0.05)
-                chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
+    for base in (0.1, np.float32(0.1), jnp.array(0.1), lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32)):
+        for rate in (base * table, table * base):
+            optimizer = row.build(rate)
+            new, _ = optimizer.update(updates, optimizer.init(params), params)
+            want = expected_by_path(row, updates, params, kernel=0.2, bias=0.05)
+            chex.assert_trees_all_close(float64(new), want, **TOLERANCE[jnp.float32])
 
 
 def assert_same_bits(new: Any, old: Any) -> None:
@@ -257,7 +261,7 @@ def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
     assert_same_bits(run_jit(anchored, updates, anchored.init(params), params)[0], updates)
 
 
-@every_decay
+@core_decay
 def test_what_is_no_number_passes_through(row: Row) -> None:
     key = jax.random.key(0)
     params = {
@@ -279,7 +283,7 @@ def test_what_is_no_number_passes_through(row: Row) -> None:
     assert new["w"] is not updates["w"]
 
 
-@every_row
+@core_row
 def test_no_recompilation_from_step_to_step_or_when_a_traced_rate_changes(row: Row) -> None:
     params, updates = make_params(), make_updates()
 
@@ -301,7 +305,7 @@ def test_no_recompilation_from_step_to_step_or_when_a_traced_rate_changes(row: R
         _, other = scheduled(other)
 
 
-@every_row
+@core_row
 def test_inject_hyperparams(row: Row) -> None:
     params, updates = make_params(), make_updates()
     rules = wdjax.only("kernel")
@@ -322,7 +326,7 @@ def test_inject_hyperparams(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_multi_steps_acts_once_a_step(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.MultiSteps(row.build(RATE), every_k_schedule=3)
@@ -334,7 +338,7 @@ def test_multi_steps_acts_once_a_step(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_apply_if_finite_skips_the_decay_with_the_step(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.apply_if_finite(row.build(RATES["schedule"]), max_consecutive_errors=3)
@@ -347,7 +351,7 @@ def test_apply_if_finite_skips_the_decay_with_the_step(row: Row) -> None:
 
 
 @pytest.mark.peers
-@every_row
+@core_row
 def test_flatten(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = optax.flatten(row.build(RATE))
@@ -361,7 +365,7 @@ def test_flatten(row: Row) -> None:
     chex.assert_trees_all_close(new, want, **TOLERANCE[jnp.float32])
 
 
-@every_row
+@core_row
 def test_scan_over_steps(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATES["schedule"])
@@ -379,7 +383,7 @@ def test_scan_over_steps(row: Row) -> None:
     chex.assert_trees_all_close(float64(final), weights, rtol=1e-5, atol=1e-5)
 
 
-@every_row
+@core_row
 def test_vmap_over_the_rate(row: Row) -> None:
     params, updates = make_params(), make_updates()
 
@@ -420,7 +424,7 @@ def test_gradient_with_respect_to_the_rate(row: Row) -> None:
     np.testing.assert_allclose(jax.grad(total)(0.0), slope, rtol=1e-5)
 
 
-@every_row
+@core_row
 @pytest.mark.parametrize("toward", [None, "init"])
 def test_donation_of_params_updates_and_state(row: Row, toward: str | None) -> None:
     params, updates = make_params(), make_updates()
@@ -439,7 +443,7 @@ def test_donation_of_params_updates_and_state(row: Row, toward: str | None) -> N
     jax.block_until_ready((state, params))
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "GroupLasso" not in row.name], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", core_first(row for row in ROWS if "GroupLasso" not in row.name))
 def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -454,7 +458,7 @@ def test_sharded_in_and_sharded_out_without_a_collective(row: Row) -> None:
     assert optax.tree.get(state, "anchor")["w"].sharding.is_equivalent_to(sharding, 2)
 
 
-@every_row
+@core_row
 def test_params_left_out(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATE)
@@ -463,7 +467,7 @@ def test_params_left_out(row: Row) -> None:
         optimizer.update(updates, optimizer.init(params))
 
 
-@every_row
+@core_row
 def test_updates_of_another_structure_or_shape(row: Row) -> None:
     params, updates = make_params(), make_updates()
     optimizer = row.build(RATE)

@@ -153,6 +153,7 @@ def equations(jaxpr: Any) -> int:
     return sum(len(each.eqns) for each in found.values())
 
 
+@pytest.mark.slow
 def test_the_program_is_no_larger_than_optax_s() -> None:
     tree = trees.small_arrays(200)
     ways = tracing.optimizers(tree)

@@ -5,9 +5,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from slow import slow_but
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGE_OF = {page.stem: page for page in PAGES}
 # What belongs to one run on one machine: lines of a log, a traceback, an absolute path.
 OF_ONE_RUN = re.compile(
     r"^[IWEF]\d{4} \d\d:\d\d|^Traceback \(|^  File \"|\b\w*Warning: |\.py:\d+: |XLA_FLAGS=\S*/"
@@ -27,8 +29,9 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_on_the_page_runs_and_prints_what_it_says(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", slow_but(PAGE_OF, *(PAGE_OF.keys() - {"many_devices", "wrappers_and_faults"})))
+def test_the_code_on_the_page_runs_and_prints_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE_OF[name]
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
     assert blocks
     namespace: dict[str, object] = {"__name__": page.stem}

@@ -10,12 +10,9 @@ import optax
 import pytest
 from jax.experimental import sparse
 from optax import contrib
-from registry import DECAYS, ROWS, Row
+from registry import Row, core_decay, core_row, every_row
 
 import wdjax
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
 
 RATE = 0.3
 
@@ -78,7 +75,7 @@ NONE_AND_ONE = {
 }
 
 
-@every_row
+@core_row
 def test_leaves_of_no_element_and_of_one(row: Row) -> None:
     params = {**NONE_AND_ONE, "scalar": jnp.array(2.0)}
     updates = {name: 1.0 if name == "Python" else jnp.ones_like(leaf) for name, leaf in params.items()}
@@ -119,7 +116,7 @@ def test_ten_thousand_leaves_each_by_its_own_rule() -> None:
             assert new[f"layer_{i}"][0] == (1 + i % 7) * (1 - share)
 
 
-@every_row
+@core_row
 def test_what_is_traced_for_a_leaf_does_not_grow_with_their_number(row: Row) -> None:
     def equations(leaves: int) -> int:
         params = {str(i): jnp.ones(2) for i in range(leaves)}
@@ -133,7 +130,7 @@ def test_what_is_traced_for_a_leaf_does_not_grow_with_their_number(row: Row) -> 
 HUGE = 2**31
 
 
-@every_row
+@core_row
 def test_more_elements_than_an_int32_can_count(row: Row) -> None:
     shape = jax.ShapeDtypeStruct
     params = {
@@ -225,7 +222,7 @@ def test_int8_weights_never_decay_and_those_of_optax_lose_a_unit_a_step() -> Non
     assert after(optax.adamw(0.1, weight_decay=0.5), 3)["quantized"].tolist() == [0, -1, 108]
 
 
-@every_decay
+@core_decay
 def test_a_straight_through_gradient_of_an_int8_weight_is_not_decayed(row: Row) -> None:
     params, updates = {"q": jnp.array([3, -4], jnp.int8)}, {"q": jnp.array([0.5, 0.25])}
     optimizer = row.build(RATE)
@@ -263,7 +260,7 @@ def sparse_loss(params: Any) -> Any:
     return jnp.sum((params["kernel"] @ jnp.ones(3) + params["bias"]) ** 2)
 
 
-@every_decay
+@core_decay
 def test_of_a_sparse_matrix_the_data_decays_and_the_indices_never(row: Row) -> None:
     params = sparse_model()
     updates = jax.tree.map(jnp.ones_like, params)

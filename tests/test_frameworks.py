@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
+from slow import slow
 
 import wdjax
 from wdjax import testing
@@ -423,7 +424,7 @@ def test_a_mask_tree_of_the_librarys_own_kind(name: str) -> None:
 
 
 @every_tree
-@pytest.mark.parametrize("toward", [None, "init"])
+@pytest.mark.parametrize("toward", [slow(None), "init"])
 def test_with_zero_gradients_just_the_intended_leaves_decay(name: str, toward: Any) -> None:
     case = built(name)
     anchor = None if toward is None else case.params
@@ -443,7 +444,7 @@ def test_a_decay_of_everything_is_told_from_the_intended_one(name: str) -> None:
 
 
 @every_tree
-@pytest.mark.parametrize("toward", [None, "init"])
+@pytest.mark.parametrize("toward", [slow(None), "init"])
 def test_training_follows_adam_with_the_intended_decay(name: str, toward: Any) -> None:
     case = built(name)
     optimizer = wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY, case.rules, toward=toward)
@@ -547,7 +548,7 @@ NNX_MASKS = {
 }
 
 
-@pytest.mark.parametrize("toward", [None, "init"])
+@pytest.mark.parametrize("toward", [slow(None), "init"])
 @pytest.mark.parametrize("mask", NNX_MASKS.values(), ids=NNX_MASKS)
 def test_nnx_optimizer_decays_just_the_intended_leaves(mask: Any, toward: Any) -> None:
     case, model = built("NNX, State of Variables"), NNXNet()

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import ROWS
+from slow import slow, slow_but
 
 import wdjax
 
@@ -52,8 +53,8 @@ LAYOUTS = {
         (2, 4), ("data", "model"), P("data", "model"), P("model"), P("model", "data"), P("data")
     ),
 }
-every_layout = pytest.mark.parametrize("name", LAYOUTS)
-split_layouts = pytest.mark.parametrize("name", list(LAYOUTS)[1:])
+every_layout = pytest.mark.parametrize("name", slow_but(LAYOUTS, "FSDP and tensor parallel"))
+split_layouts = pytest.mark.parametrize("name", slow_but(list(LAYOUTS)[1:], "FSDP and tensor parallel"))
 
 
 def make_params(seed: int = 0, dtype: Any = np.float64) -> Any:
@@ -223,7 +224,7 @@ def test_norms_of_two_hundred_arrays_take_one_all_reduce() -> None:
     assert [len(row) for row in all_reduced(compiled)] == [200]
 
 
-@pytest.mark.parametrize("name", ["FSDP", "tensor parallel"])
+@pytest.mark.parametrize("name", [slow("FSDP"), "tensor parallel"])
 @pytest.mark.usefixtures("x64")
 def test_explicit_meshes_carry_the_sharding_through_every_rule(name: str) -> None:
     mesh = LAYOUTS[name].mesh(AxisType.Explicit)
@@ -334,6 +335,7 @@ def test_a_hundred_steps_of_pmap() -> None:
     assert first["freeze"][0]["up"]["kernel"].tobytes() == make_params()["up"]["kernel"].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 def test_a_hundred_steps_of_pmap_with_the_writers_of_low_precision() -> None:
     carry = pmapped(LOW, jnp.bfloat16, np.float32)

@@ -40,6 +40,7 @@ def example() -> Any:
     return load("train_on_processes")
 
 
+@pytest.mark.slow
 def test_nothing_fetches_what_is_on_another_process(run_together: Callable[..., None]) -> None:
     run_together(TESTS / "several_processes.py", 2, [], limit=250)
 
@@ -79,6 +80,7 @@ def test_when_one_process_fails_the_others_are_ended_and_it_is_shown(
     assert_ended(tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_that_take_too_long_are_ended(run_together: Callable[..., None], tmp_path: Path) -> None:
     # As JAX does, they take a plain request to end for a notice.
     body = """

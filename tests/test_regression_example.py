@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from slow import slow, slow_but
 
 DATA = Path(__file__).parent / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -63,8 +64,8 @@ def test_each_place_replays_the_book(example: Any, x64: None, version: str, lam:
     np.testing.assert_allclose(losses[:, 4::5], of_all(f"{run}/curves")[..., 0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("lam", [0, 3])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("lam", [slow(0), 3])
+@pytest.mark.parametrize("version", slow_but(VERSIONS, "concise"))
 def test_twenty_seeds_end_where_the_books_do(example: Any, version: str, lam: int) -> None:
     columns = json.loads((DATA / "d2l_pytorch.json").read_text())["columns"]
     with np.load(DATA / "d2l_pytorch.npz") as file:

@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax.training.dynamic_scale import DynamicScale
 from optax import contrib
+from slow import slow_but
 
 import wdjax
 
@@ -108,9 +109,10 @@ SKIPPING: dict[str, tuple[Callable[[Any], Any], Callable[[int, Any], Any], list[
 }
 
 
-@every_rate
+@pytest.mark.parametrize("rates", slow_but(RATES, "schedule"))
 @pytest.mark.parametrize("name", SKIPPING)
-def test_a_call_that_is_no_step_does_not_decay(name: str, rate: Callable[[int], Any]) -> None:
+def test_a_call_that_is_no_step_does_not_decay(name: str, rates: str) -> None:
+    rate = RATES[rates]
     wrap, grads, steps = SKIPPING[name]
     plain = optax.sgd(LEARNING_RATE)
     around = functools.partial(wdjax.with_decoupled_decay, weight_decay=rate, learning_rate=LEARNING_RATE)

@@ -449,6 +449,7 @@ def test_the_whole_trajectory_in_float64(name: str) -> None:
         np.testing.assert_array_less(np.abs(error) / scale, TOLERANCE, err_msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
 @every_recording
 @pytest.mark.usefixtures("x64")
 def test_without_its_decay_it_goes_elsewhere(name: str) -> None:
@@ -460,6 +461,7 @@ def test_without_its_decay_it_goes_elsewhere(name: str) -> None:
         np.testing.assert_allclose(missed, known, rtol=1e-5)
 
 
+@pytest.mark.slow
 @every_recording
 def test_the_whole_trajectory_in_float32(name: str) -> None:
     # Two float32 runs differ by the rounding of both: of the peer's (against its own float64), and of Optax's.

@@ -4,6 +4,7 @@
 #     tests/versions.sh newest [pytest arguments]    # the highest Python on this machine, the newest releases
 #     tests/versions.sh oldest [pytest arguments]    # the lowest supported Python here, the releases of oldest.txt
 #
+# As in README.md, slow tests are left out; `tests/versions.sh newest -m ""` runs all of them.
 # The copy and its environment stay in build/versions/. Set PYTHON to use another interpreter, and EXTRA to install
 # more packages: EXTRA=torch==2.13.0 tests/versions.sh oldest.
 set -euo pipefail

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 from scipy import stats
+from slow import slow, slow_but
 from tqdm import tqdm
 
 import wdjax
@@ -72,7 +73,13 @@ def test_rates_as_data_are_the_same_as_rates_baked_in() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "devices"), [(None, 8), (None, 5), (1, 3), (3, 1), (4, 2), (7, 3), (100, 1), (100, 8)]
+    ("chunk", "devices"),
+    [
+        (None, 5),
+        (1, 3),
+        (7, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(None, 8), (3, 1), (4, 2), (100, 1), (100, 8)]),
+    ],
 )
 def test_chunks_and_devices_change_nothing(chunk: int | None, devices: int) -> None:
     found = swept(chunk=chunk, devices=jax.devices()[:devices]).results
@@ -406,7 +413,9 @@ def slopes_and_differences(name: str, points: Any, mode: str = "reverse") -> tup
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", slow_but(OPTIMIZERS, "sgdw toward init", "adamw", "l2_penalty", "proximal_step[L1]", "cautious")
+)
 def test_hypergradients_are_finite_differences(name: str, x64: None) -> None:
     points = [[0.3, 0.05], [0.03, 0.02]]
     # A decay that is off can still be learned. (These have a corner there.)
@@ -418,7 +427,7 @@ def test_hypergradients_are_finite_differences(name: str, x64: None) -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["adamw", "proximal_step[L2]"])
+@pytest.mark.parametrize("name", ["adamw", slow("proximal_step[L2]")])
 def test_hypergradients_in_forward_mode(name: str, x64: None) -> None:
     slopes, expected = slopes_and_differences(name, [[0.3, 0.05]], "forward")
     np.testing.assert_allclose(slopes, expected, rtol=1e-6)

@@ -26,6 +26,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
+from slow import slow
 
 import wdjax
 from wdjax.low_precision import _rounding
@@ -562,6 +563,7 @@ def distances(name: str) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_compensated_training_is_as_close_to_float32_as_with_master_weights() -> None:
     master, ours = distances("master_weights"), distances("compensated")
     assert np.all(master["weights"] < 0.03)
@@ -571,6 +573,7 @@ def test_compensated_training_is_as_close_to_float32_as_with_master_weights() ->
         assert np.all(np.abs(master[name]) < 2e-3)
 
 
+@pytest.mark.slow
 def test_stochastically_rounded_training_ends_at_the_same_loss_and_norm_but_not_at_the_same_weights() -> None:
     ours, other = distances("stochastic_rounding"), distances("other batches")
     assert np.all(np.abs(ours["loss"]) < 5e-3)
@@ -579,6 +582,7 @@ def test_stochastically_rounded_training_ends_at_the_same_loss_and_norm_but_not_
     assert 3 * distances("master_weights")["weights"].mean() < ours["weights"].mean() < 1.5 * other["weights"].mean()
 
 
+@pytest.mark.slow
 def test_training_without_a_writer_ends_elsewhere() -> None:
     lost = distances("no writer")
     assert np.all(lost["weights"] > 0.3)
@@ -663,7 +667,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
         assert 0.4 < agree < 0.6  # One in two goes down.
 
 
-@pytest.mark.parametrize("spec", [("d",), (None, "d"), ()], ids=["rows", "columns", "replicated"])
+@pytest.mark.parametrize("spec", [("d",), slow((None, "d")), slow(())], ids=["rows", "columns", "replicated"])
 @every_writer
 def test_eight_devices_give_the_bits_of_one_without_a_collective(writer: str, spec: tuple[Any, ...]) -> None:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

@@ -17,7 +17,7 @@ import wdjax
 from wdjax import Rules, all_but, by_path, weights_only
 from wdjax._engine.trees import flatten_with_paths
 
-DATA = pathlib.Path(__file__).parent / "data" / "masks"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "masks"
 JAX_LISTS, TORCH_LISTS = (sorted((DATA / family).glob("*.json")) for family in ("jax", "torch"))
 NAMED: dict[str, Any] = json.loads((DATA / "named_models.json").read_text())["models"]
 Row = Mapping[str, Any]

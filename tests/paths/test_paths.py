@@ -216,6 +216,7 @@ def test_a_segment_is_read_as_fnmatch_reads_it() -> None:
     rng = random.Random(0)
     alphabet = "ab[]!-*?.^\\&|~1"
     names = ["".join(rng.choices("ab[]!-.^\\&|~1", k=rng.randint(1, 4))) for _ in range(60)]
+    flags = {name: np.ones(1) for name in names}
     compared = 0
     for _ in range(4000):
         pattern = "".join(rng.choices(alphabet, k=rng.randint(1, 5)))
@@ -226,7 +227,6 @@ def test_a_segment_is_read_as_fnmatch_reads_it() -> None:
             rules = only(pattern)
         except (re.error, ValueError):
             continue  # An empty range such as [b-a].
-        flags = {name: jnp.ones(1) for name in names}
         try:
             found = {name for name, flag in rules.mask(flags).items() if flag}
         except ValueError:

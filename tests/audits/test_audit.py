@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from slow import slow_but
 
 import wdjax
 from wdjax import testing
@@ -259,7 +260,7 @@ LOW: dict[str, tuple[Any, bool]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
-@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("name", slow_but(LOW, "nothing", "compensated"))
 def test_whether_a_decay_survives_bfloat16(name: str) -> None:
     optimizer, survives = LOW[name]
     audit = wdjax.audit(optimizer, BF16)
@@ -423,6 +424,7 @@ def test_right_chains_whose_first_moves_are_no_decay() -> None:
     assert "state drifts" not in names(wdjax.audit(optax.chain(weak, averaging, wdjax.adamw(LR, WD, WEIGHTS)), params))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 def test_a_writer_that_would_need_more_steps_is_not_said_to_lose_the_decay() -> None:
     for writer in (wdjax.compensated(), wdjax.master_weights(), wdjax.stochastic_rounding(0)):

@@ -1,6 +1,7 @@
 """What `monitor` measures, against float64 NumPy; what it changes (nothing); what it costs."""
 
 import functools
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow
 
 import wdjax
 from wdjax import MonitorState, by_depth, by_path, monitor, only, scalars
@@ -141,17 +143,26 @@ DECAYS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]], dict[st
 TOWARD = {"zero": None, "init": "init", "tree": "tree"}
 
 
-@pytest.fixture(params=[8, 1], ids=["several devices", "one device"])
+ALL, ONE = "several devices", "one device"
+
+
+@pytest.fixture(params=[ALL, slow(ONE)])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to sum: with several devices, and with one CPU alone, as the monitor is told."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    monkeypatch.setattr(jax, "device_count", lambda: 1 if request.param == ONE else 8)
 
 
-@pytest.mark.usefixtures("devices")
+# One of each is fast, and each way to sum.
+FAST = {("number", "zero"), ("mask", "zero"), ("schedule", "init"), ("table", "init"), ("layers", "tree")}
+
+
+@pytest.mark.parametrize("devices", [ALL, ONE], indirect=True)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("toward", TOWARD)
-@pytest.mark.parametrize("name", DECAYS)
-def test_each_metric_is_that_of_the_oracle(name: str, toward: str, dtype: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "toward"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in itertools.product(DECAYS, TOWARD)],
+)
+def test_each_metric_is_that_of_the_oracle(name: str, toward: str, dtype: Any, devices: None) -> None:
     # Compiled or not is the same program; that both work, one row shows.
     run = (lambda f: f) if name == "mask" else jax.jit
     arguments, rates, groups = DECAYS[name]
@@ -431,7 +442,7 @@ def test_float64_is_summed_in_float64_and_the_metrics_are_float32(dtypes: Any) -
 
 @pytest.mark.peers
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
-@pytest.mark.parametrize("decays", [1e-5, 1e-9])
+@pytest.mark.parametrize("decays", [1e-5, slow(1e-9)])
 def test_decay_that_rounds_away(dtype: Any, decays: float) -> None:
     params = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, 1000), dtype)
     inner = wdjax.in_float32(optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.0)))
@@ -520,7 +531,7 @@ def run(optimizer: Any, grads: Sequence[Any], params: Any) -> list[dict[str, Any
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("where", ["within", "around"])
+@pytest.mark.parametrize("where", ["within", slow("around")])
 def test_multi_steps_keeps_the_metrics_of_the_last_real_step(where: str) -> None:
     params = make_params()
     adamw = wdjax.adamw(LR, SCHEDULE)
@@ -539,7 +550,7 @@ def test_multi_steps_keeps_the_metrics_of_the_last_real_step(where: str) -> None
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("where", ["within", "around"])
+@pytest.mark.parametrize("where", ["within", slow("around")])
 def test_apply_if_finite_keeps_the_metrics_of_the_last_finite_step(where: str) -> None:
     params = make_params()
     adamw = wdjax.adamw(LR, SCHEDULE)
@@ -564,7 +575,7 @@ def test_nothing_changes_in_the_updates_nor_in_the_state_within() -> None:
         optimizer = monitor(bare, WD, learning_rate=LR)
         state, plain_state = optimizer.init(params), bare.init(params)
         for step in range(3):
-            for wrap in (lambda f: f, jax.jit):
+            for wrap in (lambda f: f, jax.jit) if step == 1 else (jax.jit,):  # MultiSteps makes its step then.
                 updates, new_state = wrap(optimizer.update)(grads_at(params, step), state, params)
                 plain, new_plain_state = wrap(bare.update)(grads_at(params, step), plain_state, params)
                 chex.assert_trees_all_equal(updates, plain)
@@ -842,7 +853,7 @@ def test_on_one_cpu_parameters_and_updates_are_read_once_more(dtype: Any, monkey
 
 
 @pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow(jnp.float32, id="float32"), pytest.param(jnp.bfloat16, id="bfloat16")])
 def test_ten_million_weights_are_summed_to_five_digits(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     params, grads = (jnp.asarray(rng.normal(size=10_000_019) + 0.5, dtype) for _ in range(2))
@@ -852,7 +863,7 @@ def test_ten_million_weights_are_summed_to_five_digits(dtype: Any) -> None:
     compare(state.measured["all"], oracle([part]), "ten million", dtype, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P()], ids=["rows", "columns", "replicated"])
+@pytest.mark.parametrize("spec", [P("data"), slow(P(None, "data")), slow(P())], ids=["rows", "columns", "replicated"])
 def test_sharded_arrays_need_one_all_reduce_of_scalars(spec: Any) -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     shapes = {"a": {"kernel": (64, 32)}, "b": {"kernel": (32, 64)}, "c": {"scale": (64, 8)}}

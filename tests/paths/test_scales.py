@@ -18,7 +18,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import DECAYS, LEARNING_RATE, ROWS, Row
+from registry import LEARNING_RATE, ROWS, Row, core_decay, core_first, core_row, every_row
+from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 
 import wdjax
@@ -26,7 +27,7 @@ from wdjax import all_but, by_depth, by_path, by_width, only, weights_only
 from wdjax.low_rank import decoupled_lora_decay
 from wdjax.testing import assert_only_decays
 
-TIMM = Path(__file__).parent / "data" / "layer_decay"
+TIMM = Path(__file__).parents[1] / "data" / "layer_decay"
 RATE = 0.25  # A power of two: times other powers of two it rounds nowhere.
 LAYERS = 3
 
@@ -226,7 +227,7 @@ MORE = [
     Row("sgd_l2", lambda rate: wdjax.sgd_l2(LEARNING_RATE, rate, momentum=0.9), None),
     Row("sgdw", lambda rate: wdjax.sgdw(LEARNING_RATE, rate, momentum=0.9, nesterov=True), None),
     Row("adam_l2", lambda rate: wdjax.adam_l2(LEARNING_RATE, rate), None),
-    Row("adamw", lambda rate: wdjax.adamw(LEARNING_RATE, rate, all_but("norm")), None),
+    Row("adamw", lambda rate: wdjax.adamw(LEARNING_RATE, rate, all_but("norm")), None, core=True),
     Row(
         "with_decoupled_decay[schedule_free]",
         lambda rate: wdjax.with_decoupled_decay(
@@ -236,14 +237,12 @@ MORE = [
     ),
 ]
 EVERYWHERE = [*ROWS, *MORE]
-every_place = pytest.mark.parametrize("row", EVERYWHERE, ids=lambda row: row.name)
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+core_place = pytest.mark.parametrize("row", core_first(EVERYWHERE))
 every_axis = pytest.mark.parametrize("axis", [0, 1, -1])
 
 
 @pytest.mark.peers
-@every_place
+@core_place
 def test_stacked_as_listed(row: Row) -> None:
     for axis, dtype in ((1, jnp.bfloat16), (0, jnp.float32)):
         plain, deep = (RATE * rules for rules in two_forms(axis))
@@ -266,7 +265,7 @@ def test_stacked_against_numpy(row: Row) -> None:
 
 
 # A norm sums in another order.
-@pytest.mark.parametrize("row", [row for row in ROWS if "GroupLasso" not in row.name], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", core_first(row for row in ROWS if "GroupLasso" not in row.name))
 def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     rules = two_forms(0)
@@ -275,13 +274,13 @@ def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     assert_same_bits(unstacked(got, 0), want)
 
 
-@every_row
+@core_row
 def test_stacked_on_eight_devices(row: Row) -> None:
     plain, deep = (RATE * rules for rules in two_forms(1))
     assert_forms_agree(row.build, 1, (plain, deep), run=run_pmap)
 
 
-@every_row
+@core_row
 def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     axis = -1
     params, updates, anchor = listed(), listed(seed=1), listed(seed=2)
@@ -297,7 +296,7 @@ def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     )
 
 
-@every_row
+@core_row
 def test_stacked_with_a_schedule_and_a_traced_rate(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     deep_params, deep_updates = stacked(params, 0), stacked(updates, 0)
@@ -326,7 +325,7 @@ def test_stacked_with_a_schedule_and_a_traced_rate(row: Row) -> None:
         chex.assert_trees_all_close(unstacked(traced(jnp.array(rate)), 0), want, rtol=2e-6, atol=1e-6)
 
 
-@every_row
+@core_row
 def test_stacked_under_vmap_and_grad_over_the_rate(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     plain, deep = two_forms(1)
@@ -352,7 +351,7 @@ def test_stacked_under_vmap_and_grad_over_the_rate(row: Row) -> None:
         assert abs(float(slopes[0])) > 1e-3
 
 
-@every_row
+@core_row
 def test_stacked_under_inject_hyperparams(row: Row) -> None:
     params, updates = stacked(listed(), 0), stacked(listed(seed=1), 0)
     deep = two_forms(0)[1]
@@ -368,7 +367,7 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.filterwarnings("ignore:.*independent_decay")
-@every_decay
+@core_decay
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:
     # In float32 the rates are 1e-90 = 0, 1e-60 = 0 and 1e-30.
@@ -392,8 +391,10 @@ def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> Non
     assert_same_bits(jax.jit(traced)(jnp.array(0.0)), stacked(updates, axis))
 
 
-@pytest.mark.parametrize("kind", [wdjax.L2(), wdjax.L1(), wdjax.ElasticNet(0.3), wdjax.GroupLasso(), wdjax.Huber(0.5)])
-@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize(
+    "kind", [wdjax.L2(), slow(wdjax.L1()), slow(wdjax.ElasticNet(0.3)), wdjax.GroupLasso(), slow(wdjax.Huber(0.5))]
+)
+@pytest.mark.parametrize("axis", [slow(0), -1])
 def test_stacked_in_the_loss(kind: Any, axis: int) -> None:
     params, anchor = listed(), listed(seed=2)
     plain, deep = (0.3 * rules for rules in two_forms(axis, 0.75))

@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from slow import slow
 
 import wdjax
 from wdjax import freeze, only
@@ -55,7 +56,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("run", [slow(lambda f: f, id="eager"), pytest.param(jax.jit, id="jit")])
 def test_every_bit_stays(name: str, run: Any) -> None:
     tree = params()
     optimizer = freeze(OPTIMIZERS[name](), only("encoder"))

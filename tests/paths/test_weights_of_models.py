@@ -14,6 +14,7 @@ import zoo
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
+from slow import slow
 from test_weights_only import answers, array, decided, expected_of, fails
 
 import wdjax
@@ -26,7 +27,7 @@ def of_model(case: zoo.Case, **options: Any) -> Rules:
         return weights_only(case.model, *case.inputs, **options)
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("embeddings", [True, slow(False)])
 @pytest.mark.parametrize("build", [build for build in zoo.CASES if "haiku" not in build.__name__])
 def test_the_zoo_by_types(build: Callable[[], zoo.Case], embeddings: bool) -> None:
     case = build()

@@ -1,0 +1,18 @@
+"""Which parameters of a test run by default: a few that stand for all. The others are marked slow."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow(value: Any, **kwargs: Any) -> Any:
+    """One parameter that is slow."""
+    return pytest.param(value, marks=pytest.mark.slow, **kwargs)
+
+
+def slow_but(names: Iterable[str], *fast: str) -> list[Any]:
+    """The names as parameters of a test, all of them slow but some."""
+    names = list(names)
+    assert set(fast) <= set(names), fast
+    return [name if name in fast else slow(name) for name in names]
