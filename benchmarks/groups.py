@@ -144,7 +144,7 @@ def _tracing_of(tree: trees.Tree) -> list[Row]:
 def rate_for_each_array(quick: bool) -> Table:
     """As many rates as arrays: as constants, and as arguments of the compiled step."""
     tree = trees.small_arrays(100 if quick else 1000)
-    paths = wdjax.canonical_paths(tree.shapes)
+    paths = wdjax.paths.canonical_paths(tree.shapes)
     values = np.linspace(0.01, 0.1, len(paths)).tolist()
 
     def constant(rate: Any) -> Any:

@@ -10,8 +10,8 @@ uncertainty includes the data.
    falls by a factor of thousands and then stays flat: there the weights are almost zero, and the prediction is almost
    constant. After 100 epochs λ = 3 has not converged, so part of its error is training time.
 2. Is the strength that the validation data choose really the optimal one? It is one of several that they cannot tell
-   apart (the shaded band; see `wdjax.Best`). Does it matter? A thousand fresh examples for each seed measure what each
-   choice costs. One row of the last table is what people do in practice: each seed chooses by its own hundred
+   apart (the shaded band; see `wdjax.sweeps.Best`). Does it matter? A thousand fresh examples for each seed measure
+   what each choice costs. One row of the last table is what people do in practice: each seed chooses by its own hundred
    validation examples.
 """
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     return rows
 
 
-def draw_sweep(found: wdjax.Sweep, best: wdjax.Best, path: Path) -> None:
+def draw_sweep(found: wdjax.sweeps.Sweep, best: wdjax.sweeps.Best, path: Path) -> None:
     """Draws the losses over the strength, as means of the seeds, and shades the strengths that may be the best."""
     decays, seeds = found.values["weight_decay"], len(found.seeds)
     low, high = best.interval["weight_decay"]

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     return rows
 
 
-def draw(best: wdjax.Best, paths: dict[str, np.ndarray], seeds: int, out: Path) -> None:
+def draw(best: wdjax.sweeps.Best, paths: dict[str, np.ndarray], seeds: int, out: Path) -> None:
     """Draws the strength that both layers share, from both starts, and the strengths that the sweep leaves open."""
     low, high = best.interval["weight_decay"]
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")

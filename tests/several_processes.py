@@ -125,7 +125,7 @@ def check_norms(params: Any) -> None:
 
 def check_what_is_asked_once(params: Any) -> None:
     assert str(wdjax.plan(params, 0.1, MASK)) == str(wdjax.plan(whole(), 0.1, MASK))
-    assert wdjax.canonical_paths(params) == wdjax.canonical_paths(whole())
+    assert wdjax.paths.canonical_paths(params) == wdjax.paths.canonical_paths(whole())
     optimizer = wdjax.adamw(0.1, 0.1, MASK)
     report = wdjax.testing.assert_audit(optimizer, params, 0.1 * 0.1, MASK)
     assert [row.path for row in report.parameters if row.decays] == ["Dense_0/kernel", "embed/embedding"]

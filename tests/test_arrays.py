@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import DECAYS, ROWS, Row
+from registry import DECAYS, ROWS, Row, core_first
 from test_contract import assert_same_bits, float64
 
 import wdjax
 
 SHAPE = (4, 3)
 by_element = [row for row in ROWS if "GroupLasso" not in row.name]
-every_row = pytest.mark.parametrize("row", by_element, ids=lambda row: row.name)
+row_by_element = pytest.mark.parametrize("row", core_first(by_element))
 ARRAYS = {
     "rows": np.array([[0.3], [0.0], [0.1], [0.2]], np.float32),
     "columns": np.array([0.1, 0.0, 0.4], np.float32),
@@ -38,7 +38,7 @@ def expected(row: Row, u: Any, w: Any, rates: Any, anchor: float = 0.0) -> np.nd
         return np.array([row.oracle(*map(np.float64, (u, w, rate)), anchor) for u, w, rate in triples]).reshape(SHAPE)
 
 
-@every_row
+@row_by_element
 @pytest.mark.parametrize("name", ARRAYS)
 def test_an_array_in_a_tree_or_by_path_is_a_rate_for_each_weight(row: Row, name: str) -> None:
     params, updates, array = make(0), make(1), ARRAYS[name]
@@ -58,10 +58,8 @@ def test_an_array_in_a_tree_or_by_path_is_a_rate_for_each_weight(row: Row, name:
             np.testing.assert_allclose(new["bias"], of_bias, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", core_first(row for row in DECAYS if row in by_element))
 def test_where_an_array_is_zero_or_false_no_bit_changes(row: Row) -> None:
-    if "GroupLasso" in row.name:
-        pytest.skip("a group has one strength")
     hard = np.array([[np.inf, -np.inf, np.nan], [0.0, -0.0, 3.0], [1.0, -0.0, 2.0], [1.0, 2.0, 3.0]], np.float32)
     params, updates = make(0), make(1)
     params["kernel"], updates["kernel"] = jnp.asarray(hard), jnp.asarray(np.flip(hard, 1))
@@ -154,6 +152,7 @@ def test_stacked_axes_take_the_norm_of_each_layer() -> None:
     np.testing.assert_allclose(new["layers"], -0.5 * w["layers"] / norms.reshape(3, 1, 1), rtol=1e-5)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "optimizer",
     [optax.adam(0.1), wdjax.adamw(0.1, 0.5), optax.MultiSteps(optax.sgd(0.1), 2)],

@@ -34,7 +34,8 @@ from registry import ROWS, Row, core_row
 from slow import slow, slow_but
 
 import wdjax
-from wdjax import DecayState, by_path, only
+from wdjax import by_path, only
+from wdjax.in_update import DecayState
 from wdjax.testing import decayed_weights
 
 # Four ways to disk and back. Each gets a tree, and `like`, which has its structure and not its values.

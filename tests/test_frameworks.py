@@ -358,8 +358,8 @@ def sees(seen: list[str]) -> wdjax.Rules:
 @every_tree
 def test_the_canonical_path_of_every_leaf(name: str) -> None:
     case = built(name)
-    assert wdjax.canonical_paths(case.params) == list(case.decays)
-    assert wdjax.canonical_paths(gradient(name)(case.params)) == list(case.decays)
+    assert wdjax.paths.canonical_paths(case.params) == list(case.decays)
+    assert wdjax.paths.canonical_paths(gradient(name)(case.params)) == list(case.decays)
     assert jax.tree.leaves(case.rules.mask(case.params)) == list(case.decays.values())
 
 
@@ -624,8 +624,8 @@ def test_nnx_variables_of_several_kinds_and_names() -> None:
     model = Odd()
     state = nnx.state(model)
     paths = ["nested/bias", "nested/value", "raw", "statistics", "value/bias", "value/kernel"]
-    assert wdjax.canonical_paths(state) == wdjax.canonical_paths(nnx.as_pure(state)) == paths
-    assert wdjax.canonical_paths(model) == paths
+    assert wdjax.paths.canonical_paths(state) == wdjax.paths.canonical_paths(nnx.as_pure(state)) == paths
+    assert wdjax.paths.canonical_paths(model) == paths
     mask = wdjax.only("value").mask(nnx.as_pure(state))
     assert jax.tree.leaves(mask) == [False, True, False, False, True, True]
 

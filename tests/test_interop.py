@@ -17,7 +17,8 @@ from optax import contrib
 from slow import slow_but
 
 import wdjax
-from wdjax import all_but, by_path, canonical_paths, only, weights_only
+from wdjax import all_but, by_path, only, weights_only
+from wdjax.paths import canonical_paths
 
 pytestmark = pytest.mark.peers  # Optax's optimizers.
 

@@ -45,7 +45,7 @@ def ours(optimizer: optax.GradientTransformation, penalty: Callable[[Any], Any] 
         return (params, state), params
 
     _, after = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS))((params, optimizer.init(params)))
-    flat = dict(zip(wdjax.canonical_paths(after), map(np.asarray, jax.tree.leaves(after)), strict=True))
+    flat = dict(zip(wdjax.paths.canonical_paths(after), map(np.asarray, jax.tree.leaves(after)), strict=True))
     return [{path: values[i] for path, values in flat.items()} for i in range(STEPS)]
 
 

@@ -207,7 +207,7 @@ def finished(
 ) -> Case:
     """The case, its roles looked up; `segments` takes paths apart where "/" alone does not tell how."""
     _MET[name] = owners
-    paths = wdjax.canonical_paths(params)
+    paths = wdjax.paths.canonical_paths(params)
     apart = {path: path.split("/") for path in paths} if segments is None else segments
     return Case(name, library, params, {path: role_of(library, apart[path], owners) for path in paths}, model, inputs)
 
@@ -1363,7 +1363,7 @@ def main() -> None:
     for built in cases:
         counts = collections.Counter(built.roles.values())
         print(f"{built.name}: {len(built.roles)} leaves,", ", ".join(f"{n} {role}" for role, n in counts.items()))
-        if list(built.roles) != wdjax.canonical_paths(built.params) or not counts.keys() <= set(ROLES):
+        if list(built.roles) != wdjax.paths.canonical_paths(built.params) or not counts.keys() <= set(ROLES):
             mistakes.append(f"{built.name}: the roles are not those of the parameters")
     for library, excluded in EXCLUDED.items():
         missing = not_held(library)

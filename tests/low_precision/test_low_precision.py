@@ -270,7 +270,9 @@ def test_weight_and_residual_together_lose_nothing(dtype: Any) -> None:
     writer = wdjax.compensated()
     residual = np.random.default_rng(2).integers(-30_000, 30_000, weights.shape)
     # At the lower edge of a binade the neighbour below is half as far: no more than a quarter of a spacing is missing.
-    state = wdjax.CompensatedState(jnp.asarray(np.where(np.frexp(float64(weights))[0] == 0.5, 0, residual), jnp.int16))
+    state = wdjax.low_precision.CompensatedState(
+        jnp.asarray(np.where(np.frexp(float64(weights))[0] == 0.5, 0, residual), jnp.int16)
+    )
     step, after = jax.jit(writer.update)(jnp.asarray(updates), state, params)
     new = wdjax.apply_updates(params, step)
     assert new.dtype == dtype

@@ -76,7 +76,7 @@ def test_closed_form(stack: tuple[int, ...], run: Any) -> None:
     np.testing.assert_allclose(new["dense"]["lora_b"], 0.5 + want_b, rtol=1e-5, atol=1e-5)
     assert np.array_equal(new["dense"]["kernel"], updates["dense"]["kernel"])
     chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
-    assert isinstance(state, wdjax.DecayState)
+    assert isinstance(state, wdjax.in_update.DecayState)
     assert int(state.count) == 1
 
 

@@ -16,7 +16,8 @@ import optax
 import pytest
 
 import wdjax
-from wdjax import all_but, by_path, canonical_paths, only
+from wdjax import all_but, by_path, only
+from wdjax.paths import canonical_paths
 
 PARAMS = {
     "encoder": {

@@ -826,7 +826,7 @@ FACTORS: dict[str, tuple[Any, Callable[[str], float]]] = {
 
 
 def test_products_in_any_order() -> None:
-    paths = wdjax.canonical_paths(NET)
+    paths = wdjax.paths.canonical_paths(NET)
     want = {path: np.prod([of_path(path) for _, of_path in FACTORS.values()]) for path in paths}
     zeros = jax.tree.map(jnp.zeros_like, NET)
     for k, order in enumerate(itertools.permutations(factor for factor, _ in FACTORS.values())):

@@ -186,7 +186,7 @@ class Odd(nn.Module):
 def test_what_a_model_said_survives_without_the_model() -> None:
     x = jnp.ones((1, 4))
     params = Odd().init(jax.random.key(0), x)["params"]
-    wdjax.register_layer(Odd, weights=("thing",))
+    wdjax.paths.register_layer(Odd, weights=("thing",))
     rules = weights_only(Odd(), x)
     assert rules.mask(params)["thing"] is True
     fails("weights_only can't tell", lambda: weights_only().mask(params))  # Its name alone says nothing.

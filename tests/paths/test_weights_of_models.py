@@ -18,8 +18,9 @@ from slow import slow
 from test_weights_only import answers, array, decided, expected_of, fails
 
 import wdjax
-from wdjax import Rules, all_but, by_path, canonical_paths, register_layer, weights_only
+from wdjax import Rules, all_but, by_path, weights_only
 from wdjax._engine.trees import flatten_with_paths, structure
+from wdjax.paths import canonical_paths, register_layer
 
 
 def of_model(case: zoo.Case, **options: Any) -> Rules:

@@ -37,7 +37,7 @@ def rows(it: wdjax.Plan) -> dict[str, tuple[Any, ...]]:
 
 def test_each_row_of_a_plan() -> None:
     it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed"), weights_only())
-    assert it["blocks/1/kernel"] == wdjax.Planned(
+    assert it["blocks/1/kernel"] == wdjax.plans.Planned(
         path="blocks/1/kernel",
         shape=(4, 4),
         dtype="float32",
@@ -150,7 +150,7 @@ def test_the_plan_is_what_happens(rate: Any, mask: Any) -> None:
         it = plan(params, rate, mask)
     decay = wdjax.decoupled_decay(rate, mask)
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
-    happened = dict(zip(wdjax.canonical_paths(params), jax.tree.leaves(updates), strict=True))
+    happened = dict(zip(wdjax.paths.canonical_paths(params), jax.tree.leaves(updates), strict=True))
     for row in it.parameters:
         np.testing.assert_allclose(happened[row.path].astype(jnp.float32), row.rate, rtol=4e-3)  # pyright: ignore
         assert row.decays == bool((happened[row.path] != 0).all())

@@ -44,7 +44,7 @@ def train(key: jax.Array, weight_decay: Any, learning_rate: Any) -> dict[str, An
     return {"loss": loss_of(params, X[8:], Y[8:]), "curve": curve, "weights": params}
 
 
-def swept(**options: Any) -> wdjax.Sweep:
+def swept(**options: Any) -> wdjax.sweeps.Sweep:
     return wdjax.sweep(train, weight_decay=DECAYS, learning_rate=RATES, **({"seeds": SEEDS} | options))
 
 
@@ -176,10 +176,10 @@ def test_too_little_memory_shows_the_chunk() -> None:
 # What may be the best.
 
 
-def of_losses(losses: Any, **values: Any) -> wdjax.Sweep:
+def of_losses(losses: Any, **values: Any) -> wdjax.sweeps.Sweep:
     losses = np.asarray(losses, np.float64)
     values = values or {"weight_decay": np.arange(len(losses)) / 10}
-    return wdjax.Sweep(
+    return wdjax.sweeps.Sweep(
         {k: np.asarray(v, float) for k, v in values.items()}, np.arange(losses.shape[-1]), {"loss": losses}
     )
 

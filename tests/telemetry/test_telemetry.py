@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 from slow import slow
 
 import wdjax
-from wdjax import MonitorState, by_depth, by_path, monitor, only, scalars
-from wdjax.telemetry import METRICS
+from wdjax import by_depth, by_path, monitor, only, scalars
+from wdjax.telemetry import METRICS, MonitorState
 
 LR, WD = 0.1, 0.03
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)

@@ -174,7 +174,7 @@ def test_rules_inside_decide_as_if_it_were_there(frozen: wdjax.Rules, rate: Any,
     optimizer = freeze(wdjax.decoupled_decay(rate, mask), frozen)
     state = optimizer.init(NEIGHBOURS)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, NEIGHBOURS), state, NEIGHBOURS)
-    for path, update in zip(wdjax.canonical_paths(NEIGHBOURS), jax.tree.leaves(updates), strict=True):
+    for path, update in zip(wdjax.paths.canonical_paths(NEIGHBOURS), jax.tree.leaves(updates), strict=True):
         expected = np.array(planned[path].rate)
         shape = (-1,) + (1,) * (update.ndim - 1) if expected.ndim else ()
         np.testing.assert_allclose(np.abs(update), np.broadcast_to(expected.reshape(shape), update.shape), rtol=1e-6)

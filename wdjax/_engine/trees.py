@@ -86,7 +86,7 @@ def canonical_paths(params: PyTree) -> list[str]:
     Example:
 
         >>> import jax.numpy as jnp, wdjax
-        >>> wdjax.canonical_paths({"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+        >>> wdjax.paths.canonical_paths({"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
         ['Dense_0/bias', 'Dense_0/kernel']
     """
     return [path for path, leaf in flatten_with_paths(params) if not is_hole(leaf)]

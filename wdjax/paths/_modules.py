@@ -71,7 +71,7 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
         >>> class Bilinear(eqx.Module):
         ...     tensor: jax.Array
         ...     center: jax.Array
-        >>> wdjax.register_layer(Bilinear, weights=("tensor",))
+        >>> wdjax.paths.register_layer(Bilinear, weights=("tensor",))
         >>> model = Bilinear(tensor=jnp.ones((2, 2, 2)), center=jnp.ones(2))
         >>> mask = wdjax.weights_only(model).mask(model)
         >>> mask.tensor, mask.center
