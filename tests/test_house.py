@@ -27,7 +27,8 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 # What acts on parameters has the four facts that people get wrong: a transformation, or a term of the loss.
 ACTING = ("GradientTransformation", "GradientTransformationExtraArgs")
 MODULES = sorted(module.name for module in pkgutil.iter_modules(wdjax.__path__))
-PUBLIC = sorted(name for name, value in vars(wdjax).items() if not name.startswith("_") and not inspect.ismodule(value))
+NAMES = sorted(name for name, value in vars(wdjax).items() if not name.startswith("_") and not inspect.ismodule(value))
+PUBLIC = [name for name in NAMES if inspect.isfunction(vars(wdjax)[name]) or inspect.isclass(vars(wdjax)[name])]
 
 
 def imported(path: Path, package: str) -> set[str]:
@@ -80,6 +81,16 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
         facts += ["Rule:", "Place:", "Units:", "Source:"]
     assert [fact for fact in facts if fact not in doc] == []
     assert "Units:  none" not in doc
+
+
+def test_the_top_has_no_states_and_no_more_than_fifty_names() -> None:
+    assert len(NAMES) <= 50
+    assert [name for name in NAMES if name.endswith("State")] == []
+
+
+@pytest.mark.peers
+def test_the_program_that_is_checked_in_strict_mode_runs() -> None:
+    importlib.import_module("typed_program")
 
 
 def readme_blocks(language: str) -> list[str]:

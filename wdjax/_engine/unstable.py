@@ -92,8 +92,8 @@ def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like:
         return kind.sharding if is_known else first.sharding if kind.shape == first.shape else whole_everywhere
 
     out_sharding = whole_everywhere if like is None else jax.tree.map(sharding_of, like)
-    automatic_axes: Any = auto_axes(function, out_sharding=out_sharding)
-    return automatic_axes(*arguments)
+    made_automatic: Any = auto_axes
+    return made_automatic(function, out_sharding=out_sharding)(*arguments)
 
 
 def _has_explicit_axes(x: Any) -> bool:
