@@ -92,8 +92,7 @@ def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like:
         return kind.sharding if is_known else first.sharding if kind.shape == first.shape else whole_everywhere
 
     out_sharding = whole_everywhere if like is None else jax.tree.map(sharding_of, like)
-    made_automatic: Any = auto_axes
-    return made_automatic(function, out_sharding=out_sharding)(*arguments)
+    return auto_axes(function, out_sharding=out_sharding)(*arguments)
 
 
 def _has_explicit_axes(x: Any) -> bool:
@@ -112,9 +111,10 @@ def as_arguments(numbers: Sequence[Any], likes: Iterable[Any]) -> list[Any]:
     if set_xla_metadata is None or len(distinct) < 2 or not any(is_traced(like) for like in likes):
         return list(numbers)
     values = tuple(value for value, _ in distinct)
+    marked: Any = set_xla_metadata
 
     def called_on_cpu() -> list[jax.Array]:
-        with set_xla_metadata(inlineable="false"):
+        with marked(inlineable="false"):
             return _constants(values)
 
     called = jax.lax.platform_dependent(cpu=called_on_cpu, default=lambda: list(values))
