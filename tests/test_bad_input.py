@@ -176,10 +176,10 @@ def test_a_traced_mask() -> None:
 
 BAD_ANCHORS = [
     ("start", "toward must be None (zero), a tree like params, or 'init', got 'start'"),
-    ({"Dense_0": {"kernel": jnp.ones((2, 3))}}, "toward must be a tree like params; it lacks ['Dense_0/bias']"),
-    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "has besides ['Dense_0/scale']"),
+    ({"Dense_0": {"kernel": jnp.ones((2, 3))}}, "toward must be a tree like params. It lacks ['Dense_0/bias']"),
+    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "params lack ['Dense_0/scale']"),
     ({"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}}, "toward has shape (3, 2) at 'Dense_0/kernel'"),
-    ({"Dense_0": {"kernel": 0.0, "bias": 0.0}}, "toward has shape () at 'Dense_0/bias', and the parameter (3,)"),
+    ({"Dense_0": {"kernel": 0.0, "bias": 0.0}}, "toward has shape () at 'Dense_0/bias', but the parameter has (3,)"),
     (0.0, "toward must be a tree like params"),
 ]
 
@@ -195,7 +195,7 @@ def test_anchors_of_another_structure_or_shape(row: Row, toward: Any, words: str
 
 def test_a_state_without_the_anchor() -> None:
     state = wdjax.decoupled_decay(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match=r"toward='init', and the state holds no anchor.*optimizer\.init\(params\)"):
+    with pytest.raises(ValueError, match=r"toward='init', but the state holds no anchor.*optimizer\.init\(params\)"):
         wdjax.decoupled_decay(0.1, toward="init").update(PARAMS, state, PARAMS)
 
 

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import pkgutil
 import re
+import runpy
 import textwrap
 import tomllib
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_importing_wdjax_needs_no_extra() -> None:
                 for name in tops
                 if name not in allowed and name not in importlib.import_module("sys").stdlib_module_names
             }
-            optional = {"testing.py": {"chex"}, "_plan.py": {"rich"}, "_table.py": {"rich"}}
+            optional = {"testing.py": {"chex"}, "_plan.py": {"rich"}, "table.py": {"rich"}}
             assert foreign <= optional.get(path.name, set()), path
 
 
@@ -143,3 +144,12 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## {wdjax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert tomllib.load(file)["project"]["name"] == "wdjax"
+
+
+def test_every_fault_of_the_mutation_run_can_be_put_in() -> None:
+    listed = runpy.run_path(str(ROOT / "tests" / "mutations" / "mutations.py"))["MUTATIONS"]
+    assert len(listed) >= 60
+    assert len({mutation.name for mutation in listed}) == len(listed)
+    for mutation in listed:
+        assert (ROOT / "wdjax" / mutation.file).read_text().count(mutation.old) == 1, mutation.name
+        assert all((ROOT / "tests" / name).exists() for name in mutation.tests), mutation.name

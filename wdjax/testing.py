@@ -27,9 +27,9 @@ from ._engine.loop import Action, DecayState
 from ._engine.types import Anchor, Mask, Optimizer, Params, Rate
 from ._engine.unstable import whole
 from .audits import Audit, audit
-from .audits._findings import NAMES
+from .audits.findings import NAMES
 from .plans import Plan
-from .plans._planned import show_rate
+from .plans.planned import show_rate
 
 PyTree = Any
 Floats = Any  # Anything that NumPy can convert to a float64 array.

@@ -29,6 +29,7 @@ from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
 from ._engine.masks import flags
+from ._engine.rules import check_booleans
 from ._engine.steps import SKIPPING, nodes, stepped
 from ._engine.types import Anchor, Mask, Optimizer, Rate
 from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
@@ -176,7 +177,7 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
     if mask is None:
         raise TypeError(f"{where}: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
-        mask._check_booleans(where)
+        check_booleans(mask, where)
 
     def init_fn(params: PyTree) -> Any:
         return inner.init(_Frozen(mask, params).hidden(params, is_params=True))

@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from slow import slow
 
 import wdjax
-from wdjax.low_precision import _rounding
+from wdjax.low_precision import rounding
 
 # `optax.apply_updates` adds float32 to bfloat16, and Adam's bias correction mixes dtypes. What is ours alone is tested
 # under strict promotion in `test_nothing_of_ours_relies_on_implicit_promotion`.
@@ -329,7 +329,7 @@ def test_nearest_rounding_is_the_cast(dtype: Any) -> None:
     if dtype == jnp.bfloat16:
         # Below, spacings would be subnormal in float32 and are taken for 2^-126, the smallest that is not flushed.
         x = x[(np.abs(x) >= 2.0**-118) | (x == 0)]
-    got = np.asarray(jax.jit(lambda x: _rounding.rounded(x, dtype))(x))
+    got = np.asarray(jax.jit(lambda x: rounding.rounded(x, dtype))(x))
     np.testing.assert_array_equal(got.view(np.uint32), x.astype(np.dtype(dtype)).astype(np.float32).view(np.uint32))
 
 

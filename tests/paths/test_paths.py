@@ -487,7 +487,7 @@ def test_malformed_tables() -> None:
     fails("no rules and no default", lambda: by_path({}))
     fails("a value of the table must be finite and not negative, got -0.1", lambda: by_path({"a": -0.1}))
     fails("a value of the table must be a number", lambda: by_path({"a": None}), TypeError)
-    fails(r"must be a scalar, got an array of shape \(2,\)", lambda: by_path({"a": np.ones(2)}))
+    fails(r"must be finite and not negative, got an array with -1\.0", lambda: by_path({"a": -np.ones(2)}))
     fails("the factor of a table must be finite and not negative, got -1", lambda: -1 * by_path({"a": 0.1}))
     fails("holds True", lambda: 0.1 * only("bias"), TypeError)
     fails("the rules must be a table, got the rule set by_path", lambda: by_path(only("bias")), TypeError)

@@ -25,7 +25,7 @@ import optax
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, reduced
 from .masks import flags
-from .rules import PerLayer, Rules, rate_or_rules, stack_of
+from .rules import PerLayer, Rules, check_booleans, decisions, rate_or_rules, rates_of, stack_of
 from .unstable import as_arguments
 
 PyTree = Any
@@ -91,7 +91,7 @@ class Action:
         checked = {name: rate_or_rules(self.where, name, value) for name, value in self.rates.items()}
         object.__setattr__(self, "rates", checked)
         if isinstance(self.mask, Rules):
-            self.mask._check_booleans(self.where)
+            check_booleans(self.mask, self.where)
         if isinstance(self.toward, str) and self.toward != "init":
             raise ValueError(
                 f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
@@ -252,7 +252,7 @@ class Action:
         for name, rate in self.rates.items():
             of_each = itertools.repeat((rate,), len(leaves))
             if isinstance(rate, Rules):
-                of_each = rate._rates(self.where, leaves)
+                of_each = rates_of(rate, self.where, leaves)
             columns.append([[(name, factor) for factor in factors] for factors in of_each])
         rows: list[_Row | None] = []
         stacks = self._stacks(leaves)
@@ -283,8 +283,8 @@ class Action:
         if not isinstance(self.stacked_axes, Rules):
             counts: list[Any] = [self.stacked_axes] * len(leaves)
         else:
-            decisions = self.stacked_axes._decisions(self.where, leaves)
-            counts = [0 if decision is None else int(decision.value) for decision in decisions]
+            found = decisions(self.stacked_axes, self.where, leaves)
+            counts = [0 if decision is None else int(decision.value) for decision in found]
         for count, (path, leaf) in zip(counts, leaves, strict=True):
             if count and trees.is_decayable(leaf) and count > np.ndim(leaf):
                 raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from . import trees
-from .rules import Rules
+from .rules import Rules, flags_of
 from .unstable import is_traced
 
 PyTree = Any
@@ -35,7 +35,7 @@ def flags(
     if mask is None or not leaves:
         return [True] * len(leaves)
     if isinstance(mask, Rules):
-        return _fitting(where, mask._flags(where, leaves, of_all=of_all), leaves)
+        return _fitting(where, flags_of(mask, where, leaves, of_all=of_all), leaves)
     if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
         raise TypeError(
             f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "

@@ -104,7 +104,7 @@ class Rules(abc.ABC):
             ValueError: if a rule matches nothing or never decides, or a parameter is not covered.
         """
         leaves = trees.flatten_with_paths(params)
-        return _like(params, leaves, self._flags("Rules.mask", leaves))
+        return _like(params, leaves, flags_of(self, "Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
         """The tree of each leaf's value: labels, booleans, rates, multipliers, schedules.
@@ -116,8 +116,8 @@ class Rules(abc.ABC):
             ValueError: if a rule matches nothing or never decides, or a leaf (of any dtype) is not covered.
         """
         leaves = trees.flatten_with_paths(params)
-        decisions = self._decisions("Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
-        return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(decisions, leaves, strict=True)])
+        found = decisions(self, "Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
+        return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(found, leaves, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
         """The rules in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker.
@@ -153,9 +153,9 @@ class Rules(abc.ABC):
         return rules
 
     def __mul__(self, factor: Any) -> "Rules":
-        self._check_rates(self.kind)
+        check_rates(self, self.kind)
         if isinstance(factor, Rules):
-            factor._check_rates(factor.kind)
+            check_rates(factor, factor.kind)
         elif np.ndim(factor) > 0:
             raise TypeError(
                 f"{self.kind}: a table of rates times an array of shape {np.shape(factor)}. Optax takes no "
@@ -185,59 +185,6 @@ class Rules(abc.ABC):
     def __repr__(self) -> str:
         return "".join(f"{factor!r} * " for factor in self.factors) + self._written()
 
-    def _flags(self, where: str, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False) -> list[Any]:
-        """Each leaf's boolean or array of booleans, for an error in the name of the function `where`."""
-        self._check_booleans(where)
-        pairs = zip(self._decisions(where, leaves), leaves, strict=True)
-        return [d.value if d is not None and (of_all or trees.is_decayable(leaf)) else False for d, (_, leaf) in pairs]
-
-    def _rates(self, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-        """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
-        self._check_rates(where)
-        return [(0.0,) if d is None else (*d.factors, d.value) for d in self._decisions(where, leaves)]
-
-    def _decisions(
-        self, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = trees.is_decayable
-    ) -> list[Decision | None]:
-        """The decision on each leaf; None for one that no rule covers and `covers` does not ask for."""
-        if not leaves:
-            return []
-        required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
-        tree = Tree(where, [trees.describe(path, leaf) for path, leaf in leaves], required)
-        answers = self._answers(tree, range(len(leaves)))
-        return [answers.get(i) for i in range(len(leaves))]
-
-    def _answers(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        """The decisions with the factors of these rules in them; a leaf that no rule covers is left out."""
-        decided = self._decide(tree, asked)
-        for factor in reversed(self.factors):
-            if isinstance(factor, Rules):
-                more = factor._answers(tree, asked)
-                decided = {i: _times(more[i], d) if i in more else d for i, d in decided.items()}
-            else:
-                decided = {i: d._replace(factors=(factor, *d.factors)) for i, d in decided.items()}
-        return decided
-
-    def _check_booleans(self, where: str) -> None:
-        """Refuses rates or labels as a mask."""
-        wrong = [v for v in self._values() if not is_flag(v)]
-        if wrong or self.factors:
-            raise TypeError(
-                f"{where}: a mask says True or False, and {self!r} holds {wrong[0] if wrong else 'rates'!r}. "
-                "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
-                "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
-            )
-
-    def _check_rates(self, where: str) -> None:
-        """Refuses booleans or labels as rates."""
-        for value in self._values():
-            if isinstance(value, str) or is_flag(value):
-                raise TypeError(
-                    f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {self!r} holds {value!r}. "
-                    f"A table of booleans is a mask, and stands beside a rate: weight_decay=0.1, mask=only('kernel'). "
-                    f"Write rates by path as {TABLE}."
-                )
-
     @abc.abstractmethod
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         """The decisions on the leaves of these indices; a leaf that no rule covers is left out.
@@ -262,6 +209,70 @@ class Rules(abc.ABC):
     @abc.abstractmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> "Rules":
         """What `_arguments` was written from."""
+
+
+def flags_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False) -> list[Any]:
+    """Each leaf's boolean or array of booleans, for an error in the name of the function `where`."""
+    check_booleans(rules, where)
+    pairs = zip(decisions(rules, where, leaves), leaves, strict=True)
+    return [d.value if d is not None and (of_all or trees.is_decayable(leaf)) else False for d, (_, leaf) in pairs]
+
+
+def rates_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
+    """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
+    check_rates(rules, where)
+    return [(0.0,) if d is None else (*d.factors, d.value) for d in decisions(rules, where, leaves)]
+
+
+def decisions(
+    rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = trees.is_decayable
+) -> list[Decision | None]:
+    """The decision on each leaf; None for one that no rule covers and `covers` does not ask for."""
+    if not leaves:
+        return []
+    required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
+    tree = Tree(where, [trees.describe(path, leaf) for path, leaf in leaves], required)
+    decided = answers(rules, tree, range(len(leaves)))
+    return [decided.get(i) for i in range(len(leaves))]
+
+
+def answers(rules: Rules, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+    """The decisions with the factors of these rules in them; a leaf that no rule covers is left out."""
+    decided = rules._decide(tree, asked)
+    for factor in reversed(rules.factors):
+        if isinstance(factor, Rules):
+            more = answers(factor, tree, asked)
+            decided = {i: _times(more[i], d) if i in more else d for i, d in decided.items()}
+        else:
+            decided = {i: d._replace(factors=(factor, *d.factors)) for i, d in decided.items()}
+    return decided
+
+
+def check_booleans(rules: Rules, where: str) -> None:
+    """Refuses rates or labels as a mask."""
+    wrong = [v for v in possible_values(rules) if not is_flag(v)]
+    if wrong or rules.factors:
+        raise TypeError(
+            f"{where}: a mask says True or False, and {rules!r} holds {wrong[0] if wrong else 'rates'!r}. "
+            "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
+            "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
+        )
+
+
+def check_rates(rules: Rules, where: str) -> None:
+    """Refuses booleans or labels as rates."""
+    for value in possible_values(rules):
+        if isinstance(value, str) or is_flag(value):
+            raise TypeError(
+                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {rules!r} holds {value!r}. "
+                f"A table of booleans is a mask, and stands beside a rate: weight_decay=0.1, mask=only('kernel'). "
+                f"Write rates by path as {TABLE}."
+            )
+
+
+def possible_values(rules: Rules) -> list[Any]:
+    """Every value that a decision may have."""
+    return rules._values()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -305,7 +316,7 @@ def rate_or_rules(where: str, name: str, value: Any) -> Any:
         TypeError, ValueError: as `checks.rate`.
     """
     if isinstance(value, Rules):
-        value._check_rates(where)
+        check_rates(value, where)
         return value
     if value is not None and not callable(value) and jax.tree.structure(value) != jax.tree.structure(0):
         rates = dict(trees.flatten_with_paths(value))

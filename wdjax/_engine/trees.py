@@ -114,7 +114,7 @@ def _is_inexact(dtype: Any) -> bool:
 
 def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Every leaf and hole of a tree with its canonical path, in the order of `structure(tree)`."""
-    boxes = _box_types()
+    boxes = box_types()
     stops = (*_HOLES, *boxes)
 
     def is_stop(x: Any) -> bool:
@@ -240,7 +240,7 @@ def of_each(
 
     A box that loses its content becomes None: Flax would ask it for the sharding of its content.
     """
-    boxes = _box_types()
+    boxes = box_types()
 
     def act(x: Any) -> Any:
         if isinstance(x, boxes):
@@ -294,7 +294,7 @@ def key_text(key: Any) -> str:
     return keystr((key,), simple=True)
 
 
-def _box_types() -> tuple[type, ...]:
+def box_types() -> tuple[type, ...]:
     # A box in the tree means that its library is imported already; wdjax itself needs no Flax.
     names = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)

@@ -2,7 +2,7 @@
 
 `audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`). From the results
 it derives where, how fast, toward what and in which way each parameter decays (`_measures`). It looks for unexpected
-results (`_findings`) and reports them (`_report`): a table to read, and values to assert on.
+results (`findings`) and reports them (`_report`): a table to read, and values to assert on.
 """
 
 import contextlib
@@ -20,20 +20,21 @@ from .._engine import checks, trees
 from .._engine.hazards import smallest_fraction
 from .._engine.loop import Action, DecayState
 from .._engine.masks import flags
+from .._engine.rules import check_booleans
 from .._engine.steps import nodes
 from .._engine.types import Mask, Optimizer, Params, Rate
 from ..low_precision import WRITERS, CompensatedState
-from ..low_precision._rounding import is_low
-from ..low_precision._writers import NARROW_UPDATES
+from ..low_precision.rounding import is_low
+from ..low_precision.writers import NARROW_UPDATES
 from ..paths import Leaf, Rules
-from ..paths._roles import role
-from ..paths._standard import parameter_at
-from ._findings import Context, findings_of
+from ..paths.roles import role
+from ..paths.standard import parameter_at
 from ._measures import Facts, measure
 from ._probes import Probes
 from ._report import Audit as Audit
 from ._report import Audited as Audited
 from ._report import Finding as Finding
+from .findings import Context, findings_of
 
 PyTree = Any
 K = TypeVar("K")
@@ -239,7 +240,7 @@ def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, A
     if mask is None:
         return set()
     if isinstance(mask, Rules):
-        mask._check_booleans(where)
+        check_booleans(mask, where)
     return {path for (path, _), flag in zip(leaves, flags(where, mask, params, leaves), strict=True) if flag is True}
 
 

@@ -12,7 +12,7 @@ import optax
 
 from .._engine import trees
 from ..low_precision import apply_updates
-from ..low_precision._rounding import is_low
+from ..low_precision.rounding import is_low
 
 PyTree = Any
 Arrays = list[Any]  # A NumPy array for each leaf, None for leaves that are not numbers.

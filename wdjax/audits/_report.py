@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..plans import _table
+from ..plans import table
 
 _HEADER = ("path", "arrays", "shape", "dtype", "rate", "where", "kind", "toward", "x learning rate", "kept")
 
@@ -117,7 +117,7 @@ class Audit:
 
     def table(self) -> str:
         """The rows alone; repeated blocks are one line."""
-        lines = _table.in_columns(_HEADER, _lines(self.parameters), ("arrays", "shape", "dtype", "rate", "kept"))
+        lines = table.in_columns(_HEADER, _lines(self.parameters), ("arrays", "shape", "dtype", "rate", "kept"))
         steps = [f"\none real step every {self.calls_per_step} calls of update"] if self.calls_per_step > 1 else []
         return "\n".join((*lines, *steps))
 
@@ -134,9 +134,9 @@ def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
         cells = _cells(row)
         groups[tuple(re.split(r"\d+", row.path)), cells].append(row)
     return [
-        (_table.merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
+        (table.merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
         for group in groups.values()
-        for part in _table.merged(group)
+        for part in table.merged(group)
     ]
 
 

@@ -25,14 +25,14 @@ import optax
 from .._engine import checks, trees
 from .._engine.steps import nodes
 from .._engine.types import Optimizer
-from ._rounding import is_low
-from ._writers import WRITERS as WRITERS
-from ._writers import CompensatedState as CompensatedState
-from ._writers import MasterWeightsState as MasterWeightsState
-from ._writers import StochasticRoundingState as StochasticRoundingState
-from ._writers import compensated as compensated
-from ._writers import master_weights as master_weights
-from ._writers import stochastic_rounding as stochastic_rounding
+from .rounding import is_low
+from .writers import WRITERS as WRITERS
+from .writers import CompensatedState as CompensatedState
+from .writers import MasterWeightsState as MasterWeightsState
+from .writers import StochasticRoundingState as StochasticRoundingState
+from .writers import compensated as compensated
+from .writers import master_weights as master_weights
+from .writers import stochastic_rounding as stochastic_rounding
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from .._engine import trees
-from ..paths._patterns import nearest
+from ..paths.language import nearest
 
 WHERE = "decoupled_lora_decay"
 WRITE_PAIRS = "pairs={'path of W0': ('path of A', 'path of B')}, where W = W0 + scale * A @ B"

@@ -4,13 +4,13 @@ All rule sets are `Rules`. They give each parameter a value: a boolean (a mask),
 string (a label for `optax.partition`). These functions make them:
 
 - `by_path`, `only`, `all_but` (`_tables`): a table from patterns to values. The first rule that matches wins.
-- `weights_only` (`_standard`): selects the weights of layers and nothing else. It goes by names and shapes (`_roles`)
+- `weights_only` (`standard`): selects the weights of layers and nothing else. It goes by names and shapes (`roles`)
   or by the modules of a model (`_modules`). `register_layer` adds your own layers.
 - `by_depth` and `by_width` (`_depth`, `_width`): multipliers from the depth of a block or the width of a matrix.
 
 A rule set may be a value, a pattern (if it is a mask), the default or a factor of another rule set.
 
-A pattern (`_patterns`) is one of
+A pattern (`language`) is one of
 
 - a string: a shell pattern, case-sensitive. `*`, `?` and `[...]` stay within a segment of the path. `**` spans any
   number of segments. Without "/" the pattern is compared with each segment, at any depth (`"bias"`, `"LayerNorm_*"`).
@@ -34,9 +34,9 @@ from .._engine.trees import Leaf as Leaf
 from .._engine.trees import canonical_paths as canonical_paths
 from ._depth import by_depth as by_depth
 from ._modules import register_layer as register_layer
-from ._standard import weights_only as weights_only
 from ._tables import all_but as all_but
 from ._tables import by_path as by_path
 from ._tables import only as only
 from ._tables import stacks as stacks
 from ._width import by_width as by_width
+from .standard import weights_only as weights_only

@@ -7,8 +7,8 @@ from typing import Any
 
 from .._engine import checks, trees
 from .._engine.rules import Decision, PerLayer, Rules, Tree, entries
-from . import _patterns
-from ._patterns import Pattern
+from . import language
+from .language import Pattern
 
 _NUMBER = r"(\d+)"
 
@@ -24,7 +24,7 @@ class ByDepth(Rules, kind="by_depth"):
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         everyone = range(len(tree.leaves))
-        first = set().union(*(_patterns.matching(tree, pattern, everyone, everyone) for pattern in self.first))
+        first = set().union(*(language.matching(tree, pattern, everyone, everyone) for pattern in self.first))
         decided, count = self._by_number(tree, first) if self.axis is None else self._by_axis(tree, asked, first)
         stem = Decision(self.factor ** (count + 1), "by_depth", f"before block 0 of {count}")
         rest = Decision(1.0, "by_depth", f"outside the {count} blocks")
@@ -35,12 +35,12 @@ class ByDepth(Rules, kind="by_depth"):
         for pattern in self.blocks:
             found = self._numbers(tree, pattern)
             if not found:
-                shown = _patterns.show((pattern,))
+                shown = language.show((pattern,))
                 raise ValueError(
                     f"{tree.where}: by_depth: {shown} matches no parameter. Here '*' stands for a number. Write "
                     f"by_depth('Block_*', ...) or by_depth('layers/*', ...). For layers stacked along an axis, write "
                     f"by_depth('blocks', ..., axis=0). "
-                    f"The nearest paths: {_patterns.nearest(shown, [leaf.path for leaf in tree.leaves])}."
+                    f"The nearest paths: {language.nearest(shown, [leaf.path for leaf in tree.leaves])}."
                 )
             numbers = {**found, **numbers}
         ranks = {number: rank for rank, number in enumerate(sorted(set(numbers.values())))}
@@ -56,7 +56,7 @@ class ByDepth(Rules, kind="by_depth"):
     def _numbers(tree: Tree, pattern: Pattern) -> dict[int, tuple[int, ...]]:
         """The numbers in the path of each leaf that the pattern matches. A group that did not match counts as 0."""
         if isinstance(pattern, str):
-            match: Callable[[str], re.Match[str] | None] = _patterns.compiled(pattern, _NUMBER).search
+            match: Callable[[str], re.Match[str] | None] = language.compiled(pattern, _NUMBER).search
         else:
             assert isinstance(pattern, re.Pattern)
             match = pattern.fullmatch
@@ -68,7 +68,7 @@ class ByDepth(Rules, kind="by_depth"):
                 continue
             if not all(group is None or group.isdecimal() for group in found.groups()):
                 raise ValueError(
-                    f"{tree.where}: by_depth: the groups of {_patterns.show((pattern,))} must be numbers, but in "
+                    f"{tree.where}: by_depth: the groups of {language.show((pattern,))} must be numbers, but in "
                     f"{leaf.path!r} they are {found.groups()}. Write (?:...) for a group that is not a number."
                 )
             numbers[i] = tuple(int(group or 0) for group in found.groups())
@@ -85,7 +85,7 @@ class ByDepth(Rules, kind="by_depth"):
     def _by_axis(self, tree: Tree, asked: Sequence[int], first: set[int]) -> tuple[dict[int, Decision], int]:
         assert self.axis is not None
         everyone = range(len(tree.leaves))
-        found = set().union(*(_patterns.matching(tree, pattern, everyone, everyone) for pattern in self.blocks))
+        found = set().union(*(language.matching(tree, pattern, everyone, everyone) for pattern in self.blocks))
         # Leaves that `freeze` hides count too, because they keep their shape and dtype.
         found = {i for i in found - first if trees.is_decayable(tree.leaves[i])}
         deciding = found.intersection(asked)
@@ -110,7 +110,7 @@ class ByDepth(Rules, kind="by_depth"):
             )
         if not sizes and first & tree.required & set(asked):
             raise ValueError(
-                f"{tree.where}: by_depth: all parameters that {_patterns.show(self.blocks)} matches are hidden here "
+                f"{tree.where}: by_depth: all parameters that {language.show(self.blocks)} matches are hidden here "
                 "(they are None, or optax.masked hides them), so the number of layers is unknown. Build the tree "
                 "on all parameters, or give the parameters of `first` their multiplier with by_path."
             )
@@ -123,20 +123,20 @@ class ByDepth(Rules, kind="by_depth"):
         return [self.factor]
 
     def _written(self) -> str:
-        said = [_patterns.show(self.blocks), f"{self.factor!r}"]
-        said += [f"first={_patterns.show(self.first)}"] if self.first else []
+        said = [language.show(self.blocks), f"{self.factor!r}"]
+        said += [f"first={language.show(self.first)}"] if self.first else []
         said += [f"axis={self.axis}"] if self.axis is not None else []
         return f"by_depth({', '.join(said)})"
 
     def _arguments(self) -> dict[str, Any]:
-        written = {"blocks": _patterns.plain(self.blocks), "factor": self.factor}
-        written |= {"first": _patterns.plain(self.first)} if self.first else {}
+        written = {"blocks": language.plain(self.blocks), "factor": self.factor}
+        written |= {"first": language.plain(self.first)} if self.first else {}
         return written | ({} if self.axis is None else {"axis": self.axis})
 
     @classmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
         arguments = entries("by_depth", arguments, {"blocks", "factor"}, {"first", "axis"})
-        return by_depth(**{k: _patterns.from_plain(v) if k in ("blocks", "first") else v for k, v in arguments.items()})
+        return by_depth(**{k: language.from_plain(v) if k in ("blocks", "first") else v for k, v in arguments.items()})
 
 
 @checks.known_arguments
@@ -181,10 +181,10 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
             f"by_depth: axis must be an integer, the axis of the stacked blocks, got {axis!r}. "
             "Write axis=0, or leave it out."
         )
-    patterns = _patterns.checked_patterns("by_depth", blocks)
+    patterns = language.checked_patterns("by_depth", blocks)
     for pattern in patterns if axis is None else ():
         if isinstance(pattern, str):
-            if not _patterns.compiled(pattern, _NUMBER).groups:
+            if not language.compiled(pattern, _NUMBER).groups:
                 raise ValueError(
                     f"by_depth: {pattern!r} has no '*' for the number of a block. Write by_depth('{pattern}_*', "
                     f"{factor}) or by_depth('{pattern}/*', {factor}). For blocks that are stacked in one array, write "
@@ -193,6 +193,6 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
         elif not isinstance(pattern, re.Pattern) or not pattern.groups:
             raise TypeError(
                 f"by_depth: blocks must be a string with '*' for the number, or a regular expression with a group for "
-                f"it, got {_patterns.show((pattern,))}. Write by_depth('Block_*', {factor})."
+                f"it, got {language.show((pattern,))}. Write by_depth('Block_*', {factor})."
             )
-    return ByDepth(patterns, factor, _patterns.checked_patterns("by_depth", first) if first != () else (), axis)
+    return ByDepth(patterns, factor, language.checked_patterns("by_depth", first) if first != () else (), axis)

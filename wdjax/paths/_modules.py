@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._engine import checks, trees
-from ._roles import EMBEDDING, KERNEL, Role
+from .roles import EMBEDDING, KERNEL, Role
 
 PyTree = Any
 _LIBRARIES = ("flax.linen.", "flax.nnx.", "equinox.nn.", "haiku.")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .._engine import checks
-from .._engine.rules import TABLE, Decision, Rules, Tree, entries, from_plain, is_flag, plain
-from . import _patterns
-from ._patterns import Pattern
+from .._engine.rules import TABLE, Decision, Rules, Tree, answers, entries, from_plain, is_flag, plain, possible_values
+from . import language
+from .language import Pattern
 
 
 class _Missing(enum.Enum):
@@ -41,7 +41,7 @@ class Table(Rules, kind="by_path"):
             left = [i for i in asked if i not in deciders]
             matched: dict[int, Pattern] = {}
             for pattern in patterns:
-                matched = {**dict.fromkeys(_patterns.matching(tree, pattern, asked, left), pattern), **matched}
+                matched = {**dict.fromkeys(language.matching(tree, pattern, asked, left), pattern), **matched}
             groups.append({i: matched[i] for i in left if i in matched})
             if asked and not groups[-1] and (matched or not left):
                 raise ValueError(f"{tree.where}: {self._shadowed(number, {deciders[i] for i in matched or asked})}")
@@ -54,7 +54,7 @@ class Table(Rules, kind="by_path"):
         for (_, value), group in zip(self.rules, groups, strict=True):
             for i, decision in _decisions(tree, list(group), value).items():
                 inner = f" → {decision.rule}" if decision.rule else ""
-                decided[i] = decision._replace(rule=_patterns.show((group[i],)) + inner)
+                decided[i] = decision._replace(rule=language.show((group[i],)) + inner)
         if self.default is not MISSING:
             for i, decision in _decisions(tree, rest, self.default).items():
                 decided[i] = decision._replace(rule=decision.rule or "default")
@@ -62,15 +62,15 @@ class Table(Rules, kind="by_path"):
 
     def _values(self) -> list[Any]:
         values = [v for v in (*(value for _, value in self.rules), self.default) if v is not MISSING]
-        return [v for value in values for v in (value._values() if isinstance(value, Rules) else [value])]
+        return [v for value in values for v in (possible_values(value) if isinstance(value, Rules) else [value])]
 
     def _written(self) -> str:
-        table = ", ".join(f"{_patterns.show(patterns)}: {value!r}" for patterns, value in self.rules)
+        table = ", ".join(f"{language.show(patterns)}: {value!r}" for patterns, value in self.rules)
         default = "" if self.default is MISSING else f", default={self.default!r}"
         return f"by_path({{{table}}}{default})"
 
     def _arguments(self) -> dict[str, Any]:
-        rules = [{"match": _patterns.plain(patterns), "value": plain(value)} for patterns, value in self.rules]
+        rules = [{"match": language.plain(patterns), "value": plain(value)} for patterns, value in self.rules]
         return {"rules": rules} if self.default is MISSING else {"rules": rules, "default": plain(self.default)}
 
     @classmethod
@@ -79,20 +79,20 @@ class Table(Rules, kind="by_path"):
         if not isinstance(arguments["rules"], list):
             raise TypeError(f"Rules.from_dict: the rules of by_path must be a list, got {arguments['rules']!r}.")
         rows = [entries("a rule of by_path", rule, {"match", "value"}) for rule in arguments["rules"]]
-        rules = [(_patterns.from_plain(row["match"]), from_plain(row["value"])) for row in rows]
+        rules = [(language.from_plain(row["match"]), from_plain(row["value"])) for row in rows]
         return by_path(rules, default=from_plain(arguments["default"]) if "default" in arguments else MISSING)
 
     def _shadowed(self, number: int, deciders: set[int]) -> str:
-        earlier = [_patterns.show(self.rules[i][0]) for i in sorted(deciders)]
+        earlier = [language.show(self.rules[i][0]) for i in sorted(deciders)]
         return (
-            f"the rule {_patterns.show(self.rules[number][0])} never decides: {' or '.join(earlier)} comes first and "
+            f"the rule {language.show(self.rules[number][0])} never decides: {' or '.join(earlier)} comes first and "
             "matches the same parameters. The first match wins. Put the narrower rule first, or remove this one."
         )
 
 
 def _decisions(tree: Tree, group: Sequence[int], value: Any) -> dict[int, Decision]:
     if isinstance(value, Rules):
-        return value._answers(tree, group) if group else {}
+        return answers(value, tree, group) if group else {}
     return dict.fromkeys(group, Decision(value, ""))
 
 
@@ -140,7 +140,7 @@ def by_path(
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"by_path: a rule must be a pair (pattern, value), got {pair!r}. Write {TABLE}.")
-        table.append((_patterns.checked_patterns("by_path", pair[0], syntax), _checked_value(pair[1])))
+        table.append((language.checked_patterns("by_path", pair[0], syntax), _checked_value(pair[1])))
     if not table and default is MISSING:
         raise ValueError(f"by_path: no rules and no default were given. Write {TABLE}.")
     return Table(tuple(table), default if default is MISSING else _checked_value(default))
@@ -164,7 +164,7 @@ def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
         >>> wdjax.only("kernel").mask(params)
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
-    return Table(((_patterns.checked_patterns("only", patterns, syntax), True),), default=False)
+    return Table(((language.checked_patterns("only", patterns, syntax), True),), default=False)
 
 
 @checks.known_arguments
@@ -185,7 +185,7 @@ def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
         >>> wdjax.all_but("bias").mask(params)
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
-    return Table(((_patterns.checked_patterns("all_but", patterns, syntax), False),), default=True)
+    return Table(((language.checked_patterns("all_but", patterns, syntax), False),), default=True)
 
 
 def stacks(where: str, stacked_axes: Any) -> Any:

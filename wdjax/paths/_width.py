@@ -9,8 +9,8 @@ from typing import Any
 from .._engine import checks
 from .._engine.rules import Decision, Rules, Tree, entries
 from .._engine.trees import Leaf
-from ._roles import KERNEL, Parameter, role
-from ._standard import parameter_at
+from .roles import KERNEL, Parameter, role
+from .standard import parameter_at
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

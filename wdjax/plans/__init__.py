@@ -11,17 +11,17 @@ import numpy as np
 
 from .._engine import checks, trees
 from .._engine.masks import flags
-from .._engine.rules import Decision, PerLayer, rate_or_rules, stack_of
+from .._engine.rules import Decision, PerLayer, decisions, rate_or_rules, stack_of
 from .._engine.types import Mask, Params, Rate
 from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules
-from ..paths._roles import BIAS, role
-from ..paths._standard import parameter_at
+from ..paths.roles import BIAS, role
+from ..paths.standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
-from ._planned import Planned as Planned
-from ._planned import PlannedRate, show_rate
-from ._planned import Totals as Totals
+from .planned import Planned as Planned
+from .planned import PlannedRate, show_rate
+from .planned import Totals as Totals
 
 PyTree = Any
 _NO_NUMBER = "not decayable"
@@ -65,14 +65,14 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     where = "plan"
     leaves = trees.flatten_with_paths(params)
     weight_decay = rate_or_rules(where, "weight_decay", weight_decay)
-    chosen = _asked(where, mask, params, leaves, "all")
-    kept = _asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
+    chosen = asked(where, mask, params, leaves, "all")
+    kept = asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
-        rates = [decision or Decision(0.0, "") for decision in weight_decay._decisions(where, leaves)]
+        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, where, leaves)]
     else:
         rates = [Decision(weight_decay, "")] * len(leaves)
     rows = [
-        _planned(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
+        row_of(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
         if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
     ]
@@ -80,17 +80,17 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     return Plan(tuple(rows))
 
 
-def _asked(
+def asked(
     where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule_of_none: str
 ) -> list[Decision]:
     answers = flags(where, mask, params, leaves, of_all=True)
     if isinstance(mask, Rules):
-        decisions = mask._decisions(where, leaves)
-        return [(d or Decision(False, ""))._replace(value=flag) for d, flag in zip(decisions, answers, strict=True)]
+        found = decisions(mask, where, leaves)
+        return [(d or Decision(False, ""))._replace(value=flag) for d, flag in zip(found, answers, strict=True)]
     return [Decision(flag, rule_of_none if mask is None else "mask") for flag in answers]
 
 
-def _planned(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
+def row_of(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
     decisions = [chosen]
     if not is_decayable:
         decisions = [Decision(False, _NO_NUMBER, "not a real number")]

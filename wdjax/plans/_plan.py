@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import _table
-from ._planned import Planned, Totals, show_rate, totals_of
+from . import table
+from .planned import Planned, Totals, show_rate, totals_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -114,15 +114,15 @@ class Plan:
     def __str__(self) -> str:
         totals = self.totals_by_rule.items()
         by_rule = [f"  {rule}: {total}" for rule, total in totals] if len(totals) > 1 else []
-        return "\n".join((*_table.as_text(self.parameters), "", str(self.totals), *by_rule))
+        return "\n".join((*table.as_text(self.parameters), "", str(self.totals), *by_rule))
 
     __repr__ = __str__
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield _table.as_rich(str(self.totals), self.parameters, options.max_width)
+        yield table.as_rich(str(self.totals), self.parameters, options.max_width)
 
     def _repr_html_(self) -> str:
-        return _table.as_html(str(self.totals), self.parameters)
+        return table.as_html(str(self.totals), self.parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,4 +143,4 @@ class PlanDiff:
 
     def __str__(self) -> str:
         added, removed = ((None, p) for p in self.added), ((p, None) for p in self.removed)
-        return "\n".join(_table.changes((*added, *removed, *self.changed))) or "no difference"
+        return "\n".join(table.changes((*added, *removed, *self.changed))) or "no difference"

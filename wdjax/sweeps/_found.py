@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plans._table import in_columns
+from ..plans.table import in_columns
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,13 +18,13 @@ import optax
 
 from .._engine import checks, mesh_axes, trees
 from .._engine.loop import Action, DecayState
-from .._engine.rules import Decision
+from .._engine.rules import Decision, decisions, possible_values
 from .._engine.steps import nodes, stepped
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
-from ..low_precision._rounding import is_low, is_narrow
+from ..low_precision.rounding import is_low, is_narrow
 from ..paths import Leaf, Rules
-from ..plans import _asked, _planned
+from ..plans import asked, row_of
 from ._sums import METRICS as METRICS
 from ._sums import Sums, metrics, sums
 
@@ -225,7 +225,7 @@ def _nothing_measured(action: Action, groups: Any, params: PyTree) -> Any:
 def _check_groups(where: str, groups: Any) -> None:
     write = f"{where}(..., groups=by_path({{'embedding': 'embeddings'}}, default='rest'))"
     if isinstance(groups, Rules):
-        wrong = [value for value in groups._values() if not isinstance(value, str)]
+        wrong = [value for value in possible_values(groups) if not isinstance(value, str)]
         if wrong:
             raise TypeError(f"{where}: groups are texts, and {groups!r} holds {wrong[0]!r}. Write {write}.")
     elif groups is not None and (not callable(groups) or isinstance(groups, type)):
@@ -239,8 +239,8 @@ def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[
     """The group of each leaf; None for what is no number."""
     counted = [trees.is_decayable(leaf) for _, leaf in leaves]
     if isinstance(groups, Rules):
-        decisions = groups._decisions(action.where, leaves)
-        return [d.value if d and number else None for d, number in zip(decisions, counted, strict=True)]
+        found = decisions(groups, action.where, leaves)
+        return [d.value if d and number else None for d, number in zip(found, counted, strict=True)]
     if groups is None:
         return _rules(action, params, leaves)
     labels = [
@@ -256,13 +256,13 @@ def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[
 def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """For each leaf that decays the rule that lets it, as `plan` shows it."""
     rate = action.rates["weight_decay"]
-    chosen = _asked(action.where, action.mask, params, leaves, "all")
-    rates = rate._decisions(action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
+    chosen = asked(action.where, action.mask, params, leaves, "all")
+    rates = decisions(rate, action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
     labels: list[str | None] = []
     for acts, (path, leaf), choice, rated in zip(action.acts_on(params, leaves), leaves, chosen, rates, strict=True):
         label = UNDECAYED if trees.is_decayable(leaf) else None
         if acts:
-            shown = _planned(trees.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, ""))
+            shown = row_of(trees.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, ""))
             label = shown.rule.replace("'", "")
         labels.append(label)
     return labels

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._engine.arithmetic import Term, away, cast, compute_dtype
-from ..low_precision._rounding import is_low, rounded
+from ..low_precision.rounding import is_low, rounded
 
 METRICS = (
     "weight_norm",

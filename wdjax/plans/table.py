@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ._planned import Planned, count, show_rate
+from .planned import Planned, count, show_rate
 
 HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why")
 _NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")

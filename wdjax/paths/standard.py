@@ -9,9 +9,9 @@ from typing import Any
 from .._engine import checks
 from .._engine.rules import Decision, Rules, Tree, entries
 from .._engine.trees import Leaf
-from . import _modules, _patterns
+from . import _modules, language
 from ._modules import Owner
-from ._roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
+from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
 
 # Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
@@ -82,7 +82,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             return Role("statistic", f"in {named!r}") if named else None
         found = self.owners.get(path, self.owners.get(path.removeprefix("params/")))
         if found is None:
-            near = _patterns.nearest(path, list(self.owners))
+            near = language.nearest(path, list(self.owners))
             raise ValueError(
                 f"{tree.where}: weights_only was given a model that has no parameter {path!r}. The nearest of its "
                 f"{len(self.owners)}: {near}. Give weights_only the model that these params belong to."
@@ -94,7 +94,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         everyone = range(len(tree.leaves))
         found: dict[int, int] = {}
         for pattern, axes in self.stacked_axes:
-            for i in _patterns.matching(tree, pattern, everyone, everyone):
+            for i in language.matching(tree, pattern, everyone, everyone):
                 found.setdefault(i, axes)
         for i, axes in found.items():
             leaf = tree.leaves[i]
@@ -198,7 +198,7 @@ def weights_only(
                 f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
-        _patterns.checked_patterns("weights_only", pattern)
+        language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
     return WeightsOnly(embeddings, unknown, tuple(said.items()), owners)
 
@@ -293,7 +293,7 @@ def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | R
     lines: dict[str, bool] = {}
     for leaf in unknown:
         name = leaf.path.rpartition("/")[2]
-        takes = _patterns.compiled(name).search
+        takes = language.compiled(name).search
         # The name alone would also match parameters that are known.
         taken = [other.path for other in tree.leaves if takes(other.path)]
         is_unique = all(path in paths and path.rpartition("/")[2] == name for path in taken)

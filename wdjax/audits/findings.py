@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..paths._roles import ADAPTER, EMBEDDING, KERNEL
+from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
 from ._measures import Facts
 from ._report import Audited, Finding
 

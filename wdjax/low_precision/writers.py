@@ -10,7 +10,7 @@ import optax
 from .._engine import checks, trees
 from .._engine.arithmetic import LeafRule
 from .._engine.loop import Action, DecayState
-from ._rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
+from .rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
 NARROW_UPDATES = "a decay that is small beside the gradient's part is rounded away before it gets here"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._engine.rules import Rules, Tree
+from .._engine.rules import Rules, Tree, answers, check_booleans
 from .._engine.trees import Leaf
 
 
@@ -47,7 +47,7 @@ def _checked_one(where: str, pattern: Any, syntax: str) -> Pattern:
         found = _compiled_as(where, pattern, syntax)
         return found if syntax == "regex" else Piece(pattern, syntax, found)
     if isinstance(pattern, Rules):
-        pattern._check_booleans(where)
+        check_booleans(pattern, where)
         return pattern
     of_text = isinstance(pattern, Piece) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
     if not of_text and (not callable(pattern) or isinstance(pattern, type)):
@@ -71,7 +71,7 @@ def matching(tree: Tree, pattern: Pattern, asked: Sequence[int], left: Sequence[
     if not asked:
         return set()
     if isinstance(pattern, Rules):
-        found = {i for i, answer in pattern._answers(tree, asked).items() if answer.value}
+        found = {i for i, answer in answers(pattern, tree, asked).items() if answer.value}
     else:
         matches = _matcher(tree.where, pattern)
         found = {i for i in asked if matches(tree.leaves[i])}

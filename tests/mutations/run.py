@@ -1,0 +1,87 @@
+"""Puts one fault after the other into a copy of wdjax, and says which of them the tests see.
+
+    python tests/mutations/run.py                    # with the default set of tests
+    python tests/mutations/run.py --whole            # with the slow tests too
+    python tests/mutations/run.py --only "sign" "half"   # the faults whose names hold one of these words
+
+For each fault the tests that should see it run first, and all others only if these pass. Two run at a time.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).parents[2]
+WORKERS = 2
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the files of this checkout."""
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in listed.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def passes(folder: Path, tests: list[str], marks: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", marks, *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode not in (0, 1, 2):  # 2: a file of tests can't even be imported.
+        raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
+    return result.returncode == 0
+
+
+def is_seen(mutation: Mutation, folder: Path, marks: str) -> str:
+    """Where a fault is seen: "likely" in the tests that it names, "elsewhere", or "" if it is not."""
+    file = folder / "wdjax" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, mutation
+    file.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        if not passes(folder, [f"tests/{name}" for name in mutation.tests], marks):
+            return "likely"
+        return "" if passes(folder, [], marks) else "elsewhere"
+    finally:
+        file.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", action="store_true", help="run the slow tests too")
+    parser.add_argument("--only", nargs="*", default=[""], help="words in the names of the faults")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if any(word in m.name for word in arguments.only)]
+    marks = "" if arguments.whole else "not slow"
+    with tempfile.TemporaryDirectory() as base, concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        folders: queue.Queue[Path] = queue.Queue()
+        for worker in range(WORKERS):
+            folders.put(copied(Path(base, str(worker))))
+
+        def run(mutation: Mutation) -> str:
+            folder, start = folders.get(), time.monotonic()
+            try:
+                where = is_seen(mutation, folder, marks)
+            finally:
+                folders.put(folder)
+            print(f"{where or 'NOT SEEN':10} {time.monotonic() - start:5.0f} s  {mutation.name}", flush=True)
+            return where
+
+        found = list(pool.map(run, chosen))
+    print(f"{sum(map(bool, found))} of {len(found)} faults are seen")
+    return 0 if all(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
