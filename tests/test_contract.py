@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from registry import ANCHOR, ROWS, Row, core_decay, core_first, core_row, every_decay, every_row
+from slow import slow
 
 import wdjax
 
@@ -235,7 +236,7 @@ DENORMAL = (
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")  # A rate of 1e-60 is 0 in float32.
 @every_decay
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, slow(jnp.bfloat16)], ids=["float32", "bfloat16"])
 def test_a_decay_that_is_off_leaves_the_bits(row: Row, dtype: Any) -> None:
     weights, moves = (jnp.asarray(grid.ravel(), dtype) for grid in np.meshgrid(HARD, HARD))
     params, updates = {"w": weights}, {"w": moves}

@@ -38,7 +38,7 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("[!_]*.py")} == set(ROWS)
 
 
-@pytest.mark.parametrize("name", slow_but(ROWS, "train_digits", "high_dimensional_regression"))
+@pytest.mark.parametrize("name", slow_but(ROWS, "train_digits"))
 def test_example(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "x.png"
     script = [str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(picture)]

@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
-from slow import slow
+from slow import slow, slow_but
 
 import wdjax
 from wdjax import testing
@@ -311,6 +311,7 @@ ONE_OF_EACH = ["Linen, boxed", "NNX, State of Variables", "Equinox", "Haiku", "p
 built = functools.cache(lambda name: CASES[name]())
 every_tree = pytest.mark.parametrize("name", CASES)
 every_library = pytest.mark.parametrize("name", ONE_OF_EACH)
+few_libraries = pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, "Linen, boxed", "Equinox"))
 
 
 def zeros_like(tree: Any) -> Any:
@@ -593,6 +594,7 @@ def test_nnx_optimizer_of_a_part_of_the_model() -> None:
         nnx.Optimizer(model, wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY, wdjax.all_but("scale")), wrt=part)
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_trains() -> None:
     model, case = NNXNet(), built("NNX, State of Variables")
     transformation = wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY, NNX_RULES, toward="init")
@@ -651,7 +653,7 @@ def one_update(optimizer: optax.GradientTransformation, name: str) -> list[np.nd
     return float64(updates)
 
 
-@every_library
+@few_libraries
 def test_masks_labels_and_holes_of_optax(name: str) -> None:
     case = built(name)
     labels = wdjax.by_path([(lambda leaf: case.decays[leaf.path], "decayed")], default="bare")
@@ -683,7 +685,7 @@ def test_masks_labels_and_holes_of_optax(name: str) -> None:
     assert max(np.abs(a - b).max() for a, b in zip(one_update(sgd, name), want, strict=True)) > 1e-3
 
 
-@every_library
+@few_libraries
 def test_muon_with_the_mask_of_rules(name: str) -> None:
     case = built(name)
 

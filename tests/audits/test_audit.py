@@ -101,7 +101,12 @@ OTHERS: dict[str, tuple[Any, tuple[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        KNOWN, "adamw", "adamw toward init", "sgd_l2, momentum", "independent", "in an MultiSteps", "schedule-free"
+    ),
+)
 def test_what_is_known_is_measured(name: str) -> None:
     optimizer, want = KNOWN[name]
     audit = wdjax.audit(optimizer, make_params())
@@ -466,6 +471,7 @@ def test_what_is_to_be_frozen_and_moves_without_decay() -> None:
     assert finding.paths == ("Dense_0/bias",)
 
 
+@pytest.mark.slow
 def test_frameworks_and_leaves_that_are_no_numbers() -> None:
     class Model(nn.Module):
         @nn.compact

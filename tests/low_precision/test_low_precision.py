@@ -26,7 +26,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 from sklearn.datasets import load_digits
-from slow import slow
+from slow import slow, slow_but
 
 import wdjax
 from wdjax.low_precision import rounding
@@ -45,6 +45,7 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "master_weights": lambda seed=0: wdjax.master_weights(),
 }
 every_writer = pytest.mark.parametrize("writer", WRITERS)
+one_writer = pytest.mark.parametrize("writer", slow_but(WRITERS, "stochastic_rounding"))
 every_dtype = pytest.mark.parametrize("dtype", WIDE + FLOAT8, ids=lambda dtype: dtype.__name__)
 
 
@@ -698,7 +699,7 @@ def test_eight_devices_give_the_bits_of_one_without_a_collective(writer: str, sp
     assert spec == () or "[64,32]" not in compiled
 
 
-@every_writer
+@one_writer
 def test_replicas_of_pmap_stay_bit_identical(writer: str) -> None:
     optimizer = chain(writer)
     params, state = jax.tree.map(lambda x: np.stack([np.asarray(x)] * 8), (tree(), optimizer.init(tree())))
@@ -820,7 +821,7 @@ def test_wrappers_inside_in_float32_with_the_writer_last(wrapper: str) -> None:
         assert same_bits(new["bias"], params["bias"])
 
 
-@every_writer
+@one_writer
 def test_a_gradient_that_is_not_finite_is_skipped_inside(writer: str) -> None:
     params = tree()
     optimizer = chain(writer, INSIDE["apply_if_finite"]())
@@ -832,7 +833,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_inside(writer: str) -> None:
         assert same_bits(skipped[-1], state[-1])
 
 
-@every_writer
+@one_writer
 def test_apply_if_finite_around_a_writer_needs_gradients_in_float32(writer: str) -> None:
     params = tree()
     optimizer = optax.apply_if_finite(chain(writer), 2)
@@ -844,7 +845,7 @@ def test_apply_if_finite_around_a_writer_needs_gradients_in_float32(writer: str)
     assert same_bits(updates, jax.jit(plain.update)(wide, plain.init(params), params)[0])
 
 
-@every_writer
+@one_writer
 def test_freeze_and_partition_around_a_writer(writer: str) -> None:
     params = tree()
     frozen = wdjax.freeze(chain(writer), wdjax.only("bias"))
@@ -882,7 +883,7 @@ class Dense(nn.Module):
         return nn.Dense(4, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)(x)
 
 
-@every_writer
+@one_writer
 def test_linen_train_state(writer: str) -> None:
     params = Dense().init(jax.random.key(0), jnp.ones((1, 3), jnp.bfloat16))["params"]
     state = TrainState.create(apply_fn=Dense().apply, params=params, tx=decaying(0.01, writer))
@@ -896,7 +897,7 @@ def test_linen_train_state(writer: str) -> None:
     )
 
 
-@every_writer
+@one_writer
 def test_nnx_optimizer(writer: str) -> None:
     model = nnx.Linear(64, 64, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     before = np.abs(float64(model.kernel[...])).sum()
@@ -912,7 +913,7 @@ def test_nnx_optimizer(writer: str) -> None:
     np.testing.assert_allclose(np.abs(float64(model.kernel[...])).sum(), before * 0.99**10, rtol=0.01)
 
 
-@every_writer
+@one_writer
 def test_equinox_with_the_right_apply_updates(writer: str) -> None:
     model = eqx.nn.Linear(64, 64, dtype=jnp.bfloat16, key=jax.random.key(0))
     before = np.abs(float64(model.weight)).sum()

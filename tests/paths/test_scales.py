@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import LEARNING_RATE, ROWS, Row, core_decay, core_first, core_row, every_row
+from registry import LEARNING_RATE, ROWS, Row, core_decay, core_first, every_row
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 
@@ -237,6 +237,12 @@ MORE = [
     ),
 ]
 EVERYWHERE = [*ROWS, *MORE]
+FEW = ("add_penalty_to_grads[GroupLasso]", "decoupled_decay", "proximal_step[L1]")
+# Layers of a stack are the same for all rows that act on one array alone.
+few_rows = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ROWS],
+)
 core_place = pytest.mark.parametrize("row", core_first(EVERYWHERE))
 every_axis = pytest.mark.parametrize("axis", [0, 1, -1])
 
@@ -274,13 +280,13 @@ def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     assert_same_bits(unstacked(got, 0), want)
 
 
-@core_row
+@few_rows
 def test_stacked_on_eight_devices(row: Row) -> None:
     plain, deep = (RATE * rules for rules in two_forms(1))
     assert_forms_agree(row.build, 1, (plain, deep), run=run_pmap)
 
 
-@core_row
+@few_rows
 def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     axis = -1
     params, updates, anchor = listed(), listed(seed=1), listed(seed=2)
@@ -296,7 +302,7 @@ def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     )
 
 
-@core_row
+@few_rows
 def test_stacked_with_a_schedule_and_a_traced_rate(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     deep_params, deep_updates = stacked(params, 0), stacked(updates, 0)
@@ -325,7 +331,7 @@ def test_stacked_with_a_schedule_and_a_traced_rate(row: Row) -> None:
         chex.assert_trees_all_close(unstacked(traced(jnp.array(rate)), 0), want, rtol=2e-6, atol=1e-6)
 
 
-@core_row
+@few_rows
 def test_stacked_under_vmap_and_grad_over_the_rate(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     plain, deep = two_forms(1)
@@ -340,18 +346,19 @@ def test_stacked_under_vmap_and_grad_over_the_rate(row: Row) -> None:
     many = jax.jit(jax.vmap(of_stack))(rates)
     for i, rate in enumerate(rates):
         one = jax.tree.map(lambda x, i=i: x[i], many)
-        chex.assert_trees_all_close(unstacked(one, 1), of_list(rate), rtol=2e-6, atol=1e-6)
+        chex.assert_trees_all_close(unstacked(one, 1), jax.jit(of_list)(rate), rtol=2e-6, atol=1e-6)
 
     def total(move: Any, rate: Any) -> Any:
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(move(rate)))
 
+    slope_of = [jax.jit(jax.grad(functools.partial(total, move))) for move in (of_list, of_stack)]
     for rate in (0.0, 0.1):
-        slopes = [jax.grad(functools.partial(total, move))(jnp.array(rate)) for move in (of_list, of_stack)]
+        slopes = [slope(jnp.array(rate)) for slope in slope_of]
         np.testing.assert_allclose(slopes[1], slopes[0], rtol=2e-5, atol=1e-5)
         assert abs(float(slopes[0])) > 1e-3
 
 
-@core_row
+@few_rows
 def test_stacked_under_inject_hyperparams(row: Row) -> None:
     params, updates = stacked(listed(), 0), stacked(listed(seed=1), 0)
     deep = two_forms(0)[1]

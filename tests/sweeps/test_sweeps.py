@@ -413,9 +413,7 @@ def slopes_and_differences(name: str, points: Any, mode: str = "reverse") -> tup
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(
-    "name", slow_but(OPTIMIZERS, "sgdw toward init", "adamw", "l2_penalty", "proximal_step[L1]", "cautious")
-)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "sgdw toward init", "adamw", "proximal_step[L1]"))
 def test_hypergradients_are_finite_differences(name: str, x64: None) -> None:
     points = [[0.3, 0.05], [0.03, 0.02]]
     # A decay that is off can still be learned. (These have a corner there.)
@@ -426,6 +424,7 @@ def test_hypergradients_are_finite_differences(name: str, x64: None) -> None:
     assert (np.abs(expected[:2]) > 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["adamw", slow("proximal_step[L2]")])
 def test_hypergradients_in_forward_mode(name: str, x64: None) -> None:
