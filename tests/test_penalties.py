@@ -174,3 +174,76 @@ def test_a_kind_that_is_no_penalty(call: Any, kind: Any, remedy: str) -> None:
     assert "kind must be a penalty" in str(error.value)
     assert repr(kind) in str(error.value)
     assert f"({remedy}, ...)" in str(error.value)
+
+
+# A penalty of one's own needs what its place uses.
+
+
+class ValueOnly:
+    """sum w^4 / 4."""
+
+    def value(self, w: Any) -> Any:
+        return jnp.sum(jnp.real(w * jnp.conj(w)) ** 2) / 4
+
+
+class GradientOnly:
+    def gradient(self, w: Any) -> Any:
+        return w**3
+
+
+class ProxOnly:
+    def prox(self, w: Any, step: Any) -> Any:
+        return w / (1 + 2 * step)
+
+
+PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+ZEROS = {"w": jnp.zeros((2, 2))}
+
+
+def test_a_value_is_enough_for_the_loss_and_for_the_gradient() -> None:
+    w = np.asarray(PARAMS["w"], np.float64)
+    np.testing.assert_allclose(wdjax.penalty(PARAMS, ValueOnly(), 0.5), 0.125 * (w**4).sum(), rtol=1e-6)
+    for kind in (ValueOnly(), GradientOnly()):
+        place = wdjax.add_penalty_to_grads(kind, 0.5)
+        for update in (place.update, jax.jit(place.update)):
+            np.testing.assert_allclose(update(ZEROS, place.init(PARAMS), PARAMS)[0]["w"], 0.5 * w**3, rtol=1e-6)
+
+
+def test_the_gradient_that_is_derived_is_a_direction_of_ascent_for_complex_weights() -> None:
+    w = np.array([1.0 + 2.0j, -0.5j])
+    place = wdjax.add_penalty_to_grads(ValueOnly(), 1.0)
+    params = {"w": jnp.asarray(w, jnp.complex64)}
+    new, _ = place.update({"w": jnp.zeros(2, jnp.complex64)}, place.init(params), params)
+    np.testing.assert_allclose(new["w"], np.abs(w) ** 2 * w, rtol=1e-5)
+
+
+def test_a_prox_is_enough_on_the_weights() -> None:
+    place = wdjax.proximal_step(ProxOnly(), 0.5, learning_rate=1.0)
+    new, _ = place.update(ZEROS, place.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(new["w"], -0.5 * PARAMS["w"], rtol=1e-6)
+
+
+def test_what_a_place_needs_and_a_penalty_lacks_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^penalty: kind must be a penalty with the method value, got .*ProxOnly"):
+        wdjax.penalty(PARAMS, ProxOnly(), 0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^add_penalty_to_grads: .*the method value or gradient, got .*ProxOnly"):
+        wdjax.add_penalty_to_grads(ProxOnly(), 0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^proximal_step: .*the method prox, got .*ValueOnly.*needs that method"):
+        wdjax.proximal_step(ValueOnly(), 0.5, learning_rate=1.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_penalty_of_ones_own_is_for_each_layer_of_a_stack() -> None:
+    class Norm:
+        def value(self, w: Any) -> Any:
+            return jnp.sqrt(jnp.sum(w**2))
+
+    w = np.random.default_rng(0).normal(size=(3, 2, 2))
+    params = {"layers": jnp.asarray(w, jnp.float32)}
+    norms = np.sqrt((w**2).sum((1, 2)))
+    found = wdjax.penalty(params, Norm(), 1.0, stacked_axes={"layers": 1})
+    np.testing.assert_allclose(found, norms.sum(), rtol=1e-6)
+    place = wdjax.add_penalty_to_grads(Norm(), 1.0, stacked_axes={"layers": 1})
+    new, _ = place.update({"layers": jnp.zeros((3, 2, 2))}, place.init(params), params)
+    np.testing.assert_allclose(new["layers"], w / norms.reshape(3, 1, 1), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"differs within what .*Norm.* takes together.*is_elementwise = True"):
+        wdjax.penalty(params, Norm(), {"layers": np.full((3, 1, 1), 0.1)})

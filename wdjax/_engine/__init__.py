@@ -9,5 +9,6 @@
 `steps`       which updates are steps
 `hazards`     rates that are known before the first step to do nothing, or too much
 `checks`      what is refused, and in which words
+`types`       the types of arguments
 `unstable`    everything that is used of the unstable parts of JAX
 """

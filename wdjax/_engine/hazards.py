@@ -9,7 +9,6 @@ import numpy as np
 
 from . import checks
 from .arithmetic import Term
-from .rules import Rules
 
 
 def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Term]], *, can_overshoot: bool) -> None:
@@ -51,15 +50,6 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Te
             f"{_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? If it is meant, "
             "continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
         )
-
-
-def is_harmless(rates: Iterable[Any], dtypes: Iterable[Any]) -> bool:
-    """Whether rates that are the same for all parameters are of no harm to any of these dtypes, or not known yet."""
-    rates = list(rates)
-    if any(isinstance(rate, Rules) for rate in rates):
-        return False
-    fraction = Term(tuple(rates)).known()
-    return fraction is None or all(smallest_fraction(dtype) <= fraction < 1 for dtype in dtypes)
 
 
 def remedy(dtype: Any) -> str:

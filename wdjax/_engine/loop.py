@@ -296,9 +296,7 @@ class Action:
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
         leaves = trees.flatten_with_paths(params)
-        dtypes = {getattr(leaf, "dtype", jnp.float32) for _, leaf in leaves if trees.is_decayable(leaf)}
-        if not hazards.is_harmless(self.rates.values(), dtypes):  # Else no rule needs to be asked once more.
-            self._warn_of_rates(leaves, self._rows(params, leaves))
+        self._warn_of_rates(leaves, self._rows(params, leaves))
 
     def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None]) -> None:
         decays = (
