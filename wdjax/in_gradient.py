@@ -8,15 +8,17 @@ rate whatever the weight decay is. What most people want beside Adam is `in_upda
 Complex weights: updates are taken as directions of descent, that is the conjugate of what `jax.grad` returns.
 """
 
+import dataclasses
+
 import jax
 import optax
 
 from ._engine import checks
-from ._engine.arithmetic import LeafRule, Strength, away, plus, stateless
+from ._engine.arithmetic import Strength, away, plus, stateless
 from ._engine.loop import Action, transformation
 from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
-from .penalties import L2, Penalty, check_kind, check_strength, gradient
+from .penalties import L2, Penalty, check_kind, check_strength, gradient, is_elementwise
 
 
 @checks.known_arguments
@@ -88,15 +90,16 @@ def add_penalty_to_grads(
     where = "add_penalty_to_grads"
     check_kind(where, kind, "value", "gradient")
     action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
-    return transformation(action, _rule(where, kind))
+    return transformation(action, stateless(_Added(kind), is_elementwise=is_elementwise(kind)))
 
 
-def _rule(where: str, kind: Penalty) -> LeafRule:
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:
-        check_strength(where, kind, strength.value)
-        return plus(update, strength, gradient(kind, away(p, a)))
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    kind: Penalty
 
-    return stateless(rule, is_elementwise=getattr(kind, "is_elementwise", False))
+    def __call__(self, update: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:
+        check_strength("add_penalty_to_grads", self.kind, strength.value)
+        return plus(update, strength, gradient(self.kind, away(p, a)))
 
 
-_L2 = _rule("add_l2_to_grads", L2())
+_L2 = stateless(_Added(L2()))

@@ -20,7 +20,7 @@ from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
 from ._engine.types import Anchor, Mask, Params, Rate, StackedAxes
 from .paths import stacks
-from .penalties import L2, Penalty, check_kind, check_strength, weighted_value
+from .penalties import L2, Penalty, check_kind, check_strength, is_elementwise, weighted_value
 
 PyTree = Any
 
@@ -122,6 +122,6 @@ def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> j
         check_strength(where, kind, strength.value)
         return weighted_value(kind, away(p, a), strength.value).astype(dtype)
 
-    rule = LeafRule(reduce=value, is_elementwise=getattr(kind, "is_elementwise", False))
+    rule = LeafRule(reduce=value, is_elementwise=is_elementwise(kind))
     total = action.total(rule, params, axes)
     return jnp.zeros([], dtype) if total is None else total

@@ -6,6 +6,8 @@ weights become exactly zero and stay countable. (An anchor other than zero is me
 the weights is a difference, and only the one to zero is always exact.)
 """
 
+import dataclasses
+
 import jax
 import optax
 
@@ -14,7 +16,7 @@ from ._engine.arithmetic import Strength, away, stateless, unless_off
 from ._engine.loop import Action, transformation
 from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
-from .penalties import ProximalPenalty, check_kind, check_strength
+from .penalties import ProximalPenalty, check_kind, check_strength, is_elementwise
 
 
 @checks.known_arguments
@@ -68,9 +70,14 @@ def proximal_step(
     rates = {"strength": strength, "learning_rate": learning_rate}
     action = Action(where, rates, mask, toward, stacked_axes=stacks(where, stacked_axes))
 
-    def rule(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
-        check_strength(where, kind, rate.value)
-        new = kind.prox(away(p + update, a), rate.value)
-        return unless_off(rate, update, (new if a is None else a + new) - p)
+    return transformation(action, stateless(_Solved(kind), is_elementwise=is_elementwise(kind)))
 
-    return transformation(action, stateless(rule, is_elementwise=getattr(kind, "is_elementwise", False)))
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    kind: ProximalPenalty
+
+    def __call__(self, update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
+        check_strength("proximal_step", self.kind, rate.value)
+        new = self.kind.prox(away(p + update, a), rate.value)
+        return unless_off(rate, update, (new if a is None else a + new) - p)

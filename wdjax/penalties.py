@@ -78,10 +78,15 @@ def weighted_value(kind: Any, w: jax.Array, strength: Any) -> jax.Array:
     return jnp.sum(jnp.reshape(strength, sizes) * value(jnp.moveaxis(w, parts, range(len(parts)))))
 
 
+def is_elementwise(kind: Any) -> bool:
+    """Whether a penalty says that it is a sum over elements."""
+    return getattr(kind, "is_elementwise", False)
+
+
 def check_strength(where: str, kind: Any, strength: Any) -> None:
     """Refuses an array as the strength of a penalty that is not a sum over what has strengths of its own."""
     parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
-    if not parts or getattr(kind, "is_elementwise", False):
+    if not parts or is_elementwise(kind):
         return
     if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
         return

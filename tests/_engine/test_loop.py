@@ -1,5 +1,6 @@
 """What a new method needs of the engine, each shown by a rule of ten lines."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -9,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from registry import Row, every_row
 
 import wdjax
-from wdjax._engine.arithmetic import LeafRule, plus, stateless
+from wdjax._engine.arithmetic import LeafRule, act, plus, stateless
 from wdjax._engine.loop import Action, transformation
 
 RATE = 0.1
@@ -205,3 +207,32 @@ def test_without_a_rate_it_acts_on_all_parameters_of_the_mask() -> None:
     new, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_array_equal(new["a"], -params["a"])
     np.testing.assert_array_equal(new["b"], params["b"])
+
+
+# What is compiled.
+
+
+@every_row
+def test_an_optimizer_that_is_built_anew_is_not_compiled_anew(row: Row) -> None:
+    # optax.inject_hyperparams builds its optimizer in each step.
+    params, updates = make(a=(7, 3), b=(5,)), make(1, a=(7, 3), b=(5,))
+    sizes = []
+    for _ in range(2):
+        optimizer = row.build(jnp.asarray(RATE))
+        optimizer.update(updates, optimizer.init(params), params)
+        sizes.append(act._cache_size())
+    assert sizes[0] == sizes[1]
+
+
+def test_a_penalty_that_cannot_be_hashed() -> None:
+    @dataclasses.dataclass
+    class Mine:
+        power: float
+
+        def value(self, w: Any) -> Any:
+            return jnp.sum(w**self.power)
+
+    params = make(a=(4,))
+    place = wdjax.add_penalty_to_grads(Mine(2.0), 0.5)
+    new, _ = place.update({"a": jnp.zeros(4)}, place.init(params), params)
+    np.testing.assert_allclose(new["a"], params["a"], rtol=1e-6)

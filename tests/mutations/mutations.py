@@ -321,7 +321,7 @@ MUTATIONS = [
     Mutation(
         "a strength may differ within a group",
         "penalties.py",
-        '    if not parts or getattr(kind, "is_elementwise", False):\n',
+        "    if not parts or is_elementwise(kind):\n",
         "    if True:\n",
         (ARRAYS,),
     ),
@@ -346,8 +346,8 @@ MUTATIONS = [
     Mutation(
         "a proximal step forgets the update",
         "on_weights.py",
-        "new = kind.prox(away(p + update, a), rate.value)",
-        "new = kind.prox(away(p, a), rate.value)",
+        "new = self.kind.prox(away(p + update, a), rate.value)",
+        "new = self.kind.prox(away(p, a), rate.value)",
     ),
     # Recipes and wrappers.
     Mutation(

@@ -6,6 +6,7 @@ are. That is why a rate is an argument and not a constant. Inside a jit of the c
 as if it had been written there.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -59,10 +60,26 @@ class LeafRule(NamedTuple):
 def stateless(
     function: Callable[[jax.Array, jax.Array, jax.Array | None, Strength], jax.Array], *, is_elementwise: bool = True
 ) -> LeafRule:
-    """The rule (update, param, anchor, strength) -> update."""
-    return LeafRule(
-        lambda u, p, a, strength, state, _: (function(u, p, a, strength), state), None, None, is_elementwise
-    )
+    """The rule (update, param, anchor, strength) -> update.
+
+    Equal functions give equal rules, so that an optimizer that is built anew in each step, as
+    `optax.inject_hyperparams` does, is not compiled anew.
+    """
+    return LeafRule(_Stateless(function), is_elementwise=is_elementwise)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stateless:
+    function: Callable[..., jax.Array]
+
+    def __call__(self, u: Any, p: Any, a: Any, strength: Strength, state: Any, totals: Any) -> tuple[jax.Array, None]:
+        return self.function(u, p, a, strength), None
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.function)
+        except TypeError:  # A penalty that cannot be hashed.
+            return id(self.function)
 
 
 class Term(NamedTuple):
