@@ -575,6 +575,7 @@ def test_nothing_changes_in_the_updates_nor_in_the_state_within() -> None:
         optimizer = monitor(bare, WD, learning_rate=LR)
         state, plain_state = optimizer.init(params), bare.init(params)
         for step in range(3):
+            new_state, new_plain_state = state, plain_state
             for wrap in (lambda f: f, jax.jit) if step == 1 else (jax.jit,):  # MultiSteps makes its step then.
                 updates, new_state = wrap(optimizer.update)(grads_at(params, step), state, params)
                 plain, new_plain_state = wrap(bare.update)(grads_at(params, step), plain_state, params)
