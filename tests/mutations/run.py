@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -34,25 +35,25 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def passes(folder: Path, tests: list[str], marks: str) -> bool:
+def failing(folder: Path, tests: list[str], marks: str) -> str:
+    """The first test that fails; "" if none does."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", marks, *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if result.returncode not in (0, 1, 2):  # 2: a file of tests can't even be imported.
         raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
-    return result.returncode == 0
+    found = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", result.stdout, re.M)
+    return found[0] if found else "" if result.returncode == 0 else "not even imported"
 
 
 def is_seen(mutation: Mutation, folder: Path, marks: str) -> str:
-    """Where a fault is seen: "likely" in the tests that it names, "elsewhere", or "" if it is not."""
+    """The test that sees a fault; "" if none does."""
     file = folder / "wdjax" / mutation.file
     text = file.read_text()
     assert text.count(mutation.old) == 1, mutation
     file.write_text(text.replace(mutation.old, mutation.new))
     try:
-        if not passes(folder, [f"tests/{name}" for name in mutation.tests], marks):
-            return "likely"
-        return "" if passes(folder, [], marks) else "elsewhere"
+        return failing(folder, [f"tests/{name}" for name in mutation.tests], marks) or failing(folder, [], marks)
     finally:
         file.write_text(text)
 
@@ -75,7 +76,7 @@ def main() -> int:
                 where = is_seen(mutation, folder, marks)
             finally:
                 folders.put(folder)
-            print(f"{where or 'NOT SEEN':10} {time.monotonic() - start:5.0f} s  {mutation.name}", flush=True)
+            print(f"{time.monotonic() - start:5.0f} s  {mutation.name}: {where or 'NOT SEEN'}", flush=True)
             return where
 
         found = list(pool.map(run, chosen))
