@@ -129,7 +129,7 @@ def test_a_penalty_of_groups_takes_one_strength_for_each_group() -> None:
         ),
     ):
         with pytest.raises(
-            ValueError, match=r"a strength of shape \(.*\) differs within what GroupLasso.*one strength for each"
+            ValueError, match=r"a strength of shape \(.*\) differs within a group of GroupLasso.*one strength for each"
         ):
             act()
 
@@ -230,14 +230,14 @@ def test_wrong_arrays() -> None:
         wdjax.by_path({"kernel": -array})
     fails(r"It lacks \['bias'\], and params lack \[\]", {"kernel": array})
     fails(r"It lacks \[\], and params lack \['head'\]", {"kernel": array, "bias": 0.1, "head": 0.1})
-    fails(r"Rates by pattern are by_path", {"kernel": 0.1})
+    fails(r"Write rates by pattern as by_path", {"kernel": 0.1})
     fails(r"weight_decay at 'bias' must be a rate, got True", {"kernel": array, "bias": True}, error=TypeError)
     fails(
         r"the mask at 'kernel' is an array of shape \(3, 1\), which does not broadcast",
         0.1,
         {"kernel": three, "bias": True},
     )
-    with pytest.raises(TypeError, match=r"(?s)Rules\.to_dict: .* can't be written into a file"):
+    with pytest.raises(TypeError, match=r"(?s)Rules\.to_dict: .* can't be written to a file"):
         wdjax.by_path({"kernel": array}, default=0.0).to_dict()
     with pytest.raises(TypeError, match="the mask at 'kernel' is traced"):
         jax.jit(lambda on: wdjax.decoupled_decay(0.1, {"kernel": on, "bias": True}).init(make(0)))(array > 0)
