@@ -1,4 +1,4 @@
-"""Rates and masks that are arrays: for rows, for slices of a stack, for each weight."""
+"""Rates and masks that are arrays: for rows, for slices of a stack, and for each weight."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def make(seed: int) -> dict[str, Any]:
 
 
 def expected(row: Row, u: Any, w: Any, rates: Any, anchor: float = 0.0) -> np.ndarray:
-    """Element by element: what the oracle says of each weight with its own rate."""
+    """The oracle's result, element by element, with the rate of each weight."""
     triples = zip(np.ravel(u), np.ravel(w), np.ravel(np.broadcast_to(rates, SHAPE)), strict=True)
     with np.errstate(invalid="ignore"):
         return np.array([row.oracle(*map(np.float64, (u, w, rate)), anchor) for u, w, rate in triples]).reshape(SHAPE)
@@ -89,7 +89,7 @@ def test_elastic_weight_consolidation_in_the_loss_and_in_the_gradient() -> None:
     place = wdjax.add_l2_to_grads(strength, toward=anchor)
     new, _ = place.update({"w": jnp.zeros(SHAPE)}, place.init(params), params)
     np.testing.assert_allclose(new["w"], 0.5 * fisher * (w - a), rtol=1e-12)
-    # The importances are data: they may come out of another program, traced.
+    # Importances are data, so they may be traced.
     traced = jax.jit(lambda f: wdjax.l2_penalty(params, {"w": 0.5 * f}, toward=anchor))
     np.testing.assert_allclose(traced(jnp.asarray(fisher)), loss(params), rtol=1e-12)
 

@@ -10,7 +10,7 @@ array and compute in its dtype. `gradient` and `prox` keep its shape.
 | `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
 | `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
 | `GroupLasso(axis)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
-| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | L2's, or w - k delta sign(w) if far |
+| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
 """

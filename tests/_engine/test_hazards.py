@@ -62,7 +62,7 @@ def test_the_warning_in_full() -> None:
     assert message == (
         "independent_decay: the decay rounds to nothing: weight_decay is 1e-08 a step, and optax.apply_updates "
         "keeps no change of less than 2.98e-08 (2**-25) of a float32 weight: 'Dense_0/bias', 'Dense_0/kernel'. "
-        "Take a larger rate, or write optax.chain(optimizer, compensated()), which this warning does not see."
+        "Use a larger rate, or write optax.chain(optimizer, compensated()) and ignore this warning."
     )
     (message,) = said(wdjax.adamw(3e-4, 0.1), {f"layer_{i}": jnp.ones(1, jnp.float16) for i in range(9)})
     assert "(2**-12) of a float16 weight: 'layer_0', 'layer_1', 'layer_2' and 6 more. Keep" in message

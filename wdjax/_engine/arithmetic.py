@@ -16,7 +16,7 @@ import numpy as np
 from . import trees
 from .unstable import automatic, is_traced
 
-Scalar = Any  # A NumPy scalar where the value is known while tracing, else a 0-d array.
+Scalar = Any  # A NumPy scalar if the value is known during tracing, else a 0-d array.
 
 
 class Strength(NamedTuple):

@@ -59,7 +59,7 @@ def remedy(dtype: Any) -> str:
             "Keep the parameters in float32 and compute in a narrower dtype, or write "
             "optax.chain(in_float32(optimizer), compensated()) with the decay inside."
         )
-    return "Take a larger rate, or write optax.chain(optimizer, compensated()), which this warning does not see."
+    return "Use a larger rate, or write optax.chain(optimizer, compensated()) and ignore this warning."
 
 
 def smallest_fraction(dtype: Any) -> float:

@@ -118,6 +118,6 @@ def _misfit(where: str, what: str, paths: list[str]) -> str:
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return (
         f"{where}: the mask is neither a tree like params nor a prefix of one: {what} "
-        f"{', '.join(map(repr, paths[:5]))}{more}. Build it on the same tree, "
+        f"{', '.join(map(repr, paths[:5]))}{more}. Build it from the same tree, "
         "jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
     )

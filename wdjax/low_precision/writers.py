@@ -1,4 +1,4 @@
-"""Writers stand last in a chain. They choose the new weight and return the update that makes `apply_updates` hit it."""
+"""Writers come last in a chain. They choose the new weights and return updates with which `apply_updates` hits them."""
 
 from typing import Any, NamedTuple
 

@@ -291,7 +291,7 @@ def _measured(
         if label is not None:
             update = update if trees.is_decayable(update) else jnp.zeros_like(param)
             checks.same_shape(action.where, path, update, param)
-            with jax.numpy_dtype_promotion("standard"):  # Real rates meet complex weights.
+            with jax.numpy_dtype_promotion("standard"):  # A real rate may multiply complex weights.
                 parts.append((label, sums(update, param, term, is_written(param)), param))
     if not parts:
         return _nothing_measured(action, groups, params)
