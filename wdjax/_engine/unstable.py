@@ -2,7 +2,7 @@
 
 Stable API is imported where it is used. Anything experimental (`jax.experimental`) or semi-public (`jax.core`,
 `jax.extend`), and every attribute of an abstract value, is used only here. Without this API some programs compile more
-slowly, and arrays within `shard_map` count as split over every axis that the caller names. Decays compute the same.
+slowly, and arrays within `shard_map` count as split over every axis that the caller names. Decays stay the same.
 """
 
 import functools
