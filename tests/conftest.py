@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices, compiled programs that are kept, and strict promotion wherever a test is ours alone."""
+"""Eight emulated CPU devices, a cache of compiled programs, and strict dtype promotion except with other libraries."""
 
 import os
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-KEPT = 50_000  # Compiled programs, of some 10 kB each; a change of wdjax leaves old ones behind.
+KEPT = 50_000  # The most compiled programs in the cache, about 10 kB each. Changes to wdjax leave old ones behind.
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps what XLA compiles in .pytest_cache, for all workers and for later runs: most of a test is compilation.
+    """Caches compiled programs in .pytest_cache, for all workers and later runs: compilation takes most of a test.
 
-    Equal programs have equal keys, of the program, the flags and the version of XLA. `--cache-clear` forgets them.
+    The key of a program depends on the program, the flags and the version of XLA. `--cache-clear` empties the cache.
     """
-    if not hasattr(config, "cache"):  # Switched off, with `-p no:cacheprovider`.
+    if not hasattr(config, "cache"):  # Disabled by `-p no:cacheprovider`.
         return
     folder = config.cache.mkdir("compiled")
     if not hasattr(config, "workerinput") and sum(1 for _ in folder.iterdir()) > KEPT:

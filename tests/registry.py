@@ -1,8 +1,8 @@
-"""Every transformation once: how it is built from a rate, and what it does to one array in NumPy float64.
+"""One row for every transformation: how to build it from a rate, and what it does to one array in NumPy float64.
 
-A new method is one row here, and the whole contract suite runs on it. What a row computes is its own, and is tested on
-every row, always (`every_row`); what the engine does around it is the same for many rows, and is tested on the core
-rows, and on the others where slow tests run too (`core_row`).
+A new method needs one row here, and the whole contract suite runs on it. Tests of what a row computes always run on
+every row (`every_row`). The engine around the rows is the same for many of them, so its tests run on the core rows by
+default, and on the others only with the slow tests (`core_row`).
 """
 
 from collections.abc import Callable, Iterable
@@ -22,10 +22,10 @@ class Row(NamedTuple):
     """A transformation under test.
 
     Attributes:
-        name: for the test's id.
+        name: the id of the test.
         build: (rate, mask, toward) -> transformation.
-        oracle: (update, weight, rate, anchor) -> update, in float64; knows nothing of JAX.
-        core: whether it is one of those that stand for all paths through the engine: the slow tests are the others'.
+        oracle: (update, weight, rate, anchor) -> update, in float64, without JAX.
+        core: whether it is a core row. The core rows cover all paths through the engine.
     """
 
     name: str
@@ -69,7 +69,7 @@ def _in_gradient(name: str) -> Row:
         f"add_penalty_to_grads[{name}]",
         lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(kind, rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * gradient(w - a),
-        core=name == "GroupLasso",  # Not elementwise.
+        core=name == "GroupLasso",  # It is not elementwise.
     )
 
 
@@ -81,7 +81,7 @@ def _on_weights(name: str) -> Row:
             kind, rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
-        core=name == "L1",  # Of the weights and the update.
+        core=name == "L1",  # Its rule uses weights and updates.
     )
 
 
@@ -110,7 +110,7 @@ ROWS = [
             rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: u - (1 - np.exp(-LEARNING_RATE * rate)) * (w - a),
-        core=True,  # Of two factors.
+        core=True,  # Its rate has two factors.
     ),
     Row(
         "cautious[decoupled_decay]",
@@ -121,7 +121,7 @@ ROWS = [
         "cautious[independent_decay]",
         lambda rate, mask=None, toward=None: wdjax.cautious(wdjax.independent_decay(rate, mask, toward=toward)),
         lambda u, w, rate, a: agreeing(u, -rate * (w - a)),
-        core=True,  # Around another.
+        core=True,  # It wraps another transformation.
     ),
     Row(
         "cautious[continuous_decay]",
@@ -144,16 +144,16 @@ ROWS = [
             optax.sgd(LEARNING_RATE), rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: -LEARNING_RATE * (u + rate * (w - a)),
-        core=True,  # Around an optimizer.
+        core=True,  # It wraps an optimizer.
     ),
 ]
 
-# What leaves an update bit-identical when it is off; SGD's own arithmetic is not a decay.
+# The rows that leave an update bit-identical when they are off. SGD itself changes updates.
 DECAYS = [row for row in ROWS if row.name != "with_decoupled_decay[sgd]"]
 
 
 def core_first(rows: Iterable[Row]) -> list[Any]:
-    """The parameters of a test that is slow on all rows but the core ones."""
+    """The parameters of a test that runs on core rows by default; the other rows are marked slow."""
     return [pytest.param(row, id=row.name, marks=() if row.core else pytest.mark.slow) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Rates and masks that are arrays: for rows, for slices of a stack, for each weight."""
+"""Rates and masks that are arrays: for rows, for slices of a stack, and for each weight."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def make(seed: int) -> dict[str, Any]:
 
 
 def expected(row: Row, u: Any, w: Any, rates: Any, anchor: float = 0.0) -> np.ndarray:
-    """Element by element: what the oracle says of each weight with its own rate."""
+    """The oracle's result, element by element, with the rate of each weight."""
     triples = zip(np.ravel(u), np.ravel(w), np.ravel(np.broadcast_to(rates, SHAPE)), strict=True)
     with np.errstate(invalid="ignore"):
         return np.array([row.oracle(*map(np.float64, (u, w, rate)), anchor) for u, w, rate in triples]).reshape(SHAPE)
@@ -89,7 +89,7 @@ def test_elastic_weight_consolidation_in_the_loss_and_in_the_gradient() -> None:
     place = wdjax.add_l2_to_grads(strength, toward=anchor)
     new, _ = place.update({"w": jnp.zeros(SHAPE)}, place.init(params), params)
     np.testing.assert_allclose(new["w"], 0.5 * fisher * (w - a), rtol=1e-12)
-    # The importances are data: they may come out of another program, traced.
+    # Importances are data, so they may be traced.
     traced = jax.jit(lambda f: wdjax.l2_penalty(params, {"w": 0.5 * f}, toward=anchor))
     np.testing.assert_allclose(traced(jnp.asarray(fisher)), loss(params), rtol=1e-12)
 
@@ -129,7 +129,7 @@ def test_a_penalty_of_groups_takes_one_strength_for_each_group() -> None:
         ),
     ):
         with pytest.raises(
-            ValueError, match=r"a strength of shape \(.*\) differs within what GroupLasso.*one strength for each"
+            ValueError, match=r"a strength of shape \(.*\) differs within a group of GroupLasso.*one strength for each"
         ):
             act()
 
@@ -230,14 +230,14 @@ def test_wrong_arrays() -> None:
         wdjax.by_path({"kernel": -array})
     fails(r"It lacks \['bias'\], and params lack \[\]", {"kernel": array})
     fails(r"It lacks \[\], and params lack \['head'\]", {"kernel": array, "bias": 0.1, "head": 0.1})
-    fails(r"Rates by pattern are by_path", {"kernel": 0.1})
+    fails(r"Write rates by pattern as by_path", {"kernel": 0.1})
     fails(r"weight_decay at 'bias' must be a rate, got True", {"kernel": array, "bias": True}, error=TypeError)
     fails(
         r"the mask at 'kernel' is an array of shape \(3, 1\), which does not broadcast",
         0.1,
         {"kernel": three, "bias": True},
     )
-    with pytest.raises(TypeError, match=r"(?s)Rules\.to_dict: .* can't be written into a file"):
+    with pytest.raises(TypeError, match=r"(?s)Rules\.to_dict: .* can't be written to a file"):
         wdjax.by_path({"kernel": array}, default=0.0).to_dict()
     with pytest.raises(TypeError, match="the mask at 'kernel' is traced"):
         jax.jit(lambda on: wdjax.decoupled_decay(0.1, {"kernel": on, "bias": True}).init(make(0)))(array > 0)

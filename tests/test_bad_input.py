@@ -123,14 +123,14 @@ BAD_MASKS = [
     (
         {"Dense_0": {"kernel": 0.5, "bias": 0.0}},
         TypeError,
-        "which is not a boolean. Multipliers make a rate: weight_decay=",
+        "which is not a boolean. Put multipliers in the rate: weight_decay=",
     ),
     ({"Dense_0": {"kernel": 1, "bias": 0}}, TypeError, "the mask at 'Dense_0/bias' is 0, which is not a boolean"),
     ({"Dense_0": "decay"}, TypeError, "the mask at 'Dense_0' is 'decay', which is not a boolean"),
     (0.5, TypeError, "the mask is 0.5, which is not a boolean"),
     ({"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
     ({"Dense_1": True}, ValueError, "it has no entry for 'Dense_0/bias', 'Dense_0/kernel'"),
-    ({"Dense_0": True, "Dense_1": True}, ValueError, "these entries of it are no parameters: 'Dense_1'"),
+    ({"Dense_0": True, "Dense_1": True}, ValueError, "it has entries that are not parameters: 'Dense_1'"),
     ({"Dense_0": {"kernel": {"w": True}, "bias": True}}, ValueError, "it has no entry for 'Dense_0/kernel'"),
     (
         {"Dense_0": {"kernel": np.ones((3, 2), bool), "bias": True}},
@@ -139,7 +139,7 @@ BAD_MASKS = [
     ),
     (lambda params: "no_decay", TypeError, "the mask is 'no_decay'"),
     (True, TypeError, "the mask is True, one boolean for the whole tree. Leave it out to decay all"),
-    (False, TypeError, "Under optax.inject_hyperparams a mask function is taken for a schedule"),
+    (False, TypeError, "optax.inject_hyperparams takes a mask function for a schedule"),
     (lambda leaf: leaf.ndim > 1, TypeError, "It gets the whole tree: write lambda params: jax.tree.map("),
     (lambda params: {"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
     (wdjax.only("kernal"), ValueError, "the pattern 'kernal' matches no parameter. Did you mean 'kernel'?"),
@@ -170,7 +170,7 @@ def test_a_traced_mask() -> None:
     def init(flag: Any) -> Any:
         return wdjax.decoupled_decay(0.1, {"Dense_0": flag}).init(PARAMS)
 
-    with pytest.raises(TypeError, match=r"the mask at 'Dense_0' is traced\. A mask is decided while tracing"):
+    with pytest.raises(TypeError, match=r"the mask at 'Dense_0' is traced\. A mask must be known during tracing"):
         jax.jit(init)(jnp.array(True))
 
 

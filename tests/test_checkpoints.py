@@ -588,7 +588,7 @@ def test_a_restored_run_keeps_the_anchor_of_the_first(store: Any, tmp_path: Path
         np.testing.assert_allclose(got["Dense_0"][name], want, **FLOAT)
 
 
-NO_ANCHOR = r"toward='init', but the state holds no anchor: it comes from an optimizer without one"
+NO_ANCHOR = r"toward='init', but the state holds no anchor: an optimizer without one made it"
 
 
 @pytest.mark.usefixtures("x64_in_all_threads")

@@ -1,4 +1,4 @@
-"""On a mesh with explicit axes, as `jax.make_mesh` makes them, everything gives what it gives without a mesh."""
+"""On a mesh with explicit axes, as from `jax.make_mesh`, all results are the same as without a mesh."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +44,7 @@ def on(mesh: Any, tree: Any, specs: Any = None) -> Any:
 
 
 def step(optimizer: Any, updates: Any, params: Any, **extra: Any) -> Any:
-    """Two steps: what comes out of the second, and the state."""
+    """Runs two steps and returns the updates and the state of the second."""
     update = jax.jit(optimizer.update)
     _, state = update(updates, jax.jit(optimizer.init)(params), params, **extra)
     return update(updates, state, params, **extra)

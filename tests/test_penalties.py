@@ -245,5 +245,5 @@ def test_a_penalty_of_ones_own_is_for_each_layer_of_a_stack() -> None:
     place = wdjax.add_penalty_to_grads(Norm(), 1.0, stacked_axes={"layers": 1})
     new, _ = place.update({"layers": jnp.zeros((3, 2, 2))}, place.init(params), params)
     np.testing.assert_allclose(new["layers"], w / norms.reshape(3, 1, 1), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"differs within what .*Norm.* takes together.*is_elementwise = True"):
+    with pytest.raises(ValueError, match=r"differs within a group of .*Norm.*set is_elementwise = True"):
         wdjax.penalty(params, Norm(), {"layers": np.full((3, 1, 1), 0.1)})

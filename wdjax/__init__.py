@@ -1,15 +1,15 @@
-"""wdjax: weight decay for JAX, as Optax gradient transformations. Where it acts is where it stands:
+"""wdjax: weight decay for JAX, as Optax gradient transformations. Each place in a training step has its functions:
 
     params ─▶ loss ──▶ grad ──▶ scale_by_adam ──▶ × −learning_rate ──▶ apply_updates ─▶ params
                ▲        ▲                    ▲                     ▲                ▲
             in_loss  in_gradient         in_update             in_update       on_weights
           l2_penalty add_l2_to_grads  decoupled_decay      independent_decay  proximal_step
 
-Which parameters: `weights_only`, `by_path`, `only`, `all_but` (wdjax.paths); what that means for a model: `plan`
-(wdjax.plans). Which penalty: `L2`, `L1`, ... (wdjax.penalties). Around a finished optimizer: `with_decoupled_decay`,
-`freeze`. LoRA: `decoupled_lora_decay`. Narrow dtypes: wdjax.low_precision. What an optimizer really does: `audit`
-(wdjax.audits), and while training: `monitor` (wdjax.telemetry). Which rate is best: `sweep` (wdjax.sweeps). Whole
-optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+`weights_only`, `by_path`, `only` and `all_but` (wdjax.paths) choose parameters, and `plan` (wdjax.plans) shows the
+choice for a model. Penalties: `L2`, `L1`, ... (wdjax.penalties). Wrappers for a finished optimizer:
+`with_decoupled_decay`, `freeze`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
+(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
+(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from ._engine.types import Anchor as Anchor

@@ -1,11 +1,11 @@
-"""In the gradient: before the optimizer's scaling, so that its moments see it.
+"""In the gradient: before the optimizer's scaling, so that its moments see the decay.
 
-This is L2 regularization in the old sense: as if the penalty stood in the loss, at the price of one pass over the
-weights. For SGD it is weight decay. For Adam it is not: the penalty's gradient is divided by the same root as the
-loss's, so weights with large gradients hardly decay, and with no other gradient every weight moves by the learning
-rate whatever the weight decay is. What most people want beside Adam is `in_update`.
+This is classic L2 regularization: the same as a penalty in the loss, at the cost of one pass over the weights. With SGD
+it is weight decay. With Adam it is not: Adam divides the penalty's gradient by the same root as the loss's gradient. So
+weights with large gradients hardly decay, and a weight with no other gradient moves by the learning rate, whatever the
+weight decay is. With Adam most people want `in_update`.
 
-Complex weights: updates are taken as directions of descent, that is the conjugate of what `jax.grad` returns.
+Complex weights: updates must be directions of descent, which are the conjugate of what `jax.grad` returns.
 """
 
 import dataclasses
@@ -26,25 +26,14 @@ def add_l2_to_grads(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
     """Adds weight_decay times the weight to its gradient: L2 regularization, without touching the loss.
 
     Rule:   g <- g + weight_decay * (p - toward)
-    Place:  before `scale_by_*` and before momentum; after gradient clipping, unless the penalty is to be clipped too.
-    Units:  per unit of loss: the gradient of weight_decay / 2 * sum p^2. In plain SGD with zero gradient a weight is
+    Place:  before `scale_by_*` and before momentum; after gradient clipping, unless you want to clip the penalty too.
+    Units:  per unit of loss: the gradient of weight_decay / 2 * sum p^2. In plain SGD with zero gradient, a weight is
             multiplied by 1 - learning_rate * weight_decay each step; with momentum m, by about
             1 - learning_rate * weight_decay / (1 - m).
     Source: `torch.optim.SGD(weight_decay=...)` and `torch.optim.Adam(weight_decay=...)`, which do the same; MXNet's
             wd; Keras' `kernel_regularizer=l2(r)` with weight_decay = 2 r.
 
-    Args:
-        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
-            compiled step); or "init" for the values at `init`, kept in the state.
-
-    Returns:
-        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype.
-
-    Raises:
-        TypeError, ValueError: for a rate that is negative, NaN, infinite or not a scalar. At `init` and `update`: for
-            a mask or anchor that does not fit params, a rule that matches nothing, or params left out.
+    Args, Returns, Raises: as `decoupled_decay`.
 
     Example:
 
@@ -68,16 +57,16 @@ def add_penalty_to_grads(
 
     Rule:   g <- g + strength * kind.gradient(p - toward)
     Place:  before `scale_by_*`, as `add_l2_to_grads`.
-    Units:  those of the kind; see `wdjax.penalties`.
-    Source: the kind's.
+    Units:  those of `kind`; see `wdjax.penalties`.
+    Source: that of `kind`.
 
     Args:
         kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
-        strength, mask, toward: as `add_l2_to_grads`.
-        stacked_axes: how many leading axes stack layers, so that the penalty is that of each layer: a number for all
-            parameters, or a dictionary from patterns to numbers, {"layers": 1}. It matters for penalties of groups.
+        strength, mask, toward: as `decoupled_decay`; the strength is its weight_decay.
+        stacked_axes: how many leading axes stack layers: a number for all parameters, or a dictionary from patterns to
+            numbers, {"layers": 1}. The penalty is then taken for each layer. This matters for penalties of groups.
 
-    Returns, Raises: as `add_l2_to_grads`.
+    Returns, Raises: as `decoupled_decay`.
 
     Example:
 

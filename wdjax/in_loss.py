@@ -1,12 +1,12 @@
-"""In the loss: scalars to add to what is differentiated.
+"""In the loss: scalars to add to the loss before it is differentiated.
 
-The gradient that comes back holds the penalty's gradient, so everything after it sees it: clipping, averaging over
-devices, the optimizer's moments. Of the four places this is the one that a formula in a paper means, and it is the
-dearest: a reduction over all weights and its backward pass, where `in_gradient` adds the same thing in one pass.
+The gradient then includes the penalty's gradient, and everything after it sees that: clipping, averaging over devices,
+the optimizer's moments. Formulas in papers usually mean this place. It is also the most expensive of the four: a
+reduction over all weights and its backward pass, where `in_gradient` adds the same gradient in one pass.
 
-There is no step count here. Call a schedule yourself: `l2_penalty(params, schedule(step))`. Under `jit` the penalty is
-that of the whole parameters, however they are sharded. Within `shard_map` and `pmap` it is to be added once to the loss
-that all devices have together: docs/many_devices.md has the table.
+A loss has no step count. Call a schedule yourself: `l2_penalty(params, schedule(step))`. Under `jit` the penalty covers
+the whole parameters, however they are sharded. Within `shard_map` and `pmap`, add it once to the joint loss of all
+devices; see the table in docs/many_devices.md.
 """
 
 from collections.abc import Hashable
@@ -29,30 +29,31 @@ PyTree = Any
 def l2_penalty(
     params: Params, weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None, axis_name: Hashable = None
 ) -> jax.Array:
-    """Half of weight_decay times the sum of squared weights, to add to the loss.
+    """Returns weight_decay / 2 times the sum of squared weights, to add to the loss.
 
     Rule:   loss <- loss + weight_decay / 2 * sum (p - toward)^2
     Place:  in the function that is differentiated.
-    Units:  of the loss per squared weight, with the half: its gradient is weight_decay * p. Keras' `l2(r)` is
-            weight_decay = 2 r; scikit-learn's `Ridge(alpha)` is weight_decay = alpha / n beside half the mean square.
+    Units:  of the loss per squared weight. The factor 1/2 makes the gradient weight_decay * p. Keras' `l2(r)` is
+            weight_decay = 2 r. scikit-learn's `Ridge(alpha)` is weight_decay = alpha / n with half the mean squared
+            error as the loss.
     Source: Hoerl & Kennard 1970. The same as `add_l2_to_grads`; not the same as `decoupled_decay` in Adam.
 
     Args:
-        params: a tree of parameters; integers, booleans, PRNG keys and None are left out. Of an NNX module
-            give `nnx.state(model, nnx.Param)`: its batch statistics are numbers too.
-        weight_decay: a number or 0-d array (traced is fine) >= 0, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        toward: None for zero, or a tree like params, which may leave out what does not decay.
-        axis_name: within `shard_map`, the mesh axis, or a tuple of them, that splits parameters: the penalty is then
-            that of the whole parameters, on every device. What is known to be the same on all devices of the axis
-            counts once; with check_vma=False nothing is known, and all are taken to be split.
+        params: a tree of parameters. Integers, booleans, PRNG keys and None are left out. For an NNX module, pass
+            `nnx.state(model, nnx.Param)`, because its batch statistics are numbers too.
+        weight_decay: a number or 0-d array (may be traced) >= 0, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        toward: None for zero, or a tree like params, which may leave out parameters that do not decay.
+        axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then gets
+            the penalty of the whole parameters. An array that is known to be the same on all devices of the axis
+            counts once. With check_vma=False nothing is known, and all arrays count as split.
 
     Returns:
-        A 0-d float32 array (float64 if a parameter is).
+        A 0-d float32 array (float64 if a parameter is float64).
 
     Raises:
         TypeError, ValueError: for a rate that is a schedule, negative, NaN, infinite or not a scalar; a mask or
-            anchor that does not fit params; a rule that matches nothing; a mesh axis that is not there.
+            anchor that does not fit params; a rule that matches nothing; an unknown mesh axis.
 
     Example:
 
@@ -75,17 +76,17 @@ def penalty(
     axis_name: Hashable = None,
     stacked_axes: StackedAxes = 0,
 ) -> jax.Array:
-    """strength times any penalty of the weights, to add to the loss.
+    """Returns strength times any penalty of the weights, to add to the loss.
 
     Rule:   loss <- loss + strength * sum over parameters of kind.value(p - toward)
     Place:  in the function that is differentiated.
-    Units:  those of the kind; see `wdjax.penalties`.
-    Source: the kind's.
+    Units:  those of `kind`; see `wdjax.penalties`.
+    Source: that of `kind`.
 
     Args:
         kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
         params, strength, mask, toward: as `l2_penalty`.
-        axis_name: as `l2_penalty`. A mesh axis that splits norms is given to the kind instead,
+        axis_name: as `l2_penalty`. Pass a mesh axis that splits norms to the penalty instead:
             `GroupLasso(axis_name="data")`.
         stacked_axes: as `add_penalty_to_grads`.
 
@@ -112,8 +113,8 @@ def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> j
     axes = mesh_axes.names(where, axis_name)
     if set(axes) & set(mesh_axes.names(where, getattr(kind, "axis_name", None))):
         raise ValueError(
-            f"{where}: {kind!r} takes its norms over all devices of {axis_name!r} already, and axis_name={axis_name!r} "
-            f"would count them once for each. Leave axis_name out of {where}."
+            f"{where}: {kind!r} already takes its norms over all devices of {axis_name!r}, so axis_name={axis_name!r} "
+            f"would count each norm once per device. Leave axis_name out of {where}."
         )
     leaves = trees.flatten_with_paths(params)
     dtype = jnp.finfo(compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype

@@ -1,11 +1,11 @@
-"""In the update: after the optimizer's scaling, so that the decay is not divided by anybody's second moment.
+"""In the update: after the optimizer's scaling, so that no second moment divides the decay.
 
-This is weight decay in the sense of AdamW: the loss's gradient is adapted, the decay is not. What is left to decide
-is the unit, and that is the place again: before the learning rate (`decoupled_decay`, as PyTorch and Optax), where the
-learning rate and its schedule multiply the decay, or after it (`independent_decay`), where they do not. After it there
-is also `continuous_decay`, the decay of `decoupled_decay` in continuous time, which no learning rate makes overshoot.
+This is weight decay in the sense of AdamW: the optimizer adapts the loss's gradient but not the decay. The exact place
+decides the unit. Before the learning rate (`decoupled_decay`, as in PyTorch and Optax), the learning rate and its
+schedule multiply the decay. After the learning rate (`independent_decay`), they do not. `continuous_decay`, also after
+it, is `decoupled_decay` in continuous time, which never overshoots.
 
-`cautious` is a modifier: it takes one of these and lets it act only where it agrees with the optimizer.
+`cautious` is a modifier: it lets one of these decays act only where the decay agrees with the optimizer.
 """
 
 from typing import Any
@@ -29,22 +29,22 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
 
     Rule:   u <- u + weight_decay * (p - toward)
     Place:  after `scale_by_*`, before the learning rate.
-    Units:  per step and per unit of learning rate: with zero gradient a weight is multiplied by
+    Units:  per step and per unit of learning rate: with zero gradient, a weight is multiplied by
             1 - learning_rate * weight_decay each step.
-    Source: Loshchilov & Hutter 2019. Deviation: times the learning rate itself, as PyTorch and Optax do.
+    Source: Loshchilov & Hutter 2019. Deviation: the factor is the learning rate itself, as in PyTorch and Optax.
 
     Args:
-        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
-            compiled step); or "init" for the values at `init`, kept in the state.
+        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        toward: None for zero; a tree like params, which may leave out parameters that do not decay (it is a constant in
+            the compiled step); or "init" for the values at `init`, which the state keeps.
 
     Returns:
-        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype.
+        An `optax.GradientTransformation` with a `DecayState`. Its `update` needs `params`. Updates keep their dtype.
 
     Raises:
         TypeError, ValueError: for a rate that is negative, NaN, infinite or not a scalar. At `init` and `update`: for
-            a mask or anchor that does not fit params, a rule that matches nothing, or params left out.
+            a mask or anchor that does not fit params, a rule that matches nothing, or missing params.
 
     Example:
 
@@ -66,21 +66,22 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
 
 @checks.known_arguments
 def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = None) -> optax.GradientTransformation:
-    """Decays weights by a fraction of their own each step, whatever the learning rate is.
+    """Decays weights by a fixed fraction each step, whatever the learning rate is.
 
     Rule:   u <- u - weight_decay * (p - toward)
-    Place:  after the learning rate, where u is what is added to the parameters.
-    Units:  per step: with zero gradient a weight is multiplied by 1 - weight_decay each step. To follow the shape of
-            the learning rate but not its size, give the schedule
+    Place:  after the learning rate, where u is added to the parameters unchanged.
+    Units:  per step: with zero gradient, a weight is multiplied by 1 - weight_decay each step. To follow the shape of
+            the learning rate but not its size, pass the schedule
             `lambda step: weight_decay * learning_rate(step) / peak_learning_rate`.
     Source: Loshchilov & Hutter 2019, Algorithm 2, which multiplies both by the schedule; TensorFlow Addons' and
-            big_vision's weight decay. Before the learning rate it would be `decoupled_decay` with the wrong sign.
+            big_vision's weight decay. Before the learning rate, this would be `decoupled_decay` with the wrong sign.
 
-    Args, Returns, Raises: as `decoupled_decay`; a sensible weight_decay is a learning rate smaller.
+    Args, Returns, Raises: as `decoupled_decay`. A sensible weight_decay is that of `decoupled_decay` times the
+    learning rate.
 
     Warns:
-        UserWarning: at `init`, if a weight_decay that is known by then is so small that it rounds to nothing in the
-            dtype of a parameter, or so large (1 or more) that weights overshoot.
+        UserWarning: at `init`, if weight_decay is known by then and so small that it rounds to nothing in the dtype of
+            a parameter, or so large (1 or more) that weights overshoot.
 
     Example:
 
@@ -99,17 +100,17 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
 def continuous_decay(
     weight_decay: Rate, mask: Mask = None, *, learning_rate: Rate, toward: Anchor = None
 ) -> optax.GradientTransformation:
-    """Decays weights as in continuous time, exponentially: never past the anchor, however large the rates.
+    """Decays weights exponentially, as in continuous time: never past the anchor, however large the rates are.
 
     Rule:   u <- u - (1 - exp(-learning_rate * weight_decay)) * (p - toward)
-    Place:  after the learning rate, where u is what is added to the parameters; give it the optimizer's learning rate.
-    Units:  per step and per unit of learning rate, as `decoupled_decay`, with which it agrees to first order: with
-            zero gradient a weight is multiplied by exp(-learning_rate * weight_decay) each step, and over many steps
-            by exp of minus the sum, whatever the steps are.
+    Place:  after the learning rate, where u is added to the parameters unchanged. Pass the optimizer's learning rate.
+    Units:  per step and per unit of learning rate, as `decoupled_decay`, with which it agrees to first order. With
+            zero gradient, a weight is multiplied by exp(-learning_rate * weight_decay) each step. Over many steps, only
+            the sum of learning_rate * weight_decay matters.
     Source: the solution of dw/dt = -weight_decay * (w - toward) over a time of learning_rate.
 
-    Args, Returns, Raises: as `decoupled_decay`; learning_rate is the number or schedule that the optimizer has. A
-    schedule is called with this transformation's own count of updates, from 0.
+    Args, Returns, Raises: as `decoupled_decay`; learning_rate is the optimizer's number or schedule. A schedule is
+    called with this transformation's own count of updates, which starts at 0.
 
     Warns:
         UserWarning: at `init`, if learning_rate * weight_decay is known to round to nothing.
@@ -141,13 +142,13 @@ _DECOUPLED, _SUBTRACTED, _CONTINUOUS = map(stateless, (_decoupled, subtracted, _
 
 @checks.known_arguments
 def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets a decay act only where it pulls a weight the way the optimizer moves it anyway, ties included.
+    """Lets a decay act only where it pulls a weight in the direction of the optimizer's update, ties included.
 
-    Rule:   u <- u + t where t * u >= 0, else u; t is what `decay` adds. For a decay toward zero this is: decay where
-            the sign of the optimizer's direction agrees with the sign of the weight.
-    Place:  where `decay` stands: around `decoupled_decay` before the learning rate, around `independent_decay` after.
-    Units:  those of `decay`. Where the optimizer does not move a weight (u = 0) it decays in full. At a rate of
-            exactly 0 every t is a tie: the derivative with respect to the rate is there that of the plain decay.
+    Rule:   u <- u + t where t * u >= 0, else u; t is the term that `decay` adds. For a decay toward zero this means:
+            decay where the sign of the optimizer's direction agrees with the sign of the weight.
+    Place:  the place of `decay`: around `decoupled_decay` before the learning rate, around `independent_decay` after.
+    Units:  those of `decay`. Where the optimizer does not move a weight (u = 0), the weight decays in full. At a rate
+            of exactly 0 every t is a tie, so the derivative with respect to the rate is that of the plain decay.
     Source: Cautious Weight Decay, arXiv 2510.12402 (the tie as in the paper: u * p >= 0).
 
     Args:
@@ -157,7 +158,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
         An `optax.GradientTransformationExtraArgs` with the state of `decay`.
 
     Raises:
-        TypeError: if `decay` is no gradient transformation (a rate, say); at `init`, if it is an optimizer or a chain.
+        TypeError: if `decay` is not a gradient transformation; at `init`, if it is an optimizer or a chain.
 
     Example:
 
@@ -177,7 +178,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
     def init_fn(params: PyTree) -> Any:
         state = inner.init(params)
         if not isinstance(state, DecayState):
-            # Anything else would be run on the blank updates below, and its own work would be lost.
+            # An optimizer would run on the blank updates below, and its own update would be lost.
             raise TypeError(
                 f"cautious: decay must be a wdjax decay, not an optimizer or a chain, got one with the state "
                 f"{type(state).__name__}. Write optax.chain(optax.scale_by_adam(), cautious(decoupled_decay(0.1)), "
@@ -195,7 +196,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _blank(update: Any) -> Any:
-    # Minus zero, the number that adding to anything changes no bit of it.
+    # Adding minus zero changes no bit of any number.
     return -jnp.zeros_like(update, dtype=compute_dtype(update)) if trees.is_decayable(update) else update
 
 
@@ -203,6 +204,6 @@ def _add_where_agreed(update: Any, blank: Any, term: Any) -> Any:
     if term is blank:
         return update
     wide = cast(update, term.dtype)
-    # Of signs, not of values: a product of small numbers underflows to a tie.
+    # Multiply the signs: the product of two small values would underflow to a tie.
     agreement = jax.lax.sign(wide) * jnp.conj(jax.lax.sign(term))
     return cast(wide + jax.lax.select(jnp.real(agreement) >= 0, term, blank), jnp.result_type(update))

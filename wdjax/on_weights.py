@@ -1,9 +1,9 @@
-"""On the weights: last in the chain, where the update is rewritten so that `params + update` is what the rule says.
+"""On the weights: last in the chain, where the update is rewritten so that the rule decides `params + update`.
 
-A proximal step does not follow the penalty's gradient; it solves for the penalty after the optimizer has moved. It
-never overshoots, however large the strength, and where the penalty has a corner (L1, group lasso) it lands on it:
-weights become exactly zero and stay countable. (An anchor other than zero is met to the last bit or so: what reaches
-the weights is a difference, and only the one to zero is always exact.)
+A proximal step does not follow the penalty's gradient. It minimizes the penalty plus half the squared distance from
+where the optimizer arrived. It never overshoots, however large the strength is. Where the penalty has a corner (L1,
+group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit,
+because they are set through a difference, which is always exact only for zero.
 """
 
 import dataclasses
@@ -29,32 +29,24 @@ def proximal_step(
     toward: Anchor = None,
     stacked_axes: StackedAxes = 0,
 ) -> optax.GradientTransformation:
-    """Moves the weights that the optimizer arrives at to the minimum of penalty plus squared distance.
+    """Moves the weights from where the optimizer puts them to the minimum of penalty plus squared distance.
 
     Rule:   p + u <- toward + kind.prox(p + u - toward, learning_rate * strength). For L2 with zero anchor:
             (p + u) / (1 + learning_rate * strength). For L1: soft thresholding by learning_rate * strength.
-    Place:  last in the chain, after the learning rate; give it the same learning rate as the optimizer.
+    Place:  last in the chain, after the learning rate. Pass the optimizer's learning rate.
     Units:  per step and per unit of learning rate, as `decoupled_decay`, with which L2 agrees to first order.
     Source: Parikh & Boyd 2014; AdamProx (arXiv 2202.00089) and Adan (arXiv 2208.06677) for L2.
 
     Args:
         kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own
             `ProximalPenalty`.
-        strength: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one.
-        learning_rate: the number or schedule that the optimizer has; a schedule is called with this
-            transformation's own count of updates, from 0.
-        toward: None for zero; a tree like params, which may leave out what does not decay (it is a constant of the
-            compiled step); or "init" for the values at `init`, kept in the state.
+        strength, mask, toward: as `decoupled_decay`; the strength is its weight_decay.
+        learning_rate: the optimizer's number or schedule. A schedule is called with this transformation's own count of
+            updates, which starts at 0.
         stacked_axes: as `add_penalty_to_grads`.
 
-    Returns:
-        An `optax.GradientTransformation` with a `DecayState`; its `update` needs `params`. Updates keep their dtype;
-        exact zeros need updates of the parameters' dtype, which Optax's optimizers give.
-
-    Raises:
-        TypeError, ValueError: as `add_l2_to_grads`; also for a learning rate that is negative, NaN, infinite or not a
-            scalar.
+    Returns, Raises: as `decoupled_decay`; the learning rate is checked like the strength. Exact zeros need updates of
+    the parameters' dtype, which Optax's optimizers return.
 
     Example:
 

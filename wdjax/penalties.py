@@ -1,8 +1,8 @@
-"""What a penalty is: a value, its gradient, and its proximal map, each in closed form.
+"""Penalties: a value, its gradient, and its proximal map, each in closed form.
 
-A penalty knows nothing of where it acts. The same object goes into the loss (its `value`), into the gradient or the
-update (its `gradient`), or onto the weights after the step (its `prox`); the strength is given there. All three act
-on one array and keep its shape; the arithmetic is in the dtype they are given.
+A penalty does not depend on the place where it acts. The same object serves in the loss (its `value`), in the gradient
+(its `gradient`), and on the weights after the step (its `prox`). The place sets the strength. All three methods get one
+array and compute in its dtype. `gradient` and `prox` keep its shape.
 
 | penalty | value(w) | gradient(w) | prox(w, k) |
 |---|---|---|---|
@@ -10,7 +10,7 @@ on one array and keep its shape; the arithmetic is in the dtype they are given.
 | `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
 | `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
 | `GroupLasso(axis)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
-| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | L2's, or w - k delta sign(w) if far |
+| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
 """
@@ -31,11 +31,11 @@ from ._engine import mesh_axes
 
 @runtime_checkable
 class Penalty(Protocol):
-    """Anything with a `value` is a penalty, for the loss and for the gradient.
+    """A penalty for the loss and for the gradient: any object with a `value`.
 
-    `value(w)` gives a scalar for an array, and is differentiable. A method `gradient(w)` is used instead of the
-    derivative of `value` if there is one: to save time, or to choose a subgradient where there is a corner. If the
-    penalty is a sum over elements, set `is_elementwise = True`: then strengths may be arrays.
+    `value(w)` maps an array to a scalar and must be differentiable. If there is a method `gradient(w)`, it replaces the
+    derivative of `value`: to save time, or to choose a subgradient at a corner. If the penalty is a sum over elements,
+    set `is_elementwise = True`. Then strengths may be arrays.
     """
 
     def value(self, w: jax.Array) -> jax.Array: ...
@@ -43,24 +43,24 @@ class Penalty(Protocol):
 
 @runtime_checkable
 class ProximalPenalty(Protocol):
-    """Anything with a `prox` is a penalty for `proximal_step`.
+    """A penalty for `proximal_step`: any object with a `prox`.
 
-    `prox(w, step)` must be argmin over v of |v - w|^2 / 2 + step * value(v). If the penalty is a sum over elements,
-    set `is_elementwise = True`: then strengths, and so `step`, may be arrays.
+    `prox(w, step)` must return the argmin over v of |v - w|^2 / 2 + step * value(v). If the penalty is a sum over
+    elements, set `is_elementwise = True`. Then strengths, and so `step`, may be arrays.
     """
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array: ...
 
 
 def gradient(kind: Any, w: jax.Array) -> jax.Array:
-    """The gradient of a penalty, as a direction of ascent; derived from its value if it has no `gradient`."""
+    """The gradient of a penalty, as a direction of ascent. Without a method `gradient`, it is derived from `value`."""
     if hasattr(kind, "gradient"):
         return kind.gradient(w)
     return jnp.conj(jax.grad(lambda w: jnp.sum(kind.value(w)))(w))
 
 
 def weighted_value(kind: Any, w: jax.Array, strength: Any) -> jax.Array:
-    """The sum of strength times value, over the parts of an array that have strengths of their own.
+    """The sum of strength times value over the parts of an array, each of which has one strength.
 
     Args:
         kind: a penalty.
@@ -84,16 +84,15 @@ def is_elementwise(kind: Any) -> bool:
 
 
 def check_strength(where: str, kind: Any, strength: Any) -> None:
-    """Refuses an array as the strength of a penalty that is not a sum over what has strengths of its own."""
+    """Raises an error if the strength differs within a part that the penalty does not split into a sum."""
     parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
     if not parts or is_elementwise(kind):
         return
     if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
         return
     raise ValueError(
-        f"{where}: a strength of shape {np.shape(strength)} differs within what {kind!r} takes together. Give one "
-        "strength for each group, by axes of size 1. A penalty of your own that is a sum over elements says so with "
-        "is_elementwise = True."
+        f"{where}: a strength of shape {np.shape(strength)} differs within a group of {kind!r}. Give one strength for "
+        "each group, with axes of size 1. If a penalty of your own is a sum over elements, set is_elementwise = True."
     )
 
 
@@ -101,7 +100,7 @@ def check_strength(where: str, kind: Any, strength: Any) -> None:
 class L2:
     """Half the sum of squares: the penalty whose gradient is the weight itself.
 
-    Units:  with the half. Keras' `l2(r)` has no half and is this with twice the strength.
+    Units:  with the factor 1/2. Keras' `l2(r)` lacks it, so r corresponds to the strength 2 r here.
     Source: Hoerl & Kennard 1970 (ridge regression); Krogh & Hertz 1991.
     """
 
@@ -119,9 +118,9 @@ class L2:
 
 @dataclasses.dataclass(frozen=True)
 class L1:
-    """The sum of absolute values: its proximal map is soft thresholding, which makes exact zeros.
+    """The sum of absolute values. Its proximal map is soft thresholding, which makes exact zeros.
 
-    Units:  of a weight: the gradient is +-1 whatever the weight's size, 0 at zero.
+    Units:  of a weight: the gradient is +-1 for any weight except zero, where it is 0.
     Source: Tibshirani 1996; Beck & Teboulle 2009 for the proximal step.
     """
 
@@ -139,7 +138,7 @@ class L1:
 
 @dataclasses.dataclass(frozen=True)
 class ElasticNet:
-    """A mixture of L1 and L2, weighted as scikit-learn's `ElasticNet(l1_ratio=...)`.
+    """A mixture of L1 and L2, weighted as in scikit-learn's `ElasticNet(l1_ratio=...)`.
 
     Args:
         l1_ratio: the share of L1, from 0 (`L2()`) to 1 (`L1()`).
@@ -157,7 +156,7 @@ class ElasticNet:
         if not _is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
             raise ValueError(
                 f"ElasticNet: l1_ratio must be a number from 0 to 1, got {self.l1_ratio!r}. "
-                "It shares one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
+                "It splits one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
             )
 
     def value(self, w: jax.Array) -> jax.Array:
@@ -175,20 +174,21 @@ class GroupLasso:
     """The sum of the norms of groups of weights: whole groups become zero together.
 
     Args:
-        axis: the axes that a norm is taken over; what is left indexes the groups. For a kernel of shape
-            (inputs, outputs), `axis=1` groups the weights of each input and `axis=0` those of each output unit.
-            None takes the whole array as one group.
-        axis_name: within `shard_map`, the mesh axis, or a tuple of them, that splits the axes of a norm: norms are then
-            those of the whole array. An array that is known to be the same on all devices of that axis counts once;
-            with check_vma=False nothing is known, and every array is taken to be split. Under `jit` leave it out:
-            there a norm is that of the whole array, however it is sharded.
+        axis: the axes to take a norm over. The other axes index the groups. For a kernel of shape (inputs, outputs),
+            `axis=1` groups the weights of each input and `axis=0` the weights of each output unit. With None the whole
+            array is one group.
+        axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits the axes of a norm. Norms then
+            cover the whole array. An array that is known to be the same on all devices of that axis counts once. With
+            check_vma=False nothing is known, and every array counts as split. Under `jit` leave it out: there a norm
+            always covers the whole array.
 
     Raises:
-        TypeError: for an axis or a name that is none.
-        ValueError: on use, if an array lacks the axis, or the mesh axis is not there.
+        TypeError: for an invalid axis or axis name.
+        ValueError: on use, if an array lacks the axis, or for an unknown mesh axis.
 
-    Units:  of a weight; not scaled by the root of the group's size. At a group that is zero the gradient is zero.
-    Source: Yuan & Lin 2006. The norm is taken at three scales, as in Blue 1978, so that nothing overflows or vanishes.
+    Units:  of a weight; not scaled by the square root of the group size. The gradient of a zero group is zero.
+    Source: Yuan & Lin 2006. The norm is computed at three scales, as in Blue 1978, so that it never overflows or
+            underflows.
     """
 
     axis: int | tuple[int, ...] | None = None
@@ -208,12 +208,12 @@ class GroupLasso:
         object.__setattr__(self, "axis", axis)
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of a norm, for an array of so many axes."""
+        """The axes of a norm, for an array with `ndim` axes."""
         axes = tuple(range(ndim)) if self.axis is None else self.axis if isinstance(self.axis, tuple) else (self.axis,)
         if any(not -ndim <= axis < ndim for axis in axes):
             raise ValueError(
                 f"GroupLasso: axis={self.axis} is out of range for a {ndim}-dimensional array. "
-                "Select the arrays that have it with a mask, such as only('kernel')."
+                "Use a mask to select arrays with that axis, such as only('kernel')."
             )
         return tuple(axis % ndim for axis in axes)
 
@@ -234,10 +234,10 @@ class GroupLasso:
 
 @dataclasses.dataclass(frozen=True)
 class Huber:
-    """L2 for small weights, L1 for large ones: a decay whose pull never exceeds `delta`.
+    """L2 for small weights and L1 for large ones: a decay whose pull never exceeds `delta`.
 
     Args:
-        delta: the size, in units of a weight, where the square turns into a line.
+        delta: the size, in units of a weight, where the quadratic becomes linear.
 
     Raises:
         ValueError: if `delta` is not a positive finite number.
@@ -266,10 +266,11 @@ class Huber:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norm(w: jax.Array, axes: tuple[int, ...], split: mesh_axes.Names) -> jax.Array:
-    """The norm over some axes, which are kept, and over the mesh axes that split them: one sum over all devices.
+    """The norm over some axes, which are kept, and over the mesh axes that split them, with one sum over the devices.
 
-    To scale by the largest weight would be simpler, and a second communication. Of the squares of the weights as they
-    are, times a small and times a large power of two, one sum neither overflows nor vanishes.
+    Scaling by the largest weight would be simpler, but would need a second communication. Instead it sums the squares
+    at three scales: as they are, and with the weights times a small and a large power of two. One of the sums neither
+    overflows nor underflows.
     """
     wide = w if jnp.finfo(w.dtype).bits >= 32 else w.astype(jnp.float32)
     info = jnp.finfo(wide.dtype)
@@ -294,7 +295,7 @@ def _norm_jvp(
 
 
 def _direction(w: jax.Array, norm: jax.Array) -> jax.Array:
-    """w / norm; zero for a group that is zero, where a norm has no derivative."""
+    """w / norm; zero for a zero group, where the norm has no derivative."""
     return jnp.where(norm == 0, 0, w / jnp.where(norm == 0, 1, norm))
 
 
@@ -303,7 +304,7 @@ def _square(w: jax.Array) -> jax.Array:
 
 
 def _modulus(w: jax.Array) -> jax.Array:
-    # JAX gives |w| the derivative 1 at zero; the one wanted there is 0, as sign(w) has it.
+    # JAX's derivative of |w| at zero is 1. We want 0, as for sign(w).
     return jnp.real(w * jnp.conj(jax.lax.stop_gradient(jnp.sign(w))))
 
 
@@ -312,7 +313,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_kind(where: str, kind: Any, *needs: str) -> None:
-    """Refuses, in the name of the function `where`, a penalty that has none of the methods that are needed."""
+    """Raises an error, in the name of the function `where`, if a penalty has none of the methods in `needs`."""
     if not isinstance(kind, type) and any(callable(getattr(kind, method, None)) for method in needs):
         return
     name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")

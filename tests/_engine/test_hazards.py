@@ -62,7 +62,7 @@ def test_the_warning_in_full() -> None:
     assert message == (
         "independent_decay: the decay rounds to nothing: weight_decay is 1e-08 a step, and optax.apply_updates "
         "keeps no change of less than 2.98e-08 (2**-25) of a float32 weight: 'Dense_0/bias', 'Dense_0/kernel'. "
-        "Take a larger rate, or write optax.chain(optimizer, compensated()), which this warning does not see."
+        "Use a larger rate, or write optax.chain(optimizer, compensated()) and ignore this warning."
     )
     (message,) = said(wdjax.adamw(3e-4, 0.1), {f"layer_{i}": jnp.ones(1, jnp.float16) for i in range(9)})
     assert "(2**-12) of a float16 weight: 'layer_0', 'layer_1', 'layer_2' and 6 more. Keep" in message
@@ -123,15 +123,15 @@ def test_overshoot_and_divergence(name: str) -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         assert not said(build(0.5, 1.99), params(dtype))
         (message,) = said(build(0.5, 2.0), params(dtype))
-        assert "is 1 a step, which takes weights to zero (or their anchor) at once: " in message
+        assert "is 1 a step, which moves weights to zero (or their anchor) at once: " in message
         assert message.endswith(
-            "'Dense_0/bias', 'Dense_0/kernel'. Is a rate missing a factor? "
-            "If it is meant, continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
+            "'Dense_0/bias', 'Dense_0/kernel'. Is a factor missing? If the rate is intended, "
+            "use continuous_decay(...) or proximal_step(L2(), ...), which never overshoot."
         )
         (message,) = said(build(0.5, 4.0), params(dtype))
-        assert "is 2 a step, which takes weights past zero, and as far again or farther: they never settle" in message
+        assert "is 2 a step, which moves weights past zero, as far again or farther, so they never settle: " in message
         (message,) = said(build(0.5, 3.0), params(dtype))
-        assert "is 1.5 a step, which takes weights past zero: " in message
+        assert "is 1.5 a step, which moves weights past zero: " in message
 
 
 @pytest.mark.filterwarnings("ignore:independent_decay")

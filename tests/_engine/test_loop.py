@@ -1,4 +1,4 @@
-"""What a new method needs of the engine, each shown by a rule of ten lines."""
+"""What a new method needs from the engine. Each need is shown by a rule of about ten lines."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ def make(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
-# A rule with a state for each parameter: the decay grows with the mean size of its updates so far.
+# A rule with a state for each parameter: the decay grows with a running mean of the size of its updates.
 
 
 def with_a_coefficient(rate: Any, mask: Any = None, **options: Any) -> optax.GradientTransformation:
@@ -131,7 +131,7 @@ def test_too_many_stacked_axes() -> None:
         with_a_norm(RATE, {"layers": True})
 
 
-# A rule with a norm over all parameters: one reduction, one sum over the devices.
+# A rule with a norm over all parameters: one reduction and one sum over the devices.
 
 
 def with_a_global_norm(rate: Any, mask: Any = None, axis_name: Any = ()) -> optax.GradientTransformation:
@@ -173,7 +173,7 @@ def test_within_shard_map_one_sum_over_the_devices() -> None:
     assert step.lower(*arguments).as_text().count("stablehlo.all_reduce") == 1
 
 
-# A rule without any rate: a radius, where 0 is a value.
+# A rule with a radius instead of a rate, where 0 is a valid value.
 
 
 def within(radius: Any, mask: Any = None) -> optax.GradientTransformation:

@@ -456,7 +456,7 @@ def test_a_decay_beside_a_large_direction_is_lost_without_in_float32_and_the_wri
     caught = [each for each in recorded if str(each.message).startswith(writer)]
     assert not same_bits(moved(wdjax.in_float32, weight_decay), moved(wdjax.in_float32, 0.0))
     assert str(caught[0].message) == (
-        f"{writer}: the update of 'a/kernel' comes in bfloat16 (and 1 more like it): a decay that is small beside the "
+        f"{writer}: the update of 'a/kernel' has dtype bfloat16 (and 1 more): a decay that is much smaller than the "
         "gradient's part is rounded away before it gets here. "
         f"Write optax.chain(in_float32(optimizer), {writer}(...))."
     )
@@ -479,7 +479,7 @@ def test_the_warning_of_narrow_updates_comes_once_a_trace_at_the_line_of_the_cal
         for _ in range(3):
             params, state = step(params, state)
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(f"{writer}: the update of '' comes in bfloat16")
+    assert str(caught[0].message).startswith(f"{writer}: the update of '' has dtype bfloat16")
     assert Path(caught[0].filename) == Path(__file__)
     assert "# Here." in Path(__file__).read_text().splitlines()[caught[0].lineno - 1]
 

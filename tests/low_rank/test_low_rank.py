@@ -523,7 +523,8 @@ def test_a_factor_of_no_known_pair_is_told_of() -> None:
     params = layer()
     params["embed"] = {"lora_embedding_A": jnp.ones((9, 2)), "lora_embedding_B": jnp.ones((2, 4))}
     for message in (init_refusal(params), refusal(params)):
-        assert "'embed/lora_embedding_A' looks like a LoRA factor, and what it makes is not known" in message
+        assert "'embed/lora_embedding_A' looks like a LoRA factor" in message
+        assert "looks like a LoRA factor, but its W0 and the other factor are not known. Write" in message
         assert "mask=all_but('embed/lora_embedding_A')" in message
     new = pulled(params, mask=wdjax.all_but("embed"))
     assert not np.any(new["embed"]["lora_embedding_A"])
@@ -588,7 +589,7 @@ def test_a_quantized_w0() -> None:
 
 def test_a_mask_that_chooses_no_factor() -> None:
     message = init_refusal(layer(), mask=wdjax.only("kernel"))
-    assert "choose ['dense/kernel'], and no LoRA factor; the factors are ['dense/lora_a', 'dense/lora_b']" in message
+    assert "choose ['dense/kernel'], but no LoRA factor. The factors are ['dense/lora_a', 'dense/lora_b']" in message
     assert "no LoRA factor" in init_refusal(layer(), wdjax.by_path({"kernel": RATE}, default=0.0))
 
 

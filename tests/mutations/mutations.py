@@ -1,4 +1,4 @@
-"""Faults to put into wdjax, one at a time: each is a thought that could go wrong there, and some test must see it."""
+"""Faults to put into wdjax, one at a time. Each is a plausible mistake, and some test must catch it."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ class Mutation(NamedTuple):
 
     Attributes:
         name: what goes wrong.
-        file: where, below wdjax/.
-        old, new: the text, which occurs once in the file, and what takes its place.
-        tests: where it should be seen, below tests/. The other tests run only if it is not.
+        file: the path of the file, below wdjax/.
+        old, new: the code, which occurs once in the file, and its replacement.
+        tests: the tests that should catch it, below tests/. The others run only if these do not.
     """
 
     name: str
@@ -106,7 +106,7 @@ MUTATIONS = [
         "                number = factor\n",
     ),
     Mutation(
-        "of the arrays of a rate only the last counts",
+        "only the last array of a rate counts",
         "_engine/arithmetic.py",
         "value, is_known = value * jnp.asarray(array, number.dtype), False",
         "value, is_known = jnp.asarray(array, number.dtype), False",
@@ -119,7 +119,7 @@ MUTATIONS = [
         (LOOP, ARRAYS, SCALES),
     ),
     Mutation(
-        "in the loss a stack has one norm",
+        "a stack has one norm in the loss",
         "_engine/arithmetic.py",
         "            parts = for_each_layer(on_layer, layers, is_reduced=True)(u, p, a, strength.value, None)",
         "            parts = on_layer(u, p, a, strength.value, None)",
@@ -159,7 +159,7 @@ MUTATIONS = [
         "value = schedule(jnp.asarray(state.count) + 1)",
     ),
     Mutation(
-        "a schedule that is shared is evaluated for each parameter",
+        "a shared schedule is evaluated for each parameter",
         "_engine/loop.py",
         "            if id(factor) not in evaluated:\n",
         "            if True:\n",
@@ -172,7 +172,7 @@ MUTATIONS = [
         "params",
     ),
     Mutation(
-        "a rate of 0 is not off for good",
+        "a rate of 0 is not permanently off",
         "_engine/loop.py",
         "            is_off = self.zero_is_off and any(map(_is_zero, values))\n",
         "            is_off = False\n",
@@ -199,14 +199,14 @@ MUTATIONS = [
         ("test_bad_input.py",),
     ),
     Mutation(
-        "a rate that rounds to nothing is not warned of",
+        "no warning of a rate that rounds to nothing",
         "_engine/loop.py",
         "        if self.is_per_step:\n",
         "        if False:\n",
         ("_engine/test_hazards.py",),
     ),
     Mutation(
-        "a rate that overshoots is not warned of",
+        "no warning of a rate that overshoots",
         "_engine/hazards.py",
         "        elif fraction >= 1 and can_overshoot:\n",
         "        elif fraction > 2 and can_overshoot:\n",
@@ -227,14 +227,14 @@ MUTATIONS = [
         (PATHS,),
     ),
     Mutation(
-        "two parameters of one path are not noticed",
+        "two parameters with one path are not noticed",
         "_engine/trees.py",
         "    if len(set(paths)) < len(paths):\n",
         "    if False:\n",
         (PATHS,),
     ),
     Mutation(
-        "an array of the wrong shape is taken",
+        "an array of the wrong shape is accepted",
         "_engine/trees.py",
         "    if len(sizes) > len(shape) or any(size not in (1, of_param) for size, of_param in pairs):\n",
         "    if False:\n",
@@ -248,21 +248,21 @@ MUTATIONS = [
         ("test_bad_input.py",),
     ),
     Mutation(
-        "what all devices have counts once for each",
+        "an array that is whole on all devices counts once per device",
         "_engine/mesh_axes.py",
         "        if name in varying_axes(x) or name not in varying_axes(index):\n",
         "        if True:\n",
         ("test_shard_map.py", LOOP),
     ),
     Mutation(
-        "a negative rate is taken",
+        "a negative rate is accepted",
         "_engine/checks.py",
         "    if not math.isfinite(number) or number < 0:\n",
         "    if not math.isfinite(number):\n",
         ("test_bad_input.py",),
     ),
     Mutation(
-        "a NaN rate is taken",
+        "a NaN rate is accepted",
         "_engine/checks.py",
         "    if not math.isfinite(number) or number < 0:\n",
         "    if number < 0:\n",
@@ -276,7 +276,7 @@ MUTATIONS = [
         ("test_bad_input.py",),
     ),
     Mutation(
-        "a step that is skipped counts as a step",
+        "a skipped step counts as a step",
         "_engine/steps.py",
         "new.gradient_step > old.gradient_step if",
         "new.gradient_step >= old.gradient_step if",
@@ -291,7 +291,7 @@ MUTATIONS = [
         ("test_penalties.py", "test_algebra.py"),
     ),
     Mutation(
-        "the proximal map of L2 is its first order",
+        "the proximal map of L2 is its first-order approximation",
         "penalties.py",
         "        return w / (1 + step)\n\n\n@dataclasses.dataclass(frozen=True)\nclass L1",
         "        return w * (1 - step)\n\n\n@dataclasses.dataclass(frozen=True)\nclass L1",
@@ -305,14 +305,14 @@ MUTATIONS = [
         ("test_penalties.py", CONTRACT),
     ),
     Mutation(
-        "a group that is zero has a gradient of NaN",
+        "a zero group has a NaN gradient",
         "penalties.py",
         "return jnp.where(norm == 0, 0, w / jnp.where(norm == 0, 1, norm))",
         "return w / norm",
         ("test_penalties.py",),
     ),
     Mutation(
-        "a derived gradient is that of half",
+        "a derived gradient is halved",
         "penalties.py",
         "jax.grad(lambda w: jnp.sum(kind.value(w)))(w)",
         "jax.grad(lambda w: 0.5 * jnp.sum(kind.value(w)))(w)",
@@ -326,7 +326,7 @@ MUTATIONS = [
         (ARRAYS,),
     ),
     Mutation(
-        "continuous decay is its first order",
+        "continuous decay is its first-order approximation",
         "in_update.py",
         "rate._replace(value=-jnp.expm1(-rate.value))",
         "rate",
@@ -369,14 +369,14 @@ MUTATIONS = [
         ("test_recipes.py",),
     ),
     Mutation(
-        "the count goes on in a step that is skipped",
+        "the count increases in a skipped step",
         "wrappers.py",
         "next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)",
         "next_count = optax.safe_increment(count)",
         (STEPS, "wrappers/"),
     ),
     Mutation(
-        "schedule-free decays the average alone",
+        "schedule-free decays only the average",
         "wrappers.py",
         "        if shares:\n            after",
         "        if False:\n            after",
@@ -390,7 +390,7 @@ MUTATIONS = [
         (FREEZE, ARRAYS),
     ),
     Mutation(
-        "the gradient of a frozen row is seen",
+        "the optimizer sees the gradient of a frozen row",
         "wrappers.py",
         "_where(flag, jnp.zeros_like(x), x)",
         "x",
@@ -435,14 +435,14 @@ MUTATIONS = [
         (WRITERS,),
     ),
     Mutation(
-        "the product of LoRA factors is scaled once",
+        "the product of LoRA factors is scaled only once",
         "low_rank/__init__.py",
         "pull = of_w0.reshape(p.shape) + scale * of_product.reshape(p.shape)",
         "pull = of_w0.reshape(p.shape) + of_product.reshape(p.shape)",
         (LORA,),
     ),
     Mutation(
-        "W0 is left out of the product",
+        "W0 is left out of the pull",
         "low_rank/__init__.py",
         "pull = of_w0.reshape(p.shape) + scale * of_product.reshape(p.shape)",
         "pull = 0 * of_w0.reshape(p.shape) + scale * of_product.reshape(p.shape)",
@@ -471,7 +471,7 @@ MUTATIONS = [
         (PATHS,),
     ),
     Mutation(
-        "a pattern that matches nothing is no error",
+        "a pattern that matches nothing is not an error",
         "paths/language.py",
         "    if not found and (by_path or all(tree.leaves[i].dtype is not None for i in asked)):\n",
         "    if False:\n",
@@ -485,7 +485,7 @@ MUTATIONS = [
         (PATHS,),
     ),
     Mutation(
-        "all_but is only",
+        "all_but acts like only",
         "paths/_tables.py",
         'return Table(((language.checked_patterns("all_but", patterns, syntax), False),), default=True)',
         'return Table(((language.checked_patterns("all_but", patterns, syntax), True),), default=False)',
@@ -499,36 +499,36 @@ MUTATIONS = [
         (SCALES, LOOP),
     ),
     Mutation(
-        "width scales the other way",
+        "width scales rates in the wrong direction",
         "paths/_width.py",
         "Decision((width / self.base) ** self.power,",
         "Decision((self.base / width) ** self.power,",
         (SCALES,),
     ),
     Mutation(
-        "a norm's scale is a weight",
+        "a norm's scale counts as a weight",
         "paths/standard.py",
         "decays = found.name in (KERNEL, ADAPTER) or (found.name == EMBEDDING and self.embeddings)",
         "decays = found.name in (KERNEL, ADAPTER, NORM) or (found.name == EMBEDDING and self.embeddings)",
         (WEIGHTS,),
     ),
-    # What looks.
+    # Plans, audits and sweeps.
     Mutation(
-        "a plan forgets what is frozen",
+        "a plan forgets frozen parameters",
         "plans/__init__.py",
         "    elif kept.value is True:\n",
         "    elif False:\n",
         (PLANS, FREEZE),
     ),
     Mutation(
-        "an audit takes half the rate",
+        "an audit measures half the rate",
         "audits/_measures.py",
         "    return float(np.median(-np.real(moved / weights)))\n",
         "    return 0.5 * float(np.median(-np.real(moved / weights)))\n",
         (AUDIT,),
     ),
     Mutation(
-        "an audit sees no L2 in the gradient",
+        "an audit misses L2 in the gradient",
         "audits/_measures.py",
         '        place = "gradient"\n    elif not _same(',
         '        place = "update"\n    elif not _same(',

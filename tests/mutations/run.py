@@ -1,10 +1,10 @@
-"""Puts one fault after the other into a copy of wdjax, and says which of them the tests see.
+"""Puts one fault after another into a copy of wdjax and reports which faults the tests catch.
 
-    python tests/mutations/run.py                    # with the default set of tests
-    python tests/mutations/run.py --whole            # with the slow tests too
-    python tests/mutations/run.py --only "sign" "half"   # the faults whose names hold one of these words
+    python tests/mutations/run.py                        # with the default set of tests
+    python tests/mutations/run.py --whole                # with the slow tests too
+    python tests/mutations/run.py --only "sign" "half"   # only faults whose names contain one of these words
 
-For each fault the tests that should see it run first, and all others only if these pass. Two run at a time.
+For each fault, the tests that should catch it run first. The others run only if these pass. Two faults run at a time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WORKERS = 2
 
 
 def copied(folder: Path) -> Path:
-    """A copy of the files of this checkout."""
+    """Copies the files of this checkout into a folder."""
     listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
     for name in listed.splitlines():
         if (ROOT / name).exists():
@@ -40,7 +40,7 @@ def failing(folder: Path, tests: list[str], marks: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", marks, *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode not in (0, 1, 2):  # 2: a file of tests can't even be imported.
+    if result.returncode not in (0, 1, 2):  # 2: a test file can't be imported, which also counts as a failure.
         raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
     found = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", result.stdout, re.M)
     return found[0] if found else "" if result.returncode == 0 else "not even imported"
@@ -61,7 +61,7 @@ def is_seen(mutation: Mutation, folder: Path, marks: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", action="store_true", help="run the slow tests too")
-    parser.add_argument("--only", nargs="*", default=[""], help="words in the names of the faults")
+    parser.add_argument("--only", nargs="*", default=[""], help="only faults whose names contain one of these words")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if any(word in m.name for word in arguments.only)]
     marks = "" if arguments.whole else "not slow"
@@ -76,11 +76,11 @@ def main() -> int:
                 where = is_seen(mutation, folder, marks)
             finally:
                 folders.put(folder)
-            print(f"{time.monotonic() - start:5.0f} s  {mutation.name}: {where or 'NOT SEEN'}", flush=True)
+            print(f"{time.monotonic() - start:5.0f} s  {mutation.name}: {where or 'MISSED'}", flush=True)
             return where
 
         found = list(pool.map(run, chosen))
-    print(f"{sum(map(bool, found))} of {len(found)} faults are seen")
+    print(f"{sum(map(bool, found))} of {len(found)} faults are caught")
     return 0 if all(found) else 1
 
 

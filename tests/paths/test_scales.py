@@ -935,8 +935,8 @@ def test_mistakes_in_nested_rule_sets() -> None:
         lambda: wdjax.decoupled_decay(0.1, by_path({"head": by_path({"bias": 0.5}, default=1.0)}, default=True)),
         TypeError,
     )
-    fails(r"a mask says True or False, and by_depth\(", lambda: by_path({by_depth("Block_*", 0.5): 0.1}), TypeError)
-    fails(r"a mask says True or False, and 0\.1 \* by_path", lambda: only(0.1 * by_path({"a": 1.0})), TypeError)
+    fails(r"a mask says True or False, but by_depth\(", lambda: by_path({by_depth("Block_*", 0.5): 0.1}), TypeError)
+    fails(r"a mask says True or False, but 0\.1 \* by_path", lambda: only(0.1 * by_path({"a": 1.0})), TypeError)
 
 
 def test_rule_sets_as_patterns_that_never_decide() -> None:

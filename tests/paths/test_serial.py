@@ -223,7 +223,7 @@ def fails(message: str, call: Callable[[], Any], error: type[Exception] = ValueE
 )
 def test_schedules_are_refused(rules: Rules) -> None:
     fails(
-        r"Rules\.to_dict: <function .*> can't be written into a file\. Write the table with multipliers, and multiply "
+        r"Rules\.to_dict: <function .*> can't be written to a file\. Write a table of multipliers, and multiply "
         r"it in code: weight_decay=schedule \* rules\.",
         rules.to_dict,
         TypeError,
@@ -231,7 +231,7 @@ def test_schedules_are_refused(rules: Rules) -> None:
 
 
 def test_tracers_are_refused() -> None:
-    message = r"Rules\.to_dict: .*Tracer.* can't be written into a file"
+    message = r"Rules\.to_dict: .*Tracer.* can't be written to a file"
     for table in (lambda rate: by_path({"a": rate}, default=0.0), lambda rate: rate * by_path({"a": 1.0}, default=0.0)):
         fails(message, lambda: jax.jit(lambda rate: table(rate).to_dict())(0.1), TypeError)  # noqa: B023
 
@@ -276,7 +276,7 @@ TABLE: dict[str, Any] = {"rules": [{"match": "bias", "value": 0.0}], "default": 
 )
 def test_what_is_no_rule_set(data: Any) -> None:
     fails(
-        r"Rules\.from_dict: one of the keys .*'by_path'.* was expected, and perhaps 'times', got .*\. "
+        r"Rules\.from_dict: expected one of the keys .*'by_path'.*, and optionally 'times', got .*\. "
         r"Write \{'by_path': \{'rules': \[\{'match': 'bias', 'value': 0\.0\}\], 'default': 0\.1\}\}\.",
         lambda: Rules.from_dict(data),
     )
@@ -303,7 +303,8 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a misspelt default": (
         {"by_path": {**TABLE, "defualt": 0.1}},
         ValueError,
-        r"by_path has the unknown \['defualt'\]: it needs \['rules'\], and may have \['default'\], got \{'rules'",
+        r"by_path has the unknown entries \['defualt'\]: it needs \['rules'\], and may have \['default'\], "
+        r"got \{'rules'",
     ),
     "rules in a text": ({"by_path": {"rules": "bias"}}, TypeError, "the rules of by_path must be a list, got 'bias'"),
     "rules in a table": ({"by_path": {"rules": {"bias": 0.0}}}, TypeError, r"must be a list, got \{'bias': 0\.0\}"),
@@ -317,7 +318,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "more in a rule": (
         {"by_path": {"rules": [{"match": "a", "value": 0.1, 3: 4}]}},
         ValueError,
-        r"a rule of by_path has the unknown \[3\]",
+        r"a rule of by_path has the unknown entries \[3\]",
     ),
     "no rules at all": ({"by_path": {"rules": []}}, ValueError, "no rules and no default were given"),
     "nothing to match": ({"by_path": {"rules": [{"match": {}, "value": 0.1}]}}, ValueError, r"got \[\]"),
@@ -350,7 +351,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "rates as a pattern": (
         {"by_path": {"rules": [{"match": {"by_path": TABLE}, "value": 0.1}]}},
         TypeError,
-        "a mask says True or False, and by_path",
+        "a mask says True or False, but by_path",
     ),
     "no number": ({"by_path": {"rules": [], "default": None}}, TypeError, "a value of the table must be a number"),
     "a list of numbers": (
@@ -373,7 +374,8 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a misspelt axis": (
         {"by_depth": {"blocks": "a", "factor": 0.5, "axes": 0}},
         ValueError,
-        r"by_depth has the unknown \['axes'\]: it needs \['blocks', 'factor'\], and may have \['axis', 'first'\]",
+        r"by_depth has the unknown entries \['axes'\]: it needs \['blocks', 'factor'\], "
+        r"and may have \['axis', 'first'\]",
     ),
     "a factor of 0": (
         {"by_depth": {"blocks": "a_*", "factor": 0.0}},
@@ -393,7 +395,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a function of the leaf": (
         {"by_width": {"base": 2, "fan_in": "f"}},
         ValueError,
-        r"by_width has the unknown \['fan_in'\]",
+        r"by_width has the unknown entries \['fan_in'\]",
     ),
     "an axis in words": (
         {"by_width": {"base": 2, "stacked_axes": "1"}},
@@ -420,7 +422,7 @@ def test_what_is_no_standard_rule() -> None:
     for arguments, message in (
         (
             {"embedding": False},
-            r"weights_only has the unknown \['embedding'\]: it needs \[\], and may have \['embeddings'",
+            r"weights_only has the unknown entries \['embedding'\]: it needs \[\], and may have \['embeddings'",
         ),
         ({"owners": {"w": {"name": "Dense"}}}, r"the owner of 'w' lacks \['is_library'\]"),
         ({"unknown": "maybe"}, "unknown must be 'error', True"),

@@ -331,10 +331,10 @@ def test_groups_by_name_and_by_array() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        (by_path({"embed": 0.1}, default=0.2), r"groups are texts, and by_path.* holds 0\.1.*groups=by_path"),
-        (only("embed"), r"groups are texts, and by_path\(.*\) holds True"),
-        ("rest", r"groups must be Rules of texts, or a function of a Leaf.*got 'rest'.*lambda leaf: leaf\.path"),
-        (str, r"groups must be Rules of texts"),
+        (by_path({"embed": 0.1}, default=0.2), r"groups must be strings, but by_path.* holds 0\.1.*groups=by_path"),
+        (only("embed"), r"groups must be strings, but by_path\(.*\) holds True"),
+        ("rest", r"groups must be Rules of strings, or a function from a Leaf.*got 'rest'.*lambda leaf: leaf\.path"),
+        (str, r"groups must be Rules of strings"),
     ],
     ids=["rates", "a mask", "a text", "a type"],
 )
@@ -344,7 +344,7 @@ def test_groups_that_are_none(groups: Any, words: str) -> None:
 
 
 def test_groups_that_do_not_fit() -> None:
-    with pytest.raises(TypeError, match=r"monitor: groups must give a text, and gave 1 for 'Dense_0/bias'"):
+    with pytest.raises(TypeError, match=r"monitor: groups must return a string, but returned 1 for 'Dense_0/bias'"):
         groups_of(groups=lambda leaf: leaf.ndim)
     with pytest.raises(ValueError, match=r"monitor: the pattern 'emmbed' matches no parameter.*'embed'"):
         groups_of(groups=by_path({"emmbed": "a"}, default="b"))
@@ -903,7 +903,9 @@ def test_scalars_of_several_monitors() -> None:
     nested = monitor(optax.chain(monitor(optax.sgd(LR)), optax.scale(0.5)), WD).init(params)
     assert {key.partition("/")[0] for key in scalars(nested)} == {"all", "undecayed"}
     twice = optax.partition({"embeddings": monitor(optax.sgd(LR)), "rest": monitor(optax.sgd(LR))}, names).init(params)
-    with pytest.raises(ValueError, match=r"2 monitors in this state measure 'undecayed/.*Name their groups apart"):
+    with pytest.raises(
+        ValueError, match=r"2 monitors in this state measure 'undecayed/.*Give their groups different names"
+    ):
         scalars(twice)
 
 

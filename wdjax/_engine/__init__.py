@@ -1,14 +1,14 @@
-"""The one loop over parameters that all places share, and what it stands on.
+"""The loop over parameters that all places share, and the modules it uses.
 
-`loop`        a rate, a mask and an anchor for each parameter, and the rule of a place applied to it
-`arithmetic`  the arithmetic of one parameter in safe dtypes
-`rules`       what every rule set is: a decision for each parameter
-`masks`       masks of every kind, brought to one answer for each parameter
+`loop`        finds the rate, mask and anchor of each parameter and applies the rule of a place to it
+`arithmetic`  computes the rule for one parameter in safe dtypes
+`rules`       the base class of rule sets: a decision for each parameter
+`masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
-`mesh_axes`   what the other devices have of an array, within `shard_map`
-`steps`       which updates are steps
-`hazards`     rates that are known before the first step to do nothing, or too much
-`checks`      what is refused, and in which words
+`mesh_axes`   sums over devices within `shard_map`
+`steps`       tells real steps from skipped ones
+`hazards`     warns at `init` of rates that are too small or too large to work
+`checks`      validates arguments and words the errors
 `types`       the types of arguments
-`unstable`    everything that is used of the unstable parts of JAX
+`unstable`    every use of JAX's unstable API
 """

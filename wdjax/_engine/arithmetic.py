@@ -1,9 +1,8 @@
-"""The arithmetic of one parameter: what acts on it, and the rule of a place, in safe dtypes.
+"""The arithmetic of one parameter: the rule of a place, computed in safe dtypes.
 
-A place is a `LeafRule`: functions of one parameter. `act` runs it on one parameter, as a jitted function of its own:
-it is traced and compiled once for every shape and dtype, however many parameters have them and whatever their rates
-are. That is why a rate is an argument and not a constant. Inside a jit of the caller all of it is inlined and fused
-as if it had been written there.
+A place is a `LeafRule`: functions of one parameter. `act` runs it on one parameter as a separate jitted function. It is
+traced and compiled once for each shape and dtype, for any number of parameters and any rates. That is why the rate is
+an argument and not a constant. Inside the caller's jit, XLA inlines and fuses all of it.
 """
 
 import dataclasses
@@ -18,17 +17,17 @@ import numpy as np
 from . import trees
 from .unstable import automatic, is_traced
 
-Scalar = Any  # A NumPy scalar where the value is known while tracing, else a 0-d array.
+Scalar = Any  # A NumPy scalar if the value is known during tracing, else a 0-d array.
 
 
 class Strength(NamedTuple):
-    """The rate of one parameter in this step: the product of all that multiplies it.
+    """The rate of one parameter in this step: the product of all its factors.
 
     Attributes:
-        value: a scalar, or an array of the parameter's rank that broadcasts against it; in the real dtype of the
+        value: a scalar, or an array of the parameter's rank that broadcasts against it, in the real dtype of the
             arithmetic.
-        is_known: whether it is known while tracing. Then it is not zero, because a decay that is off for good never
-            gets here.
+        is_known: whether the value is known during tracing. A known rate is never zero here: the loop skips
+            parameters whose decay is permanently off.
     """
 
     value: Any
@@ -36,17 +35,17 @@ class Strength(NamedTuple):
 
 
 class LeafRule(NamedTuple):
-    """What a place does to one parameter. The arrays that its functions get have one dtype, at least float32.
+    """What a place does to one parameter. Its functions get arrays of one dtype, at least float32.
 
     Attributes:
         apply: (update, param, anchor, strength, state, totals) -> (update, state). The anchor is None for zero.
         init: param -> the state of this parameter, one array of any shape. None for a rule without a state.
-        reduce: (update, param, anchor, strength) -> a tree of partial sums. The engine adds them up over all
-            parameters that the rule acts on, and over the mesh axes that split them; `apply` gets the totals.
-        is_elementwise: whether each element of the result depends on the same element of the arguments alone. Any
-            other rule is applied to each layer of a stack by itself, so that a norm is that of a layer.
-        acts_on: which parameters it may act on.
-        is_raw: whether the rule takes arrays in the dtypes that they have, and its result is left as it is.
+        reduce: (update, param, anchor, strength) -> a tree of partial sums. The engine sums them over all parameters
+            that the rule acts on, and over the mesh axes that split them. `apply` gets the totals.
+        is_elementwise: whether each element of the result depends only on the same element of the arguments. Any
+            other rule is applied to each layer of a stack separately, so that a norm is the norm of one layer.
+        acts_on: which parameters the rule may act on.
+        is_raw: whether the rule gets arrays in their original dtypes and returns its result without a cast.
     """
 
     apply: Callable[..., tuple[Any, Any]] | None = None
@@ -83,11 +82,11 @@ class _Stateless:
 
 
 class Term(NamedTuple):
-    """What acts on one parameter in this step.
+    """The decay of one parameter in this step.
 
     Attributes:
-        factors: what multiplies to its rate: floats, 0-d arrays, and arrays of the parameter's rank.
-        anchor: what the decay is toward; None for zero.
+        factors: the factors of its rate: floats, 0-d arrays, and arrays of the parameter's rank.
+        anchor: the value that the decay pulls toward; None for zero.
         stack: the axes that stack layers.
     """
 
@@ -96,7 +95,7 @@ class Term(NamedTuple):
     stack: tuple[int, ...] = ()
 
     def parted(self) -> tuple[float, tuple[Any, ...]]:
-        """The product of the numbers, and the arrays."""
+        """The product of the float factors, and the array factors."""
         number, arrays = 1.0, []
         for factor in self.factors:
             if isinstance(factor, float):
@@ -106,12 +105,12 @@ class Term(NamedTuple):
         return number, tuple(arrays)
 
     def strength(self, dtype: Any) -> Strength:
-        """The rate, in the real dtype that belongs to `dtype`."""
+        """The rate, in the real dtype of `dtype`."""
         number, arrays = self.parted()
         return _product(jnp.finfo(dtype).dtype.type(number), arrays)
 
     def known(self) -> Any:
-        """The rate in float64, NumPy; None if it has no value while tracing."""
+        """The rate as a NumPy float64 value; None if it has no value during tracing."""
         if any(callable(factor) or is_traced(factor) for factor in self.factors):
             return None
         return functools.reduce(lambda a, b: a * b, (np.asarray(factor, np.float64) for factor in self.factors), 1.0)
@@ -136,21 +135,21 @@ def act(
     state: Any,
     totals: Any,
 ) -> tuple[jax.Array, Any]:
-    """What a rule makes of one parameter's update and state; the update keeps its dtype.
+    """Applies a rule to one parameter: the new update, in the dtype of the old one, and the new state.
 
     Args:
         rule: the place's rule.
         stack: the axes that stack layers.
-        update, param, anchor: of one shape; None for an anchor of zero.
-        number, arrays: the factors of the rate; the number is known not to be zero.
-        state: what the rule keeps for this parameter, or needs to know of it.
-        totals: the totals of what it reduces.
+        update, param, anchor: arrays of one shape; the anchor is None for zero.
+        number, arrays: the factors of the rate. The number is not zero.
+        state: the rule's state for this parameter, or an input in its place.
+        totals: the totals of `rule.reduce`.
     """
     assert rule.apply is not None
     apply = rule.apply
 
     def on_arrays(update: Any, param: Any, anchor: Any, number: Any, arrays: Any, state: Any, totals: Any) -> Any:
-        # All dtypes are ours. Only a real rate and complex weights are left to be promoted.
+        # We have cast everything already. Only a real rate times complex weights still needs promotion.
         with jax.numpy_dtype_promotion("standard"):
             u, p, a, strength = _arguments(rule, update, param, anchor, number, arrays)
 
@@ -174,7 +173,7 @@ def reduced(
     number: Scalar,
     arrays: Sequence[jax.Array],
 ) -> Any:
-    """The partial sums of one parameter; the arguments are those of `act`."""
+    """The partial sums of one parameter. The arguments are as for `act`."""
     assert rule.reduce is not None
     reduce = rule.reduce
 
@@ -203,7 +202,7 @@ def _arguments(rule: LeafRule, update: Any, param: Any, anchor: Any, number: Any
 def for_each_layer(on_layer: Callable[..., Any], stack: Sequence[int], *, is_reduced: bool = False) -> Any:
     """Maps a function of (update, param, anchor, rate, state) over the axes that stack layers.
 
-    A rate that is an array is mapped along those of them that it has. A state has them in front.
+    An array rate is mapped along those axes where its size is not 1. In a state these axes come first.
     """
     if not stack:
         return on_layer
@@ -221,7 +220,7 @@ def for_each_layer(on_layer: Callable[..., Any], stack: Sequence[int], *, is_red
 
 
 def init_state(rule: LeafRule, stack: tuple[int, ...], param: Any) -> Any:
-    """The state that a rule keeps for one parameter; for a stack that of each layer, along leading axes."""
+    """The rule's initial state for one parameter. For a stack, the states of the layers lie along leading axes."""
     assert rule.init is not None
     init = rule.init
     for axis in sorted(stack):
@@ -230,18 +229,18 @@ def init_state(rule: LeafRule, stack: tuple[int, ...], param: Any) -> Any:
 
 
 def narrowed(new: jax.Array, update: Any) -> jax.Array:
-    """A result in the dtype of the update; its real part for a real one."""
+    """The result in the dtype of the update. For a real update, the real part."""
     is_complex = jnp.iscomplexobj(update) or not jnp.iscomplexobj(new)
     return cast(new if is_complex else jnp.real(new), jnp.result_type(update))
 
 
 def cast(x: Any, dtype: Any) -> jax.Array:
-    """The array in this dtype: itself if it is that already, which traces faster than a conversion that is none."""
+    """The array in this dtype. An array of that dtype is returned as it is: a no-op conversion costs tracing time."""
     return x if isinstance(x, jax.Array) and x.dtype == dtype else jnp.asarray(x, dtype)
 
 
 def compute_dtype(*leaves: Any) -> Any:
-    """The dtype to compute in: at least float32, float64 if a leaf is, complex if a leaf is."""
+    """The dtype to compute in: at least float32, double precision if a leaf has it, complex if a leaf is complex."""
     return _compute_dtype(*(leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf) for leaf in leaves))
 
 
@@ -254,15 +253,15 @@ def _compute_dtype(*dtypes: Any) -> Any:
 
 
 def plus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
-    """update + rate * pull; the same bits as the update where the rate is 0."""
+    """update + rate * pull. Where the rate is 0, the update keeps every bit."""
     return minus(update, rate, -pull)
 
 
 def minus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
-    """update - rate * pull; the same bits as the update where the rate is 0.
+    """update - rate * pull. Where the rate is 0, the update keeps every bit.
 
-    There what is subtracted is +0.0, which changes no number, and the derivative with respect to the rate is still
-    that of the rule, so that a rate can be learned away from 0. An infinite pull is out of both, or 0 * inf is NaN.
+    There it subtracts +0.0, which changes no number. The derivative with respect to the rate is still that of the rule,
+    so that a rate can be learned away from 0. There an infinite pull counts as 0, because 0 * inf is NaN.
     """
     if rate.is_known:
         return update - rate.value * pull
@@ -272,7 +271,7 @@ def minus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
 
 
 def unless_off(rate: Strength, off: jax.Array, on: jax.Array) -> jax.Array:
-    """`off` where the rate is 0, else `on`, with the derivative of `on` in both, where it is finite."""
+    """`off` where the rate is 0, else `on`. Both have the derivative of `on` where it is finite."""
     if rate.is_known:
         return on
     finite = _finite(on)
@@ -289,10 +288,10 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def away(p: jax.Array, anchor: jax.Array | None) -> jax.Array:
-    """How far a parameter is from its anchor, None for zero."""
+    """The parameter minus its anchor; an anchor of None is zero."""
     return p if anchor is None else p - anchor
 
 
 def subtracted(update: jax.Array, p: jax.Array, anchor: jax.Array | None, rate: Strength) -> jax.Array:
-    """The rule that takes a part of a parameter, from its anchor on, out of the finished update."""
+    """The rule that subtracts a fraction of (parameter - anchor) from the finished update."""
     return minus(update, rate, away(p, anchor))

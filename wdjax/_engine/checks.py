@@ -1,4 +1,4 @@
-"""What is refused, and in which words: the mistake, the value, and the call to write instead."""
+"""Checks of arguments. Each error names the mistake, the value, and the call to write instead."""
 
 import difflib
 import functools
@@ -19,7 +19,7 @@ from .unstable import is_traced
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What people write, and the arguments that may be meant.
+# Argument names from other libraries, and the arguments here that they may mean.
 _ALSO_CALLED = {
     **dict.fromkeys(("wd", "l2", "lam", "lambda_", "decay", "rate"), ("weight_decay", "strength")),
     **dict.fromkeys(("weight_decay", "l1"), ("strength",)),
@@ -33,14 +33,14 @@ _ALSO_CALLED = {
 def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
     """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule. Numbers are returned as Python floats.
 
-    A traced array has no value yet, so only its shape and dtype are checked.
+    For a traced array, which has no value yet, it checks only the shape and dtype.
 
     Args:
-        where: the function that was given the rate, for the error.
-        name: its argument.
-        value: what it was given.
-        write: the call to show instead, if it is not `where(name=0.1)`.
-        may_be_array: whether it may be an array that broadcasts against a parameter.
+        where: the function to name in the error.
+        name: the argument of that function.
+        value: the rate.
+        write: the call to show in the error; by default `where(name=0.1)`.
+        may_be_array: whether arrays with axes are allowed.
     """
     write = write or f"{where}({name}=0.1)"
     if callable(value) and not isinstance(value, type):
@@ -54,8 +54,8 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         )
     if jnp.shape(value) != () and not may_be_array:
         raise ValueError(
-            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. An array that "
-            "broadcasts against a parameter is given by path, by_path({'embedding': array}, default=0.1), or in a tree "
+            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. Give an array "
+            "that broadcasts against a parameter by path, by_path({'embedding': array}, default=0.1), or in a tree "
             "like params."
         )
     dtype = jnp.result_type(value)
@@ -73,8 +73,8 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     number = _as_float(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(
-            f"{where}: {name} must be finite and not negative, got {number}. Write {write}: a rate shrinks weights, "
-            "and the sign is set by the place."
+            f"{where}: {name} must be finite and not negative, got {number}. Write {write}: a positive rate shrinks "
+            "weights, in every place."
         )
     return value if isinstance(value, jax.Array) else number
 
@@ -82,7 +82,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
 def _as_float(value: Any) -> float:
     try:
         return float(value)
-    except OverflowError:  # An integer beyond all floats.
+    except OverflowError:  # An integer too large for a float.
         return math.inf
 
 
@@ -104,25 +104,25 @@ def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransforma
 
 
 def params_given(where: str, params: Any) -> None:
-    """Refuses an `update` without the parameters."""
+    """Raises an error if `update` was called without the parameters."""
     if params is None:
         raise ValueError(
-            f"{where} needs the parameters, and update got params=None. "
+            f"{where} needs the parameters, but update got params=None. "
             "Write: updates, state = optimizer.update(grads, state, params)."
         )
 
 
 def same_shape(where: str, path: str, update: Any, param: Any) -> None:
-    """Refuses an update of another shape than its parameter."""
+    """Raises an error if the update and its parameter differ in shape."""
     if jnp.shape(update) != jnp.shape(param):
         raise ValueError(
             f"{where}: the update of {path!r} has shape {jnp.shape(update)} and the parameter "
-            f"{jnp.shape(param)}. Pass the parameters that the gradients were taken of."
+            f"{jnp.shape(param)}. Pass the parameters that the gradients belong to."
         )
 
 
 def warn(message: str) -> None:
-    """Warns at the line that called into wdjax, or into Optax or JAX around it."""
+    """Issues a warning at the caller's line: the nearest frame outside wdjax, Optax and JAX."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "wdjax",
@@ -134,7 +134,7 @@ def warn(message: str) -> None:
 
 
 def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Gives an unknown or missing argument an error that shows the nearest one and the whole call."""
+    """Makes errors for unknown or missing arguments show the nearest argument and the whole call."""
     signature = inspect.signature(function)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     call = f"{function.__name__}{inspect.Signature(bare)}"

@@ -1,4 +1,4 @@
-"""Rates that are known before the first step to do nothing, or too much: what is warned of at `init`."""
+"""Warnings at `init` about known rates that are too small to have an effect, or so large that they overshoot."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Te
     """Warns of fractions per step that round to nothing, and of those that overshoot or diverge.
 
     Args:
-        where: the function that was given the rates.
-        argument: what they are the product of, for the message.
-        decays: for each parameter that decays its path, its dtype and its fraction per step. A fraction without a
-            value yet (a schedule, a traced rate) is left to `audit`.
-        can_overshoot: whether a large rate takes weights past their anchor.
+        where: the function to name in the warning.
+        argument: the arguments whose product the fraction is, for the message.
+        decays: for each parameter that decays, its path, its dtype and its fraction per step. A fraction that has no
+            value yet (a schedule, a traced rate) is skipped; `audit` sees it.
+        can_overshoot: whether a large rate moves weights past their anchor.
     """
     lost: dict[tuple[str, float], list[str]] = {}
     beyond: dict[float, list[str]] = {}
@@ -43,27 +43,27 @@ def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Te
     if beyond:
         fraction = max(beyond)
         paths = beyond[fraction]
-        does = "takes weights to zero (or their anchor) at once" if fraction == 1 else "takes weights past zero"
-        never_settles = ", and as far again or farther: they never settle" if fraction >= 2 else ""
+        does = "moves weights to zero (or their anchor) at once" if fraction == 1 else "moves weights past zero"
+        never_settles = ", as far again or farther, so they never settle" if fraction >= 2 else ""
         checks.warn(
             f"{where}: {argument} is {fraction:g} a step, which {does}{never_settles}: "
-            f"{_named(paths, sum(map(len, beyond.values())))}. Is a rate missing a factor? If it is meant, "
-            "continuous_decay(...) or proximal_step(L2(), ...) never overshoots."
+            f"{_named(paths, sum(map(len, beyond.values())))}. Is a factor missing? If the rate is intended, "
+            "use continuous_decay(...) or proximal_step(L2(), ...), which never overshoot."
         )
 
 
 def remedy(dtype: Any) -> str:
-    """What to do where a decay rounds to nothing in this dtype."""
+    """The advice for a decay that rounds to nothing in this dtype."""
     if jnp.finfo(dtype).bits < 32:
         return (
             "Keep the parameters in float32 and compute in a narrower dtype, or write "
             "optax.chain(in_float32(optimizer), compensated()) with the decay inside."
         )
-    return "Take a larger rate, or write optax.chain(optimizer, compensated()), which this warning does not see."
+    return "Use a larger rate, or write optax.chain(optimizer, compensated()) and ignore this warning."
 
 
 def smallest_fraction(dtype: Any) -> float:
-    """The fraction of a weight below which rounding to the nearest undoes any change: half a distance at the most."""
+    """The fraction of a weight below which rounding to nearest undoes any change."""
     dtype = jnp.dtype(dtype)
     return 2.0 ** -(int(jnp.finfo(dtype).nmant) + 2) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 

@@ -1,13 +1,13 @@
-"""The loop that every place runs: bring a rate, a mask and an anchor to each parameter, and apply the rule there.
+"""The loop that every place runs. It finds the rate, mask and anchor of each parameter, and applies the place's rule.
 
 A place is an `Action` (how strong, on which parameters, toward what) and a `LeafRule` (what happens to one parameter).
-The action keeps the promises for all of them:
+The action guarantees for every place:
 
-- The rule runs in at least float32, and in float64 where the update or the parameter is. The update comes back in the
-  dtype it came in with. The rate is converted to that dtype before anything is multiplied.
-- Where the decay is off for good (rate 0, mask False, integers, holes), the update is returned as it came and nothing
-  is computed. A rate that happens to be 0 in this step (a schedule, a traced rate, a part of an array) leaves the same
-  bits, except for denormal updates on hardware that flushes them to zero wherever it adds.
+- The rule runs in at least float32, and in float64 if the update or the parameter is float64. The rate is converted to
+  that dtype before anything is multiplied. The result has the dtype of the incoming update.
+- Where the decay is permanently off (rate 0, mask False, integers, holes), the update is returned unchanged and nothing
+  is computed. A rate that is 0 only in this step (a schedule, a traced rate, a part of an array) also leaves every bit,
+  except for denormal updates on hardware that flushes them to zero when it adds.
 - Each schedule is evaluated once a step, however many parameters share it. A rule is traced and compiled once for all
   parameters of one shape, whatever their rates are.
 """
@@ -32,12 +32,12 @@ PyTree = Any
 
 
 class DecayState(NamedTuple):
-    """The state of every decay: the same structure for constant and scheduled rates and for any mask.
+    """The state of every decay. It has the same structure for constant and scheduled rates and for any mask.
 
     Attributes:
-        count: shape (), int32: the updates so far, where schedules are evaluated.
-        anchor: None; with `toward="init"` a tree like params, of their shapes and dtypes: their values at `init`.
-        leaf: None; for a rule that keeps something for each parameter, a tree like params of arrays.
+        count: shape (), int32: the number of updates so far. Schedules are called with it.
+        anchor: None; with `toward="init"`, a copy of params at `init`.
+        leaf: None; for a rule with a state for each parameter, a tree like params of arrays.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,14 +46,14 @@ class DecayState(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What is to act on one parameter: named factors, with schedules still unevaluated, and the axes of a stack."""
+    """The decay of one parameter before this step: named factors, with unevaluated schedules, and the stacked axes."""
 
     factors: tuple[tuple[str, Any], ...]
     stack: tuple[int, ...]
 
 
 class _Argument(NamedTuple):
-    """What acts on one parameter in this step, as `act` takes it."""
+    """The decay of one parameter in this step, as arguments of `act`."""
 
     stack: tuple[int, ...]
     anchor: Any
@@ -68,13 +68,13 @@ class Action:
     Attributes:
         where: the public function, for errors.
         rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules, `Rules` or trees of
-            these. Without any, the rule acts on all parameters of the mask.
+            these. If it is empty, the rule acts on all parameters of the mask.
         mask: anything that `masks.flags` takes.
         toward: None, a tree like params, or "init".
-        is_per_step: whether the rate is the fraction of a weight that a step takes, so that `init` can warn of rates
+        is_per_step: whether the rate is the fraction of a weight that one step removes. Then `init` warns of rates
             that round to nothing or overshoot.
-        can_overshoot: whether a rate above 1 takes a weight past its anchor.
-        zero_is_off: whether the rule does nothing at a rate of 0. At a radius of 0 it does something.
+        can_overshoot: whether a rate above 1 moves a weight past its anchor.
+        zero_is_off: whether the rule does nothing at a rate of 0. A projection onto a radius of 0, for example, acts.
         stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
     """
 
@@ -107,12 +107,12 @@ class Action:
     ) -> DecayState:
         """The state, after a check that rules, mask and anchor fit the parameters.
 
-        It warns if one array is at two places that are both acted on, among the paths that `aliases` selects.
+        It warns if one array has two of the paths that `aliases` selects and the rule acts on both.
         """
         leaves = trees.flatten_with_paths(params)
         anchor = None
         if self.keeps_anchor:
-            # A copy: the state must not hold the buffers of params, or both could not be donated.
+            # If the state shared the buffers of params, the two could not both be donated.
             anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
         rows = self._rows(params, leaves)
         self._anchors(leaves, rows, anchor)
@@ -124,7 +124,7 @@ class Action:
         return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
 
     def _init_leaves(self, rule: LeafRule, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> PyTree:
-        # For every mask and rate, so that a state restores into any of them.
+        # The mask and the rate do not matter here, so that a state can be restored under other ones.
         stacks = iter([s for s, (_, leaf) in zip(self._stacks(leaves), leaves, strict=True) if rule.acts_on(leaf)])
         return trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(stacks), p))
 
@@ -139,15 +139,15 @@ class Action:
         inputs: Sequence[Any] | None = None,
         axis_name: mesh_axes.Names = (),
     ) -> tuple[PyTree, PyTree]:
-        """The updates after the rule acted on every parameter that is not off, and the leaf states.
+        """Applies the rule to every parameter whose decay is not off, and returns the updates and the leaf states.
 
         Args:
-            rule: what happens to one parameter; or for each parameter a rule that keeps nothing, None for no rule.
+            rule: the rule for all parameters; or one stateless rule for each parameter, None for no rule.
             updates, params: trees of one structure.
-            state: what `init` gave.
-            gates: further factors of every rate.
-            inputs: for a rule without a state of its own, what it is to get in place of one for each parameter.
-            axis_name: the mesh axes that totals are added up over.
+            state: the state from `init`.
+            gates: additional factors of every rate.
+            inputs: for a stateless rule, the input it gets instead of a state, for each parameter.
+            axis_name: the mesh axes to sum totals over.
         """
         checks.params_given(self.where, params)
         leaves = trees.flatten_with_paths(params)
@@ -163,8 +163,8 @@ class Action:
                 continue
             if each.init is not None and trees.is_hole(kept.get(path)):
                 raise ValueError(
-                    f"{self.where}: the state has nothing for {path!r}, which is {jnp.result_type(param)} now: it was "
-                    "made for other parameters. Make a new one: optimizer.init(params)."
+                    f"{self.where}: the state has nothing for {path!r}, which is {jnp.result_type(param)} now. The "
+                    "state was made for other parameters. Make a new one: optimizer.init(params)."
                 )
             own = kept.get(path) if inputs is None else inputs[i]
             stack, anchor, number, arrays = argument
@@ -191,7 +191,7 @@ class Action:
         return mesh_axes.added_up(self.where, parts, axis_name).get("")
 
     def total(self, rule: LeafRule, params: PyTree, axis_name: mesh_axes.Names = ()) -> Any:
-        """What a rule reduces of the parameters alone, without updates or steps; None if nothing is acted on."""
+        """The totals of a rule that reduces only parameters, without updates; None if it acts on no parameter."""
         leaves = trees.flatten_with_paths(params)
         values = [leaf for _, leaf in leaves]
         arguments = self._arguments([rule] * len(leaves), values, leaves, self.terms(params, leaves, None))
@@ -204,7 +204,7 @@ class Action:
         leaves: Sequence[tuple[str, Any]],
         terms: Sequence[Term | None],
     ) -> list[_Argument | None]:
-        """What acts on each leaf in this step; None where nothing does."""
+        """The arguments of `act` for each leaf; None where nothing acts."""
         parted: dict[tuple[int, ...], Any] = {}
         arguments: list[_Argument | None] = []
         for rule, update, (path, param), term in zip(rules, updates, leaves, terms, strict=True):
@@ -217,14 +217,14 @@ class Action:
                 parted[key] = term.parted()
             number, arrays = parted[key]
             number = jnp.finfo(compute_dtype(update, param)).dtype.type(number)
-            # It may be so small that it is 0 in this dtype.
+            # A very small number may be 0 in this dtype.
             is_off = number == 0 and self.zero_is_off
             arguments.append(None if is_off else _Argument(term.stack, term.anchor, number, arrays))
         numbers = iter(as_arguments([what.number for what in arguments if what], updates))
         return [what and what._replace(number=next(numbers)) for what in arguments]
 
     def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
-        """What acts on each leaf in this step; None where the decay is off for good."""
+        """The decay of each leaf in this step; None where it is permanently off."""
         rows = self._rows(params, leaves)
         anchors = self._anchors(leaves, rows, None if state is None else state.anchor)
         evaluated: dict[int, Any] = {}
@@ -247,7 +247,7 @@ class Action:
         return terms
 
     def _rows(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[_Row | None]:
-        """What is to act on each leaf; None for a leaf that does not decay."""
+        """The row of each leaf; None for a leaf that does not decay."""
         columns = []
         for name, rate in self.rates.items():
             of_each = itertools.repeat((rate,), len(leaves))
@@ -269,7 +269,7 @@ class Action:
         return rows
 
     def _spread(self, name: str, factor: Any, path: str, leaf: Any) -> Any:
-        """A factor that is an array of the parameter's rank if it has one number for each layer, row or element."""
+        """The factor. An array, or a number for each layer, becomes an array of the parameter's rank."""
         if isinstance(factor, PerLayer):
             return factor.along(np.ndim(leaf))
         if callable(factor) or np.ndim(factor) == 0:
@@ -289,12 +289,12 @@ class Action:
             if count and trees.is_decayable(leaf) and count > np.ndim(leaf):
                 raise ValueError(
                     f"{self.where}: stacked_axes={count} for {path!r}, whose shape is {np.shape(leaf)}. Write "
-                    "stacked_axes={'layers': 1} for the parameters whose first axis stacks layers."
+                    "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
                 )
         return [tuple(range(count)) for count in counts]
 
     def warn_of_rates(self, params: PyTree) -> None:
-        """Warns of rates that round to nothing or overshoot, where the action is only there to know them."""
+        """Warns of rates that round to nothing or overshoot, for an action that is never run."""
         leaves = trees.flatten_with_paths(params)
         self._warn_of_rates(leaves, self._rows(params, leaves))
 
@@ -310,29 +310,29 @@ class Action:
         return row is not None and not (self.zero_is_off and any(_is_zero(factor) for _, factor in row.factors))
 
     def acts_on(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-        """Whether the action may act on each leaf, at some step."""
+        """Whether the action may act on each leaf in some step."""
         return [self._acts(row) for row in self._rows(params, leaves)]
 
     def _evaluate(self, name: str, schedule: Any, state: DecayState | None) -> Any:
         if state is None:
             raise TypeError(
-                f"{self.where}: {name} is a function, and a loss has no step to call it with. "
+                f"{self.where}: {name} is a function, but a loss has no step to call it with. "
                 f"Call the schedule yourself: {self.where}(params, schedule(step))."
             )
-        # What a checkpoint gave back may be NumPy, in which a schedule would compute in float64.
+        # A count from a checkpoint may be a NumPy scalar, and a schedule would compute in float64 with it.
         value = schedule(jnp.asarray(state.count))
         if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
             return value
         return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
     def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None], initial: PyTree) -> list[Any]:
-        """Each leaf's anchor, None for zero; found by canonical path, and needed only where there is a decay."""
+        """Each leaf's anchor, found by canonical path; None for zero. Leaves that do not decay need no anchor."""
         if self.toward is None or not leaves:
             return [None] * len(leaves)
         if self.keeps_anchor and initial is None:
             raise ValueError(
-                f"{self.where}: toward='init', but the state holds no anchor: it comes from an optimizer without one. "
-                "Make a new state, optimizer.init(params), and copy the rest of the old one into it."
+                f"{self.where}: toward='init', but the state holds no anchor: an optimizer without one made it. "
+                "Make a new state, optimizer.init(params), and copy the rest of the old state into it."
             )
         given = dict(trees.flatten_with_paths(initial if self.keeps_anchor else self.toward))
         holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
@@ -355,7 +355,7 @@ class Action:
 
 
 def transformation(action: Action, rule: LeafRule, axis_name: mesh_axes.Names = ()) -> optax.GradientTransformation:
-    """The gradient transformation that acts once an update and counts its updates."""
+    """The gradient transformation that runs the action at every update and counts the updates."""
 
     def init_fn(params: PyTree) -> DecayState:
         return action.init(params, rule)

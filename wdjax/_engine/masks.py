@@ -1,6 +1,6 @@
-"""Masks of every kind that Optax users write, brought to one answer for each leaf.
+"""Turns every kind of mask that Optax users write into one answer for each leaf.
 
-The answer is a boolean, or for parts of a parameter an array of booleans that broadcasts against it.
+The answer is a boolean, or an array of booleans that broadcasts against the leaf.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from .rules import Rules, flags_of
 from .unstable import is_traced
 
 PyTree = Any
-_IS_DECIDED = "A mask is decided while tracing: build it from paths and shapes."
+_IS_DECIDED = "A mask must be known during tracing: build it from paths and shapes."
 
 
 def flags(
@@ -23,10 +23,10 @@ def flags(
 ) -> list[Any]:
     """Each leaf's answer under a mask: None, `Rules`, a function of params, a tree of booleans or a prefix tree.
 
-    With `of_all`, `Rules` answer for integers and keys too, which never decay but may be frozen.
+    With `of_all`, `Rules` also answer for integers and keys, which never decay but may be frozen.
 
-    A tree is matched with the parameters by canonical path, so one that was built on NNX Variables or on a FrozenDict
-    serves for bare arrays and plain dicts.
+    Trees are matched with the parameters by canonical path. So a tree that was built from NNX Variables or a FrozenDict
+    also fits bare arrays and plain dicts.
 
     Raises:
         TypeError: if a leaf of the mask is not a boolean or an array of booleans.
@@ -39,10 +39,10 @@ def flags(
     if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
         raise TypeError(
             f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "
-            "of 0.0 to decay nothing. Under optax.inject_hyperparams a mask function is taken for a schedule and "
-            "ends up so: give a rule set, mask=only('kernel'), or name it in static_args."
+            "of 0.0 to decay nothing. optax.inject_hyperparams takes a mask function for a schedule, and then its "
+            "value arrives here: give a rule set, mask=only('kernel'), or name the mask in static_args."
         )
-    # A tree may be callable too, such as an Equinox module of booleans.
+    # A tree may also be callable, such as an Equinox module of booleans.
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
     given = {p: _flag(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
@@ -55,12 +55,12 @@ def flags(
     used = set(owners)
     extra = [p for p in given if p not in used and holes.isdisjoint(_prefixes(p))]
     if extra:
-        raise ValueError(_misfit(where, "these entries of it are no parameters:", extra))
+        raise ValueError(_misfit(where, "it has entries that are not parameters:", extra))
     return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves)
 
 
 def _fitting(where: str, found: Sequence[Any], leaves: Sequence[tuple[str, Any]]) -> list[Any]:
-    """The answers, after a check that arrays broadcast; an array that says the same everywhere is that boolean."""
+    """The answers, after a check that arrays broadcast. An array of equal values becomes one boolean."""
     return [
         flag if isinstance(flag, bool) else _parts(where, flag, *leaf) for flag, leaf in zip(found, leaves, strict=True)
     ]
@@ -108,7 +108,7 @@ def _flag(where: str, path: str, flag: Any) -> Any:
     if isinstance(flag, str):
         remedy = f"For a mask by name write mask=only({flag!r}) or mask=all_but({flag!r})."
     elif isinstance(flag, (int, float, np.number, np.ndarray, jax.Array)):
-        remedy = "Multipliers make a rate: weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
+        remedy = "Put multipliers in the rate: weight_decay=0.1 * by_path({'kernel': 1.0, 'norm': 0.5}, default=0.0)."
     else:
         remedy = "Write mask=all_but('bias'), or a tree of booleans like params."
     raise TypeError(f"{where}: {place} is {flag!r}, which is not a boolean. {remedy}")
@@ -118,6 +118,6 @@ def _misfit(where: str, what: str, paths: list[str]) -> str:
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return (
         f"{where}: the mask is neither a tree like params nor a prefix of one: {what} "
-        f"{', '.join(map(repr, paths[:5]))}{more}. Build it on the same tree, "
+        f"{', '.join(map(repr, paths[:5]))}{more}. Build it from the same tree, "
         "jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
     )

@@ -1,8 +1,8 @@
-"""Within `shard_map`, where a rule sees the part of an array that one device has: what the other devices have of it.
+"""Sums over devices within `shard_map`, where a rule sees only the part of an array that is on one device.
 
-Under `jit` an array is whole, however it is sharded, and XLA adds the communication. Within `shard_map` the name of the
-mesh axis that arrays are split over must be said, and `split_over` tells which arrays really are: the present
-`shard_map` knows of each array whether it is the same on all devices of an axis (with `check_vma`, its default).
+Under `jit` an array is whole, however it is sharded, and XLA adds the communication. Within `shard_map` the caller
+names the mesh axes that split arrays, and `split_over` finds out which arrays they really split: with `check_vma`, its
+default, `shard_map` knows whether an array is the same on all devices of an axis.
 """
 
 import operator
@@ -19,9 +19,9 @@ Names = tuple[Hashable, ...]
 
 
 def names(where: str, axis_name: Any) -> Names:
-    """The names of mesh axes as a tuple: of None none, of a tuple each."""
+    """The names of mesh axes as a tuple; empty for None."""
     found = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
-    # What else can be hashed may be a name, but an integer is an axis of an array.
+    # Any hashable value may be a name, except an integer: that is probably meant as an axis of an array.
     if not all(
         isinstance(name, Hashable) and not isinstance(name, (int, tuple)) and name is not None for name in found
     ):
@@ -33,32 +33,32 @@ def names(where: str, axis_name: Any) -> Names:
 
 
 def split_over(where: str, x: Any, axes: Names) -> Names:
-    """Those of the mesh axes along which the devices have different parts of an array, not each the whole."""
+    """The mesh axes that split an array: along these, each device has a part of it, not the whole."""
     split = []
     for name in axes:
         try:
             index = jax.lax.axis_index(name)
         except NameError:
             raise ValueError(
-                f"{where}: there is no mesh axis {name!r} here. axis_name is for what runs within shard_map or pmap; "
+                f"{where}: there is no mesh axis {name!r} here. axis_name is only for code within shard_map or pmap; "
                 f"under jit an array is whole, however it is sharded: leave axis_name out."
             ) from None
-        # An index differs by nature: if it is not known to, nothing is, and the user's word is taken.
+        # An index always varies. If JAX does not report that, it reports nothing, and we trust the caller.
         if name in varying_axes(x) or name not in varying_axes(index):
             split.append(name)
     return tuple(split)
 
 
 def added_up(where: str, parts: Sequence[tuple[str, Any, Any]], axes: Names, dtype: Any = None) -> dict[str, Any]:
-    """The sum of trees of numbers over parameters, and over the mesh axes that split these, by group.
+    """Sums trees of numbers over the parameters of each group, and over the mesh axes that split them.
 
-    All that is split alike is summed over the devices at once.
+    Parameters that are split over the same axes share one sum over the devices.
 
     Args:
         where: the function to name in an error.
-        parts: the group, the tree of each parameter, and the parameter.
+        parts: for each parameter, its group, its tree of numbers, and the parameter.
         axes: the mesh axes.
-        dtype: that of the sums, if it is not that of the numbers.
+        dtype: the dtype of the sums; by default the dtype of the numbers.
     """
     sums: dict[Names, dict[str, Any]] = {}
     with jax.numpy_dtype_promotion("standard"):
@@ -77,5 +77,5 @@ def added_up(where: str, parts: Sequence[tuple[str, Any, Any]], axes: Names, dty
 
 
 def total(x: Any, axes: Names) -> Any:
-    """The sum over all devices of some mesh axes, of arrays or trees of them."""
+    """The sum of an array, or of each array of a tree, over all devices of the mesh axes."""
     return jax.lax.psum(x, axes) if axes else x

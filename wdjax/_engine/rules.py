@@ -1,4 +1,4 @@
-"""What every rule set is: a decision for each parameter, times factors, read as a mask, as rates or as labels."""
+"""The base class of rule sets. A rule set is a decision for each parameter, times factors: a mask, rates or labels."""
 
 import abc
 import dataclasses
@@ -18,13 +18,13 @@ _KINDS: dict[str, type["Rules"]] = {}
 
 
 class Decision(NamedTuple):
-    """What a rule set says of one parameter.
+    """The decision of a rule set on one parameter.
 
     Attributes:
         value: a boolean, a rate or multiplier, a schedule, a `PerLayer`, or a label.
-        rule: the rule that decided, as it is written.
-        reason: why it applies, in a few words.
-        factors: what else multiplies the value.
+        rule: the rule that decided, as the user wrote it.
+        reason: why the rule applies, in a few words.
+        factors: further factors of the value.
     """
 
     value: Any
@@ -34,7 +34,7 @@ class Decision(NamedTuple):
 
 
 class PerLayer(NamedTuple):
-    """A multiplier for each layer of a stacked parameter: `values[i]` for index i of axis `axis`."""
+    """One multiplier for each layer of a stacked parameter: `values[i]` for index i along `axis`."""
 
     values: tuple[float, ...]
     axis: int
@@ -47,16 +47,16 @@ class PerLayer(NamedTuple):
 
 
 def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
-    """The axis that stacks layers, if a factor has a number for each layer.
+    """The axis that stacks layers, if a factor has one number for each layer.
 
     Raises:
-        ValueError: if several axes do.
+        ValueError: if the factors have numbers along several axes.
     """
     axes = sorted({factor.axis for factor in factors if isinstance(factor, PerLayer)})
     if len(axes) > 1:
         raise ValueError(
             f"{where}: by_depth: the multipliers of {path!r} lie along several axes, {axes}. Layers are stacked along "
-            "one: write the product of the factors into one by_depth."
+            "one axis: write one by_depth with the product of the factors."
         )
     return tuple(axes)
 
@@ -66,8 +66,8 @@ class Tree(NamedTuple):
 
     Attributes:
         where: the function to name in an error.
-        leaves: all of them, holes too.
-        required: the indices of those for which no answer is an error.
+        leaves: all leaves, including holes.
+        required: the indices of the leaves that a rule must cover.
     """
 
     where: str
@@ -77,13 +77,13 @@ class Tree(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Rules(abc.ABC):
-    """Who decays and how strongly: made by `by_path`, `only`, `all_but`, `weights_only`, `by_depth` and `by_width`.
+    """What decays and how strongly: made by `by_path`, `only`, `all_but`, `weights_only`, `by_depth` and `by_width`.
 
-    It is an object and no function, so nothing takes it for a schedule. Give it to wdjax as it is; give its method
-    `mask` to the `mask=` arguments of Optax, and its method `values` to `optax.partition`.
+    A rule set is an object, not a function, so it can't be mistaken for a schedule. Pass it to wdjax directly. Pass its
+    method `mask` to the `mask=` arguments of Optax, and its method `values` to `optax.partition`.
 
-    Multipliers become rates by `rate * rules`, where the rate is a number, a 0-d array, a schedule or another rule set
-    of multipliers: `schedule * by_path({"embedding": 0.1}, default=1.0)`, `0.1 * by_depth("Block_*", 0.75)`.
+    `rate * rules` turns multipliers into rates. The rate is a number, a 0-d array, a schedule or another rule set of
+    multipliers: `schedule * by_path({"embedding": 0.1}, default=1.0)`, `0.1 * by_depth("Block_*", 0.75)`.
     """
 
     factors: tuple[Any, ...] = ()
@@ -97,48 +97,48 @@ class Rules(abc.ABC):
             _KINDS[kind] = cls
 
     def mask(self, params: PyTree) -> PyTree:
-        """The tree of booleans for `params`; integers, booleans and keys are never decayed and get False.
+        """The tree of booleans for `params`. Integers, booleans and keys never decay and get False.
 
         Raises:
             TypeError: if the values of the rules are not booleans.
-            ValueError: if a rule matches nothing or never decides, or a parameter is not covered.
+            ValueError: if a rule matches nothing or never decides, or if no rule covers a parameter.
         """
         leaves = trees.flatten_with_paths(params)
         return _like(params, leaves, flags_of(self, "Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
-        """The tree of each leaf's value: labels, booleans, rates, multipliers, schedules.
+        """The tree of each leaf's value: labels, booleans, rates, multipliers or schedules.
 
-        What multiplies the rules multiplies the values. The multipliers of a stacked parameter are an array that
-        broadcasts against it.
+        The values include the factors of the rules. The multipliers of a stacked parameter are an array that broadcasts
+        against it.
 
         Raises:
-            ValueError: if a rule matches nothing or never decides, or a leaf (of any dtype) is not covered.
+            ValueError: if a rule matches nothing or never decides, or if no rule covers a leaf (of any dtype).
         """
         leaves = trees.flatten_with_paths(params)
         found = decisions(self, "Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
         return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(found, leaves, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The rules in plain dictionaries, lists, texts, numbers and booleans, for JSON, TOML or a tracker.
+        """The rules as plain dictionaries, lists, strings, numbers and booleans, for JSON, TOML or a tracker.
 
         Raises:
-            TypeError: if they hold a function: a predicate or a schedule.
+            TypeError: if the rules hold a function (a predicate or a schedule).
         """
         written = {self.kind: self._arguments()}
         return {**written, "times": [plain(factor) for factor in self.factors]} if self.factors else written
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Rules":
-        """The rules that `to_dict` wrote, or that a person wrote like it into a configuration file.
+        """The rules from a dictionary that `to_dict` wrote, or from a configuration file in the same format.
 
         Raises:
-            TypeError, ValueError: if `data` is nothing that `to_dict` writes.
+            TypeError, ValueError: if `data` is not in the format of `to_dict`.
         """
         kinds = [kind for kind in _KINDS if isinstance(data, Mapping) and kind in data]
         if len(kinds) != 1 or set(data) - {kinds[0], "times"}:
             raise ValueError(
-                f"Rules.from_dict: one of the keys {', '.join(map(repr, _KINDS))} was expected, and perhaps 'times', "
+                f"Rules.from_dict: expected one of the keys {', '.join(map(repr, _KINDS))}, and optionally 'times', "
                 f"got {list(data) if isinstance(data, Mapping) else data!r}. "
                 "Write {'by_path': {'rules': [{'match': 'bias', 'value': 0.0}], 'default': 0.1}}."
             )
@@ -158,8 +158,8 @@ class Rules(abc.ABC):
             check_rates(factor, factor.kind)
         elif np.ndim(factor) > 0:
             raise TypeError(
-                f"{self.kind}: a table of rates times an array of shape {np.shape(factor)}. Optax takes no "
-                "table for weight_decay: use wdjax.adamw or wdjax.decoupled_decay. The factor of a table is a scalar."
+                f"{self.kind}: the factor of a table must be a scalar, got an array of shape {np.shape(factor)}. "
+                "Optax accepts no table as weight_decay: use wdjax.adamw or wdjax.decoupled_decay."
             )
         else:
             factor = checks.rate(self.kind, "the factor of a table", factor, write=f"0.1 * {TABLE}")
@@ -168,16 +168,16 @@ class Rules(abc.ABC):
     __rmul__ = __mul__
 
     def __bool__(self) -> bool:
-        # Optax would take the rule set for one leaf that says yes to everything.
+        # Optax would take the rule set for a mask of one leaf that is true.
         raise TypeError(
-            f"{self!r} has no truth value. Optax takes its method: optax.adamw(..., mask=rules.mask), "
+            f"{self!r} has no truth value. Give Optax its method: optax.adamw(..., mask=rules.mask), "
             "optax.masked(optimizer, rules.mask)."
         )
 
     def _no_algebra(self, *_: Any) -> Any:
         raise TypeError(
-            "Rules: masks are not joined by &, |, ~ or -. Exceptions go first, and the first match wins: "
-            "by_path({'head': False}, default=weights_only()); the opposite of only(...) is all_but(...)."
+            "Rules: masks do not support &, |, ~ or -. Write exceptions first, since the first match wins: "
+            "by_path({'head': False}, default=weights_only()). The opposite of only(...) is all_but(...)."
         )
 
     __and__ = __rand__ = __or__ = __ror__ = __sub__ = __rsub__ = __invert__ = _no_algebra
@@ -187,10 +187,10 @@ class Rules(abc.ABC):
 
     @abc.abstractmethod
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        """The decisions on the leaves of these indices; a leaf that no rule covers is left out.
+        """The decisions on the leaves at these indices. A leaf that no rule covers is left out.
 
         Raises:
-            ValueError: if it can't decide on one that is required, or a rule of its own is no use.
+            ValueError: if it can't decide on a required leaf, or if one of its rules has no effect.
         """
 
     @abc.abstractmethod
@@ -199,27 +199,27 @@ class Rules(abc.ABC):
 
     @abc.abstractmethod
     def _written(self) -> str:
-        """The call that makes it, without its factors."""
+        """The call that makes the rule set, without its factors."""
 
     @abc.abstractmethod
     def _arguments(self) -> dict[str, Any]:
-        """Its arguments, without its factors, in plain dictionaries, lists, texts, numbers and booleans."""
+        """The arguments of that call, as plain dictionaries, lists, strings, numbers and booleans."""
 
     @classmethod
     @abc.abstractmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> "Rules":
-        """What `_arguments` was written from."""
+        """The rule set from what `_arguments` returned."""
 
 
 def flags_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False) -> list[Any]:
-    """Each leaf's boolean or array of booleans, for an error in the name of the function `where`."""
+    """Each leaf's boolean or array of booleans. Errors name the function `where`."""
     check_booleans(rules, where)
     pairs = zip(decisions(rules, where, leaves), leaves, strict=True)
     return [d.value if d is not None and (of_all or trees.is_decayable(leaf)) else False for d, (_, leaf) in pairs]
 
 
 def rates_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-    """Each leaf's rate as the factors whose product it is (numbers, arrays, schedules, `PerLayer`)."""
+    """Each leaf's rate as a tuple of factors: numbers, arrays, schedules and `PerLayer`."""
     check_rates(rules, where)
     return [(0.0,) if d is None else (*d.factors, d.value) for d in decisions(rules, where, leaves)]
 
@@ -227,7 +227,7 @@ def rates_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]]) -> lis
 def decisions(
     rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], covers: Callable[[Any], bool] = trees.is_decayable
 ) -> list[Decision | None]:
-    """The decision on each leaf; None for one that no rule covers and `covers` does not ask for."""
+    """The decision on each leaf; None if no rule covers it. Leaves that `covers` selects must be covered."""
     if not leaves:
         return []
     required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
@@ -237,7 +237,7 @@ def decisions(
 
 
 def answers(rules: Rules, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-    """The decisions with the factors of these rules in them; a leaf that no rule covers is left out."""
+    """The decisions, with the factors of the rules included. A leaf that no rule covers is left out."""
     decided = rules._decide(tree, asked)
     for factor in reversed(rules.factors):
         if isinstance(factor, Rules):
@@ -249,35 +249,35 @@ def answers(rules: Rules, tree: Tree, asked: Sequence[int]) -> dict[int, Decisio
 
 
 def check_booleans(rules: Rules, where: str) -> None:
-    """Refuses rates or labels as a mask."""
+    """Raises an error for rates or labels as a mask."""
     wrong = [v for v in possible_values(rules) if not is_flag(v)]
     if wrong or rules.factors:
         raise TypeError(
-            f"{where}: a mask says True or False, and {rules!r} holds {wrong[0] if wrong else 'rates'!r}. "
-            "A table of rates is given as the rate itself, a table of multipliers as a rate times the table: "
+            f"{where}: a mask says True or False, but {rules!r} holds {wrong[0] if wrong else 'rates'!r}. "
+            "Give a table of rates as the rate itself, and a table of multipliers as a rate times the table: "
             "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
         )
 
 
 def check_rates(rules: Rules, where: str) -> None:
-    """Refuses booleans or labels as rates."""
+    """Raises an error for booleans or labels as rates."""
     for value in possible_values(rules):
         if isinstance(value, str) or is_flag(value):
             raise TypeError(
-                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, and {rules!r} holds {value!r}. "
-                f"A table of booleans is a mask, and stands beside a rate: weight_decay=0.1, mask=only('kernel'). "
+                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, but {rules!r} holds {value!r}. "
+                f"A table of booleans is a mask, which needs a rate too: weight_decay=0.1, mask=only('kernel'). "
                 f"Write rates by path as {TABLE}."
             )
 
 
 def possible_values(rules: Rules) -> list[Any]:
-    """Every value that a decision may have."""
+    """Every value that a decision of these rules may have."""
     return rules._values()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PerParameter(Rules, kind="a tree of rates", is_written=False):
-    """A tree like params whose leaves are rates: numbers, arrays or schedules, and None for 0."""
+    """A tree like params whose leaves are rates: numbers, arrays, schedules, or None for 0."""
 
     rates: dict[str, Any]
 
@@ -289,8 +289,8 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
         if missing or extra:
             raise ValueError(
                 f"{tree.where}: a tree of rates must have the structure of params. It lacks {missing[:5]}, and params "
-                f"lack {extra[:5]}. Write jax.tree.map(lambda p: 0.1, params), with None for what does not decay. "
-                f"Rates by pattern are {TABLE}."
+                f"lack {extra[:5]}. Write jax.tree.map(lambda p: 0.1, params), with None where nothing decays. "
+                f"Write rates by pattern as {TABLE}."
             )
         rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}
         return {i: Decision(0.0 if rate is None else rate, self.kind) for i, rate in rates.items()}
@@ -302,7 +302,7 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
         return f"<{self.kind}>"
 
     def _arguments(self) -> dict[str, Any]:
-        raise TypeError("Rules.to_dict: a tree of rates can't be written into a file. Write rates by path: by_path.")
+        raise TypeError(f"Rules.to_dict: a tree of rates can't be written to a file. Write rates by path, as {TABLE}.")
 
     @classmethod
     def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
@@ -310,7 +310,7 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
 
 
 def rate_or_rules(where: str, name: str, value: Any) -> Any:
-    """Checks a rate: a number, a 0-d array, a schedule, a rule set or a tree of these; gives a tree as a rule set.
+    """Checks a rate: a number, a 0-d array, a schedule, a rule set, or a tree of rates, which becomes a rule set.
 
     Raises:
         TypeError, ValueError: as `checks.rate`.
@@ -329,12 +329,12 @@ def _rate_at(where: str, name: str, path: str, rate: Any) -> Any:
 
 
 def is_flag(value: Any) -> bool:
-    """Whether a value says yes or no: a boolean, or an array of booleans for parts of a parameter."""
+    """Whether a value is a boolean, or an array of booleans for parts of a parameter."""
     return isinstance(value, bool) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool)
 
 
 def plain(value: Any) -> Any:
-    """A value of a rule set as JSON and TOML know it.
+    """A value of a rule set, as JSON and TOML can hold it.
 
     Raises:
         TypeError: for a schedule or a traced rate.
@@ -345,7 +345,7 @@ def plain(value: Any) -> Any:
         return value
     if callable(value) or is_traced(value) or np.ndim(value):
         raise TypeError(
-            f"Rules.to_dict: {value!r} can't be written into a file. Write the table with multipliers, and multiply "
+            f"Rules.to_dict: {value!r} can't be written to a file. Write a table of multipliers, and multiply "
             "it in code: weight_decay=schedule * rules."
         )
     return float(value)
@@ -357,17 +357,17 @@ def from_plain(value: Any) -> Any:
 
 
 def entries(of: str, written: Any, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
-    """A dictionary that `to_dict` wrote, as it is.
+    """Checks a dictionary that `to_dict` wrote, and returns a copy of it.
 
     Raises:
-        TypeError: if it is none.
-        ValueError: if it lacks an entry, or has one that is not known.
+        TypeError: if it is not a dictionary.
+        ValueError: if it lacks an entry or has an unknown one.
     """
     if not isinstance(written, Mapping):
         raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {written!r}.")
     lacks, unknown = sorted(required - set(written)), sorted(set(written) - required - optional, key=str)
     if lacks or unknown:
-        fault = f"lacks {lacks}" if lacks else f"has the unknown {unknown}"
+        fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
         may = f", and may have {sorted(optional)}" if optional else ""
         raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {sorted(required)}{may}, got {dict(written)!r}.")
     return dict(written)
@@ -380,7 +380,7 @@ def _times(first: Decision, second: Decision) -> Decision:
 
 
 def _product(decision: Decision | None, leaf: Any) -> Any:
-    """The value of a decision times its factors, as a person would write the product."""
+    """The value of a decision times its factors, in the simplest form."""
     if decision is None:
         return None
     parts = (*decision.factors, decision.value)

@@ -1,22 +1,22 @@
-"""Which updates are steps: some optimizers do not step at every update, and what is around them waits with them."""
+"""Which updates are steps: some optimizers skip updates, and the transformations around them must skip them too."""
 
 from typing import Any
 
 import jax
 import optax
 
-# What skips a step as a whole, and where it keeps the state of what it wraps.
+# The wrappers that may skip a whole step, and the field with the state of the optimizer they wrap.
 SKIPPING = {optax.MultiStepsState: "inner_opt_state", optax.ApplyIfFiniteState: "inner_state"}
 
 
 def nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """The outermost nodes of these types in a state."""
+    """The outermost nodes of these types in a state, in order."""
     found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return [node for node in found if isinstance(node, kinds)]
 
 
 def stepped(before: Any, after: Any) -> tuple[jax.Array, ...]:
-    """For each wrapper in the state that may skip a step, whether it stepped: a boolean, to multiply a rate with."""
+    """For each wrapper in the state that may skip a step, whether it stepped, as a boolean factor for a rate."""
     flags: tuple[jax.Array, ...] = ()
     for old, new in zip(*(nodes(state, tuple(SKIPPING)) for state in (before, after)), strict=True):
         flags += (new.gradient_step > old.gradient_step if isinstance(new, optax.MultiStepsState) else new.last_finite,)

@@ -1,10 +1,10 @@
 """The leaves of a parameter tree, each with its canonical path.
 
 A parameter has one name, its *canonical path*: the keys that lead to it, joined by "/". Libraries put more than
-parameters into a tree: an NNX `Variable` or a Linen `Partitioned` box around an array, `None` where an Equinox
-filter took a leaf out, `optax.MaskedNode` where `optax.masked` did. Boxes leave no trace in the path, so that the
-tree that `init` sees (NNX Variables) and the one that `update` sees (bare arrays) name their parameters alike.
-The other two are *holes*: places that a rule may speak of but that hold nothing to decay.
+parameters into a tree: an NNX `Variable` or a Linen `Partitioned` box around an array, `None` where an Equinox filter
+removed a leaf, `optax.MaskedNode` where `optax.masked` did. Boxes do not appear in the path, so that a parameter has
+the same path in `init` (which sees NNX Variables) and in `update` (which sees bare arrays). `None` and `MaskedNode` are
+*holes*: rules may name these places, but they hold nothing to decay.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PyTree = Any
 
 
 class Leaf(NamedTuple):
-    """What a rule may know of a parameter: nothing here depends on values, so a rule is decided while tracing."""
+    """What a rule may know about a parameter. It holds no values, so that rules can be decided during tracing."""
 
     path: str
     shape: tuple[int, ...]
@@ -39,9 +39,10 @@ class Leaf(NamedTuple):
 
 
 class Hidden(optax.MaskedNode):
-    """The place of a parameter that an optimizer is not to see; unlike Optax's own it says what stood there.
+    """A hole for a parameter that is hidden from an optimizer. Unlike `optax.MaskedNode`, it keeps shape and dtype.
 
-    So a rule inside decides as it would on the whole tree: a norm is told by its bias, a stack by its height.
+    So the rules inside that optimizer decide as on the whole tree. For example, they recognize a norm by its bias, and
+    the number of layers by the size of a stack.
     """
 
     shape: tuple[int, ...] = ()
@@ -60,7 +61,7 @@ class _Remembered:
     shape: tuple[int, ...]
     dtype: Any
 
-    # Two trees with the same places hidden are trees of one structure, whatever stood there.
+    # Two trees with the same holes have the same structure, whatever was hidden there.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Remembered)
 
@@ -81,7 +82,7 @@ _HOLES = (type(None), optax.MaskedNode)
 
 
 def canonical_paths(params: PyTree) -> list[str]:
-    """The canonical path of every leaf, in the order of the tree: what patterns are compared with.
+    """The canonical path of every leaf, in the order of the tree. Patterns are matched against these paths.
 
     Example:
 
@@ -93,7 +94,7 @@ def canonical_paths(params: PyTree) -> list[str]:
 
 
 def is_hole(node: Any) -> bool:
-    """Whether this place of a tree holds no parameter: `None`, or what `optax.masked` leaves behind."""
+    """Whether a node is a hole: `None`, or the `MaskedNode` that `optax.masked` leaves."""
     return isinstance(node, _HOLES)
 
 
@@ -107,7 +108,7 @@ def is_decayable(leaf: Any) -> bool:
 
 @functools.cache
 def _is_inexact(dtype: Any) -> bool:
-    # A `Leaf` has the type of what is no array for its dtype.
+    # The dtype of a `Leaf` that describes a Python number is its type.
     is_python = type(dtype) is type and not issubclass(dtype, np.generic)
     return dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)
 
@@ -125,7 +126,7 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
-            f"wdjax: two parameters have the path {twice!r}, as {{'a/b': ...}} beside {{'a': {{'b': ...}}}} have. "
+            f"wdjax: two parameters have the path {twice!r}, as in {{'a/b': ..., 'a': {{'b': ...}}}}. "
             "Rename one: a rule by path could not tell them apart."
         )
     return found
@@ -137,18 +138,18 @@ def structure(tree: PyTree) -> Any:
 
 
 def check_broadcasts(where: str, what: str, array: Any, shape: tuple[int, ...]) -> None:
-    """Refuses an array that does not broadcast against a parameter of this shape."""
+    """Raises an error if an array does not broadcast against a parameter of this shape."""
     sizes = np.shape(array)
     pairs = zip(reversed(sizes), reversed(shape), strict=False)
     if len(sizes) > len(shape) or any(size not in (1, of_param) for size, of_param in pairs):
         raise ValueError(
             f"{where}: {what} is an array of shape {sizes}, which does not broadcast against the parameter's shape "
-            f"{shape}. Give an array of {shape}, or with axes of size 1, or one number."
+            f"{shape}. Give an array of shape {shape}, where axes may have size 1, or one number."
         )
 
 
 def describe(path: str, leaf: Any) -> Leaf:
-    """The description of a leaf that predicates get."""
+    """The description of a leaf, as predicates get it."""
     if is_hole(leaf) and not isinstance(leaf, Hidden):
         return Leaf(path, (), None)
     shape = (_shapes_taken.get() or {}).get(path, getattr(leaf, "shape", ()))
@@ -161,7 +162,7 @@ _shapes_taken: contextvars.ContextVar[_Shapes | None] = contextvars.ContextVar("
 
 @contextlib.contextmanager
 def shapes_taken_for(shapes: _Shapes) -> Iterator[None]:
-    """Lets rules take leaves for larger ones: they decide on small copies of a model as on the model."""
+    """Makes rules see leaves with these shapes, so that they decide on small copies of a model as on the model."""
     token = _shapes_taken.set(shapes)
     try:
         yield
@@ -170,7 +171,7 @@ def shapes_taken_for(shapes: _Shapes) -> Iterator[None]:
 
 
 def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
-    """Warns where one array stands in two places of a tree: updates, and decays, would tell the two apart."""
+    """Warns if one array occurs twice in a tree: each occurrence would get its own update and its own decay."""
     paths: dict[int, list[str]] = {}
     for path, leaf in leaves:
         if isinstance(leaf, (jax.Array, np.ndarray)):
@@ -179,30 +180,30 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
     if tied:
         more = f" (and {len(tied) - 1} more such arrays)" if len(tied) > 1 else ""
         checks.warn(
-            f"{where}: {tied[0]} are one array{more}. In a tree of arrays they are parameters of their own: each gets "
-            "its own update and its own decay, and the first step parts them. To keep them tied, have the array once "
-            "in params and use it twice in the model: with NNX share the Variable and take nnx.state(model), with "
-            "Equinox eqx.nn.Shared. To start alike, copy it."
+            f"{where}: {tied[0]} are one array{more}. In a tree of arrays they are separate parameters: each gets its "
+            "own update and its own decay, and they differ after the first step. To keep them tied, put the array into "
+            "params once and use it twice in the model: in NNX share the Variable and take nnx.state(model), in "
+            "Equinox use eqx.nn.Shared. If they should only start equal, copy the array."
         )
 
 
 def beside(
     where: str, tree: PyTree, params: PyTree, paths: Sequence[str]
 ) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
-    """What stands in a tree at the place of each parameter, and how to build the tree anew.
+    """The leaf of a tree that belongs to each parameter, and a function that rebuilds the tree from new leaves.
 
     Args:
         where: the function to name in an error.
-        tree: a tree like params, such as updates. It may have holes, and lack boxes that params have.
+        tree: a tree like params, such as updates. It may have holes, and it may lack boxes that params have.
         params: the parameters.
         paths: their canonical paths, for the error.
 
     Returns:
-        The leaf of the tree for each parameter, None where there is none; and a function that gives the tree with
-        other leaves for them. The structure and the holes of the tree stay.
+        The leaf of the tree for each parameter, or None; and a function that returns the tree with new leaves. The
+        tree keeps its structure and its holes.
 
     Raises:
-        ValueError: if the tree has another structure than `params`.
+        ValueError: if the tree and `params` have different structures.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
     params_def = structure(params)
@@ -218,7 +219,7 @@ def beside(
         if len(indices) == 1:
             places[n] = indices[0]
             found[indices[0]] = leaf
-        elif is_hole(leaf):  # A hole may stand for a whole part of the parameters.
+        elif is_hole(leaf):  # A hole may stand for a whole subtree of parameters.
             places[n] = None
         else:
             raise ValueError(_structure_message(where, tree, paths))
@@ -236,9 +237,9 @@ def of_each(
     leaf_fn: Callable[[Any], Any],
     other_fn: Callable[[Any], Any] = lambda x: None,
 ) -> PyTree:
-    """The tree with `leaf_fn` of the leaves that `acts` selects, arrays or their shapes, and `other_fn` of the others.
+    """Maps `leaf_fn` over the leaves that `acts` selects (arrays or their shapes), and `other_fn` over the others.
 
-    A box that loses its content becomes None: Flax would ask it for the sharding of its content.
+    A box whose leaves all vanish becomes None, because Flax would ask it for the sharding of its content.
     """
     boxes = box_types()
 
@@ -257,13 +258,13 @@ def _structure_message(where: str, updates: PyTree, paths: Sequence[str]) -> str
     found = {path for path, _ in flatten_with_paths(updates)}
     if found == set(paths):
         return (
-            f"{where}: updates and params have the same paths in different containers (a list for a tuple, a dict "
-            f"for a FrozenDict): updates are {jax.tree.structure(updates)}. Give both in the containers of params."
+            f"{where}: updates and params have the same paths in different containers (such as a list and a tuple): "
+            f"updates are {jax.tree.structure(updates)}. Use the containers of params for both."
         )
     return (
         f"{where}: updates and params are trees of different structure. "
         f"Only in updates: {sorted(found - set(paths))[:5]}; only in params: {sorted(set(paths) - found)[:5]}. "
-        "Pass the parameters that the gradients were taken of: optimizer.update(grads, state, params)."
+        "Pass the parameters that the gradients belong to: optimizer.update(grads, state, params)."
     )
 
 
@@ -271,7 +272,7 @@ def _walk(
     tree: PyTree, prefix: tuple[str, ...], is_stop: Callable[[Any], bool], *, box: bool = False
 ) -> list[tuple[tuple[str, ...], Any]]:
     found = []
-    # The root of a box is not its own leaf, and the key under it ("value") is not part of the path.
+    # We look inside the box, so its root is not a leaf, and its own key ("value") is not part of the path.
     stop = (lambda x: x is not tree and is_stop(x)) if box else is_stop
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
         path = prefix + tuple(map(key_text, keys[1:] if box else keys))
@@ -295,7 +296,7 @@ def key_text(key: Any) -> str:
 
 
 def box_types() -> tuple[type, ...]:
-    # A box in the tree means that its library is imported already; wdjax itself needs no Flax.
+    # If the tree has a box, its library is imported already. wdjax itself does not need Flax.
     names = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(kind for kind in found if isinstance(kind, type))

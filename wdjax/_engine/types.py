@@ -10,13 +10,13 @@ import optax
 from .rules import Rules
 
 Params: TypeAlias = Any  # A tree of parameters.
-Schedule: TypeAlias = optax.Schedule  # From the number of updates so far to a number.
+Schedule: TypeAlias = optax.Schedule  # Maps the number of updates so far to a number.
 Number: TypeAlias = float | np.number[Any] | np.ndarray[Any, Any] | jax.Array  # Arrays of shape ().
 
-# A number, a schedule, a table by path, or a tree like params of numbers, schedules and arrays.
+# A number, a schedule, a table by path, or a tree like params whose leaves are numbers, schedules or arrays.
 Rate: TypeAlias = Number | Schedule | Rules | Mapping[Any, Any] | Sequence[Any]
 
-# Rules of booleans, a tree or prefix tree of booleans (or of arrays of booleans), or a function of params to one.
+# Rules of booleans, a tree or prefix tree of booleans (or of arrays of booleans), or a function from params to one.
 Mask: TypeAlias = Rules | Callable[[Params], Params] | Params | None
 
 # A tree like params, or the values at `init`; None for zero.

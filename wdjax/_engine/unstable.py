@@ -1,9 +1,8 @@
-"""Everything that wdjax uses of the unstable parts of JAX, each with a fallback.
+"""Every use of JAX's unstable API, each with a fallback.
 
-What JAX documents as stable is imported where it is used. What is experimental (`jax.experimental`), semi-public
-(`jax.core`, `jax.extend`) or an attribute of an abstract value stands here and nowhere else. Without these parts some
-programs compile more slowly, and arrays within `shard_map` are taken to be split as the caller says. What a decay
-computes stays the same.
+Stable API is imported where it is used. Anything experimental (`jax.experimental`) or semi-public (`jax.core`,
+`jax.extend`), and every attribute of an abstract value, is used only here. Without this API some programs compile more
+slowly, and arrays within `shard_map` count as split over every axis that the caller names. Decays stay the same.
 """
 
 import functools
@@ -36,21 +35,21 @@ except ImportError:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is a JAX tracer, as within `jax.jit`, `jax.grad` or `jax.vmap`."""
+    """Whether a value is a JAX tracer, as it is within `jax.jit`, `jax.grad` or `jax.vmap`."""
     if Tracer is not None:
         return isinstance(value, Tracer)
     if not isinstance(value, jax.Array):
         return False
     try:
         return not hasattr(value, "is_fully_addressable")
-    except TypeError:  # jax.errors.ConcretizationTypeError: a traced array lies nowhere.
+    except TypeError:  # jax.errors.ConcretizationTypeError: a traced array is not on any device.
         return True
 
 
 def varying_axes(x: Any) -> frozenset[Any]:
-    """The mesh axes along which an array is known to differ: none outside `shard_map` and with `check_vma=False`.
+    """The mesh axes along which an array is known to differ. Empty outside `shard_map` and with `check_vma=False`.
 
-    If JAX does not report them, the set is empty, and wdjax trusts the caller.
+    If JAX does not report the axes, the set is also empty, and wdjax trusts the caller.
     """
     kind = jax.typeof(x)
     found = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
@@ -60,25 +59,25 @@ def varying_axes(x: Any) -> frozenset[Any]:
 
 
 def may_be_split(x: Any) -> bool:
-    """Whether an array may lie on several devices. Within jit its type has the mesh, if not the partition."""
+    """Whether an array may be on several devices. Within jit, its type may know the mesh but not the partition."""
     mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
     return getattr(mesh, "size", 2) > 1
 
 
 def explicit_axes(x: Any) -> Any:
-    """How an array is split over the explicit axes of a mesh; equal for all arrays where there are none."""
+    """How an array is split over the explicit axes of a mesh. Without explicit axes, it is equal for all arrays."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
 
 
 def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like: Any) -> Any:
-    """Calls a function of arrays within jit. On a mesh with explicit axes these are automatic inside of it.
+    """Calls a function of arrays within jit. Explicit axes of a mesh are automatic inside the function.
 
-    So any rule can be written as if there was no mesh: XLA decides how to split what is in between.
+    So rules can be written as if there were no mesh: XLA decides how to split intermediate arrays.
 
     Args:
-        function: what to call.
-        arguments: what it is called with.
-        like: arrays that are split as the results are to be; None if these are to be whole on every device.
+        function: the function.
+        arguments: its arguments.
+        like: arrays with the sharding that the results should get; None for results that are whole on every device.
     """
     explicit = [x for x in jax.tree.leaves(arguments) if _has_explicit_axes(x)]
     if auto_axes is None or not explicit:
@@ -87,7 +86,7 @@ def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like:
     whole_everywhere = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec())
 
     def sharding_of(x: Any) -> Any:
-        # JAX forgets the mesh of zeros that are made within jit and without `jax.set_mesh`.
+        # JAX forgets the mesh of zeros that are made within jit but without `jax.set_mesh`.
         is_known, kind = _has_explicit_axes(x), jax.typeof(x)
         return kind.sharding if is_known else first.sharding if kind.shape == first.shape else whole_everywhere
 
@@ -101,11 +100,11 @@ def _has_explicit_axes(x: Any) -> bool:
 
 
 def as_arguments(numbers: Sequence[Any], likes: Iterable[Any]) -> list[Any]:
-    """Numbers as what a compiler takes for data, if there are several and something in `likes` is traced.
+    """Hides numbers from the compiler's constant folding, if there are several and something in `likes` is traced.
 
-    A constant is folded into the loop that uses it, and loops with other constants are compiled one by one. XLA's CPU
-    compiler treats what comes out of a call that it may not inline as it treats an argument, so that a thousand rates
-    compile in the time of one. Elsewhere they stay constants.
+    XLA folds a constant into the loop that uses it, and compiles loops with different constants one by one. On the CPU,
+    XLA treats the result of a call that it may not inline like an argument. So a thousand rates compile in the time of
+    one. On other platforms the numbers stay constants.
     """
     distinct = dict.fromkeys(zip(numbers, (n.dtype for n in numbers), strict=True))
     if set_xla_metadata is None or len(distinct) < 2 or not any(is_traced(like) for like in likes):
@@ -128,7 +127,7 @@ def _constants(values: tuple[Any, ...]) -> list[jax.Array]:
 
 
 def whole(x: Any) -> np.ndarray:
-    """The values of an array, including those that lie on other processes. All processes must call it."""
+    """The values of an array, including those on other processes. All processes must call it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     if process_allgather is None:

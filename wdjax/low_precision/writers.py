@@ -1,4 +1,4 @@
-"""The writers: last in a chain, they give `optax.apply_updates` an update that lands on the number that they chose."""
+"""Writers come last in a chain. They choose the new weights and return updates with which `apply_updates` hits them."""
 
 from typing import Any, NamedTuple
 
@@ -13,14 +13,14 @@ from .._engine.loop import Action, DecayState
 from .rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
-NARROW_UPDATES = "a decay that is small beside the gradient's part is rounded away before it gets here"
+NARROW_UPDATES = "a decay that is much smaller than the gradient's part is rounded away before it gets here"
 
 
 class StochasticRoundingState(NamedTuple):
     """The state of `stochastic_rounding`.
 
     Attributes:
-        count: shape (), int32: the updates so far; with the seed it gives the random numbers of the next.
+        count: shape (), int32: the number of updates so far. With the seed, it determines the next random numbers.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -30,8 +30,8 @@ class CompensatedState(NamedTuple):
     """The state of `compensated`.
 
     Attributes:
-        residual: a tree like params, int16: how much higher the weights should be, in 2^-16 parts of the distance of
-            two neighbouring weights; None for what is not compensated.
+        residual: a tree like params, int16: what is missing from the weights, in units of 2^-16 of the spacing of
+            neighboring weights. None for leaves that are not compensated.
     """
 
     residual: PyTree
@@ -41,7 +41,7 @@ class MasterWeightsState(NamedTuple):
     """The state of `master_weights`.
 
     Attributes:
-        weights: a tree like params: the weights in float32; None for those that have at least float32 themselves.
+        weights: a tree like params: the weights in float32. None for leaves that already have at least float32.
     """
 
     weights: PyTree
@@ -52,30 +52,30 @@ WRITERS = (StochasticRoundingState, CompensatedState, MasterWeightsState)
 
 @checks.known_arguments
 def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.GradientTransformation:
-    """Rounds weights of low precision up or down at random, so that on average they are where they should be.
+    """Rounds weights of low precision up or down at random, so that they are correct on average.
 
-    Rule:   p + u is rounded to one of its two neighbours in the dtype of p, to the upper with the probability
-            (p + u - lower) / (upper - lower): the mean is p + u. What p can hold exactly is not rounded.
-    Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`.
-    Units:  those of the update. With zero gradient the mean of many weights follows the closed form of the decay. One
-            weight walks around it at random, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
+    Rule:   p + u is rounded to one of its two neighbors in the dtype of p, to the upper one with the probability
+            (p + u - lower) / (upper - lower), so the mean is p + u. Values that the dtype can hold are not rounded.
+    Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
+    Units:  those of the update. With zero gradient, the mean of many weights follows the closed form of the decay. A
+            single weight deviates from it in a random walk, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
     Source: Gupta et al. 2015; for weight decay Zamirai et al. 2020 (arXiv 2010.06192).
 
     Args:
-        seed: an integer or 0-d integer array (traced is fine). The same seed and count give the same random numbers
-            on any number of devices, whatever the sharding, and on every replica of `pmap`. Inside `shard_map` a
-            device sees its shard only: there add `jax.lax.axis_index` of the axes that params are sharded over. Under
-            `vmap` all members draw alike, unless the seed is one of what it maps.
+        seed: an integer or 0-d integer array (may be traced). The same seed and count give the same random numbers on
+            any number of devices, with any sharding, and on every replica of `pmap`. Inside `shard_map` a device sees
+            only its shard: add `jax.lax.axis_index` of the axes that params are sharded over to the seed. Under `vmap`
+            all members draw the same numbers, unless the seed is mapped.
 
     Returns:
-        An `optax.GradientTransformation` with a `StochasticRoundingState`; its `update` needs `params`. The updates of
-        parameters below float32 come out in float32, all others as they came in.
+        An `optax.GradientTransformation` with a `StochasticRoundingState`. Its `update` needs `params`. The updates of
+        parameters below float32 become float32. All others keep their dtype.
 
     Raises:
-        TypeError: if the seed is no integer.
+        TypeError: if the seed is not an integer.
 
     Warns:
-        UserWarning: at `update`, if updates come in with less than float32: what was lost before, stays lost.
+        UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
 
     Example:
 
@@ -104,27 +104,27 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 
 @checks.known_arguments
 def compensated() -> optax.GradientTransformation:
-    """Keeps what rounding takes from each weight, and adds it to the next step: Kahan summation.
+    """Keeps the rounding error of each weight and adds it to the next step: Kahan summation.
 
     Rule:   y <- u + residual; p <- p + y, rounded to the dtype of p; residual <- p before + y - p after
-    Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`. The decay is in
-            u, hence inside the compensation.
-    Units:  those of the update. With zero gradient a weight is within 0.51 units in the last place of the closed form
-            of the decay after 10,000 steps of 3e-5. In bfloat16 steps down to 1e-7 of a weight are kept.
-    Source: Kahan 1965; for bfloat16 weights Zamirai et al. 2020 (arXiv 2010.06192). Deviation: the residual is no
-            bfloat16, which loses decays again (3 units in the last place after 10,000 steps of 3e-5), but counts
-            2^-16 parts of the distance of two neighbouring weights: as fine as float32 for bfloat16 weights.
+    Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`. The decay
+            is part of u, so it is compensated too.
+    Units:  those of the update. With zero gradient, a weight is within 0.51 units in the last place of the closed form
+            of the decay after 10,000 steps of 3e-5. In bfloat16, steps down to 1e-7 of a weight are kept.
+    Source: Kahan 1965; for bfloat16 weights Zamirai et al. 2020 (arXiv 2010.06192). Deviation: a bfloat16 residual
+            would lose decays again (3 units in the last place after 10,000 steps of 3e-5). Here it counts units of
+            2^-16 of the spacing of neighboring weights, which is as fine as float32 for bfloat16 weights.
 
     Returns:
-        An `optax.GradientTransformation` with a `CompensatedState`, 2 bytes a parameter; its `update` needs `params`.
-        It acts on real parameters of less than 64 bits, float32 too; their updates come out in float32, all others
-        as they came in.
+        An `optax.GradientTransformation` with a `CompensatedState`, 2 bytes a parameter. Its `update` needs `params`.
+        It acts on real parameters of less than 64 bits, including float32. Their updates become float32. All others
+        keep their dtype.
 
     Raises:
-        ValueError: at `update`, if params are left out, or the state has nothing for one of them.
+        ValueError: at `update`, if params are missing, or if the state has nothing for one of them.
 
     Warns:
-        UserWarning: at `update`, if updates come in with less than float32: what was lost before, stays lost.
+        UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
 
     Example:
 
@@ -152,25 +152,25 @@ def compensated() -> optax.GradientTransformation:
 
 @checks.known_arguments
 def master_weights() -> optax.GradientTransformation:
-    """Keeps a float32 copy of weights of low precision, moves the copy, and rounds it to the weights.
+    """Keeps a float32 copy of weights of low precision, updates the copy, and rounds it to the weights.
 
     Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p
-    Place:  last in the chain, right before `optax.apply_updates`; around the rest of it `in_float32`.
-    Units:  those of the update. With zero gradient the copy follows the closed form of the decay, except that the
-            decay is that of the rounded weight.
+    Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
+    Units:  those of the update. With zero gradient, the copy follows the closed form of the decay, except that the
+            decay is computed from the rounded weight.
     Source: Micikevicius et al. 2018 (arXiv 1710.03740).
 
     Returns:
-        An `optax.GradientTransformation` with a `MasterWeightsState`, 4 bytes a parameter; its `update` needs
-        `params`. The updates of parameters below float32 come out in float32, all others as they came in. Whatever
-        else changes the parameters (a restored checkpoint of the weights alone) is undone by the copy, and an update
-        of NaN stays in it: make a new state then.
+        An `optax.GradientTransformation` with a `MasterWeightsState`, 4 bytes a parameter. Its `update` needs `params`.
+        The updates of parameters below float32 become float32. All others keep their dtype. The copy undoes any other
+        change of the parameters (such as a restored checkpoint of only the weights), and a NaN update stays in it. Make
+        a new state in these cases.
 
     Raises:
-        ValueError: at `update`, if params are left out.
+        ValueError: at `update`, if params are missing.
 
     Warns:
-        UserWarning: at `update`, if updates come in with less than float32: what was lost before, stays lost.
+        UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
 
     Example:
 
@@ -246,12 +246,12 @@ _WITH_COPY = LeafRule(_with_copy, lambda p: p.astype(jnp.float32), is_elementwis
 
 
 def _warn_of_narrow(where: str, rule: LeafRule, updates: PyTree, params: PyTree) -> None:
-    """Warns of updates of low precision: a writer can't bring back what was rounded away before it."""
+    """Warns of updates of low precision: a writer can't restore what was rounded away earlier."""
     written = {path for path, leaf in trees.flatten_with_paths(params) if rule.acts_on(leaf)}
     narrow = [(path, u.dtype) for path, u in trees.flatten_with_paths(updates) if path in written and is_low(u)]
     if narrow:
         path, dtype = narrow[0]
         checks.warn(
-            f"{where}: the update of {path!r} comes in {dtype} (and {len(narrow) - 1} more like it): {NARROW_UPDATES}. "
+            f"{where}: the update of {path!r} has dtype {dtype} (and {len(narrow) - 1} more): {NARROW_UPDATES}. "
             f"Write optax.chain(in_float32(optimizer), {where}(...))."
         )

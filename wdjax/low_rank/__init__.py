@@ -1,21 +1,20 @@
-"""Low-rank factors: decay the matrix that they make, not the factors.
+"""Low-rank factors: decay the matrix that they form, not the factors.
 
-A LoRA layer adds a product of two thin factors to a frozen weight, W = W0 + scale * A @ B, and only A and B are
-trained. Weight decay asks here which matrix is to be small:
+A LoRA layer adds a product of two thin factors to a frozen weight, W = W0 + scale * A @ B, and trains only A and B.
+There are two matrices that weight decay may shrink:
 
-- **the factors** (`decoupled_decay` on A and B): with zero gradient A @ B is multiplied by
-  (1 - learning_rate * weight_decay)^2 each step, so W goes to W0, not to zero. Beside a loss it is more than that. The
-  least (|A|^2 + |B|^2) / 2 of all factors with one product is that product's nuclear norm, the sum of its singular
-  values, so small singular values go to exactly zero: the rank shrinks.
+- **the factors** (`decoupled_decay` on A and B): with zero gradient, A @ B is multiplied by
+  (1 - learning_rate * weight_decay)^2 each step, so W goes to W0, not to zero. Combined with a loss, this also lowers
+  the rank: the least (|A|^2 + |B|^2) / 2 among factors with the same product is the product's nuclear norm, the sum of
+  its singular values, so small singular values go to exactly zero.
 - **the matrix** (`decoupled_lora_decay`): the gradient of (weight_decay / 2) * |W|^2 with respect to A and B. This is
-  the decay that training all of W would have, as far as A and B reach.
+  the decay of a fully trained W, as far as A and B can express it.
 
-One is a pull to the pretrained weights, the other a pull to zero; for LoRA neither is the better in general. What is
-not factors is left alone here: `decoupled_decay` with a mask decays it.
+The first pulls toward the pretrained weights, the second toward zero. For LoRA neither is better in general. This
+module decays only factors. For all other parameters use `decoupled_decay` with a mask.
 
-The room: which leaves are a pair, and where their W0 may be, is read from canonical paths, and how the axes of W0 are
-those of A and B from shapes (`_pairs`); the rule itself is two lines (`_pull`) and never forms a matrix of the size of
-W but W0 itself.
+`_pairs` finds pairs and their W0 by canonical paths, and matches the axes of W0 with those of A and B by shape. The
+rule (`_pull`) is two lines and never forms a matrix of the size of W except W0 itself.
 """
 
 import functools
@@ -42,23 +41,24 @@ PyTree = Any
 def decoupled_lora_decay(
     weight_decay: Rate, mask: Mask = None, *, scale: Rate = 1.0, pairs: Mapping[str, tuple[str, str]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Decays the matrix W = W0 + scale * A @ B that LoRA factors make, by a pull on the factors A and B alone.
+    """Decays the matrix W = W0 + scale * A @ B of LoRA factors, through a pull on the factors A and B alone.
 
-    Decaying A and B themselves, `decoupled_decay` on "lora_a" and "lora_b", pulls W to W0 and lowers the rank of
-    A @ B; this pulls W to zero. Only the factors are changed: biases, W0 and all else pass through untouched.
+    Decaying A and B themselves, with `decoupled_decay` on "lora_a" and "lora_b", pulls W to W0 and lowers the rank of
+    A @ B. This transformation pulls W to zero. It changes only the factors: biases, W0 and all other parameters pass
+    through untouched.
 
     Rule:   u_A <- u_A + weight_decay * scale * W @ B^T;  u_B <- u_B + weight_decay * scale * A^T @ W
-    Place:  after `scale_by_*`, before the learning rate. Put first in the chain it is L2 in the gradient: the loss has
-            then (weight_decay / 2) * |W|^2 beside it.
-    Units:  per step and per unit of learning rate, but no fixed fraction of W: with zero gradient W changes by
-            -learning_rate * weight_decay * scale^2 * (W B^T B + A A^T W), to first order in the learning rate. Where
-            B is zero, as LoRA starts, A does not move; left alone, A @ B comes to cancel the largest singular values
-            of W0, as many as the rank.
+    Place:  after `scale_by_*`, before the learning rate. First in the chain, it is L2 in the gradient: the same as
+            adding (weight_decay / 2) * |W|^2 to the loss.
+    Units:  per step and per unit of learning rate, but not a fixed fraction of W: with zero gradient, W changes by
+            -learning_rate * weight_decay * scale^2 * (W B^T B + A A^T W), to first order in the learning rate. While
+            B is zero, as at the start of LoRA, A does not move. Without a loss, A @ B converges to cancel the largest
+            singular values of W0, as many as the rank.
     Source: Khodak et al. 2021 (arXiv 2105.01029), "Frobenius decay", for products without a W0; Shafkat 2023,
-            irhum.github.io/blog/lorawd, for LoRA. Deviation: decoupled, and times the learning rate itself, as
-            `decoupled_decay`.
+            irhum.github.io/blog/lorawd, for LoRA. Deviation: decoupled, with the learning rate itself as a factor, as
+            in `decoupled_decay`.
 
-    The pairs are found by path, and W0 near them:
+    Pairs are found by their paths, and W0 by a path next to them:
 
         X/lora_a, X/lora_b             X/kernel, X/base_module/kernel, X/base_layer/kernel    nnx.LoRA
         X/lora/lora_a, X/lora/lora_b   X/kernel                                               nnx.LoRALinear
@@ -67,36 +67,36 @@ def decoupled_lora_decay(
         X/kernel_lora_a, ...           X/kernel                                               Qwix, openpi
 
     where `kernel` may also be `weight`, `w` or `embedding`. A is (*stack, *in, r), B is (*stack, r, *out), and W0 has
-    the axes (*stack, *in, *out), a `weight` (*stack, *out, *in) as in Equinox; or these in another order if their
-    sizes tell them apart, or `in` and `out` split into several axes. Factors of an (out, in) weight as PyTorch's,
-    where W = W0 + scale * lora_B @ lora_A, are named in the order of the product:
+    the axes (*stack, *in, *out), or (*stack, *out, *in) for a `weight`, as in Equinox. The axes may have another order
+    if their sizes tell them apart, and `in` and `out` may be split into several axes. For an (out, in) weight as in
+    PyTorch, where W = W0 + scale * lora_B @ lora_A, name the factors in the order of the product:
     pairs={"X/weight": ("X/lora_B/weight", "X/lora_A/weight")}.
 
-    Within `shard_map` W0 may be split with one of the factors, along `in` with A or along `out` with B, while the other
-    factor is the same on all devices: what pulls on that is then summed over them. With check_vma=False nothing is
-    known of that, and all three must be whole.
+    Within `shard_map`, W0 may be split together with one factor: along `in` with A or along `out` with B. The other
+    factor must be the same on all devices; its pull is summed over them. With check_vma=False JAX does not know which
+    arrays are split, so all three must be whole.
 
-    Products run at the highest matrix precision, in at least float32, whatever the device's default is: each step
-    reads W0 twice, widened to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
+    Products run at the highest matrix precision, in at least float32, whatever the device's default is. Each step reads
+    W0 twice, cast to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
 
     Args:
-        weight_decay: a number or 0-d array (traced is fine) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that gives one. A
-            factor that is masked out stays, and still counts in W.
-        scale: what the model multiplies A @ B with, alpha / rank or alpha / sqrt(rank); 1 for Flax NNX and Gemma,
-            which multiply with nothing. A number, a 0-d array or a `by_path` table of these, read at A.
-        pairs: for other layouts, a dict from the path of W0 to the paths of A and B; it goes before what is found.
+        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
+        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one. A
+            factor that is masked out does not change, but still counts in W.
+        scale: the factor of A @ B in the model: alpha / rank or alpha / sqrt(rank); 1 for Flax NNX and Gemma, which
+            have no factor. A number, a 0-d array or a `by_path` table of these, looked up at the path of A.
+        pairs: for other layouts, a dict from the path of W0 to the paths of A and B. It overrides the pairs found.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with a `DecayState`; its `update` needs `params`. Updates keep their
-        dtype. W0 is looked up in the keyword argument `base` of `update`, a tree with the paths of the whole model,
-        and without it in `params`: optimizer.update(grads, state, params, base=frozen_params). A factor that is not
-        in `params` because it is frozen, as A in LoRA-FA, is looked up there too.
+        An `optax.GradientTransformationExtraArgs` with a `DecayState`. Its `update` needs `params`. Updates keep their
+        dtype. W0 is looked up in the keyword argument `base` of `update`, a tree with the paths of the whole model:
+        optimizer.update(grads, state, params, base=frozen_params). Without `base` it is looked up in `params`. A frozen
+        factor that is not in `params`, such as A in LoRA-FA, is also looked up in `base`.
 
     Raises:
         TypeError, ValueError: for a rate or scale that is negative, NaN, infinite or not a scalar, and for malformed
             pairs. At `init` and `update`: if params hold no factors, if the mask chooses none, or if shapes do not fit.
-            At `update`: if W0 or a factor is nowhere or is quantized, or params are left out.
+            At `update`: if W0 or a factor is missing or quantized, or if params are missing.
 
     Example:
 
@@ -149,7 +149,7 @@ def decoupled_lora_decay(
             w0, left, right = pair.matrices(tree, frozen, is_given=base is not None)
             dtype = compute_dtype(w0, left, right)
             scale = size.strength(dtype)
-            if jnp.finfo(dtype).dtype.type(term.parted()[0] * size.parted()[0]) == 0:  # So small that it is 0 there.
+            if jnp.finfo(dtype).dtype.type(term.parted()[0] * size.parted()[0]) == 0:  # Underflows to 0 in dtype.
                 continue
             rules[i] = _RULES[path == pair.left, scale.is_known]
             inputs[i] = w0, left, right, _along(scale.value, jnp.ndim(param))
@@ -160,7 +160,7 @@ def decoupled_lora_decay(
 
 
 def _along(scale: Any, ndim: int) -> Any:
-    """A scale; or the scales of stacked layers, which are leading axes, for an array of another rank."""
+    """The scale. Scales of stacked layers, along leading axes, are reshaped to broadcast against `ndim` axes."""
     if jnp.ndim(scale) == 0:
         return scale
     leading = max((axis + 1 for axis, size in enumerate(scale.shape) if size > 1), default=0)
@@ -168,7 +168,7 @@ def _along(scale: Any, ndim: int) -> Any:
 
 
 def _rule(*, is_left: bool, is_known: bool) -> LeafRule:
-    """The rule for one of the factors, and for a scale that is known while tracing or not."""
+    """The rule for the left or right factor, and for a scale that is or is not known during tracing."""
 
     def pulled(u: jax.Array, p: jax.Array, _: Any, strength: Strength, matrices: Any, __: Any) -> tuple[jax.Array, Any]:
         *factors, scale = matrices
@@ -177,7 +177,7 @@ def _rule(*, is_left: bool, is_known: bool) -> LeafRule:
         scale = cast(scale, jnp.finfo(dtype).dtype)
         of_w0, of_product = _pull(w0, left, right, is_left=is_left)
         pull = of_w0.reshape(p.shape) + scale * of_product.reshape(p.shape)
-        # Within shard_map a factor may be whole, and the matrix that pulls on it split over these.
+        # Within shard_map a factor may be whole while the matrix that pulls on it is split over these axes.
         pull = mesh_axes.total(pull, tuple(sorted(varying_axes(pull) - varying_axes(p), key=str)))
         rate = Strength(strength.value * scale, strength.is_known and is_known)
         return plus(cast(u, dtype), rate, pull), None
@@ -186,7 +186,7 @@ def _rule(*, is_left: bool, is_known: bool) -> LeafRule:
 
 
 def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) -> tuple[jax.Array, jax.Array]:
-    """What W0 and what the product (yet without its scale) pull on one factor: (W0 + left @ right) @ right^H, or ..."""
+    """The pulls of W0 and of the unscaled product on one factor: the terms of (W0 + left @ right) @ right^H, or ..."""
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     if is_left:
         other = jnp.matrix_transpose(right).conj()
@@ -196,21 +196,21 @@ def _pull(w0: jax.Array, left: jax.Array, right: jax.Array, *, is_left: bool) ->
 
 
 def _refuse_idle(terms: Sequence[Term | None], leaves: Sequence[tuple[str, Any]], factors: Mapping[str, Pair]) -> None:
-    """Refuses a mask or a table of rates that means no factor, or one whose partner and weight are not known."""
+    """Raises an error if the mask and rates choose no known factor, or a factor of an unknown pair."""
     chosen = [path for (path, _), term in zip(leaves, terms, strict=True) if term is not None]
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves if trees.is_decayable(leaf)}
     for path in chosen:
         found = None if path in factors else role(parameter_at(path, shapes))
         if found is not None and found.name == ADAPTER:
             raise ValueError(
-                f"{WHERE}: {path!r} looks like a LoRA factor, and what it makes is not known. Write {WRITE_PAIRS}; "
-                f"or leave it out: mask=all_but({path!r})."
+                f"{WHERE}: {path!r} looks like a LoRA factor, but its W0 and the other factor are not known. "
+                f"Write {WRITE_PAIRS}; or leave it out: mask=all_but({path!r})."
             )
     if chosen and not any(path in factors for path in chosen):
         raise ValueError(
-            f"{WHERE}: mask and weight_decay choose {chosen[:3]}, and no LoRA factor; the factors are "
-            f"{list(factors)[:3]}, and nothing else is decayed here. Leave out mask, or choose factors with it; "
-            "decoupled_decay(0.1, mask) decays the rest."
+            f"{WHERE}: mask and weight_decay choose {chosen[:3]}, but no LoRA factor. The factors are "
+            f"{list(factors)[:3]}, and only they decay here. Leave out the mask, or choose factors with it; "
+            "decoupled_decay(0.1, mask) decays other parameters."
         )
 
 

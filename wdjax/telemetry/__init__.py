@@ -1,12 +1,12 @@
-"""What people plot of weight decay, measured in the step itself: the size of weights, updates and decay, by group.
+"""Metrics of weight decay, measured during the step: the sizes of weights, updates and decay, by group.
 
-`monitor` stands around a finished optimizer and changes nothing. It looks at the parameters and at the update, and
-keeps a few scalars for each group of parameters in its state. `scalars` reads them from any state that holds the
-monitor, as a dictionary for TensorBoard, Weights & Biases or clu.
+`monitor` wraps a finished optimizer and changes nothing. It looks at the parameters and at the update, and keeps a few
+scalars for each group of parameters in its state. `scalars` reads them from any state that holds the monitor, as a
+dictionary for TensorBoard, Weights & Biases or clu.
 
 An update does not show which part of it is decay. So the monitor gets the arguments of the decay and computes that part
-from them. The rest is measured. Each array gives a few sums of products of the parameter, the update and the decay,
-taken in one fused reduction (`_sums`). All metrics are arithmetic on these sums.
+from them. The rest is measured. For each array, one fused reduction (`_sums`) sums a few products of the parameter, the
+update and the decay. All metrics are arithmetic on these sums.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -37,7 +37,7 @@ class MonitorState(NamedTuple):
 
     Attributes:
         decay: the count of real steps, and the anchor if there is one.
-        measured: for each group a dictionary of the metrics of the last real step: shape (), float32.
+        measured: for each group, a dictionary of the metrics of the last real step: shape (), float32.
         inner_state: the state of the wrapped optimizer.
     """
 
@@ -59,9 +59,9 @@ def monitor(
 ) -> optax.GradientTransformationExtraArgs:
     """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
 
-    Rule:   u <- optimizer's u, untouched; measured are u, the weights p before the step, and the decay, which is
+    Rule:   u <- the optimizer's u, unchanged. It measures u, the weights p before the step, and the decay
             d = learning_rate * weight_decay * (p - toward)
-    Place:  around the whole optimizer, within `freeze`; behind it only `optax.apply_updates`.
+    Place:  around the whole optimizer, within `freeze`, directly before `optax.apply_updates`.
     Units:  per step. For each group, as one vector:
 
             weight_norm      |p|
@@ -71,44 +71,44 @@ def monitor(
             decay_to_update  |d| / |u|
             angular_update   the angle from p to where the step lands, in radians
             effective_rate   |d| / |p - toward|: eta * lambda, or a mean where rates differ
-            shrinkage        -<step, p> / <p, p>, the share that the step takes off along the weights: with zero
+            shrinkage        -<step, p> / <p, p>, the fraction by which the step shrinks the weights: with zero
                              gradient the effective rate, in equilibrium about 0
-            rounded_away     of the weights that d should move, the share that land where they would without it
-            decay_landed     the share of d in the step as it lands: 1 in exact arithmetic, 0 if all is rounded away
-                             in each step, about 1 if now one and now another weight is rounded a step further
+            rounded_away     of the weights that d should move, the fraction that land where they would without it
+            decay_landed     the fraction of d in the step as it lands: 1 in exact arithmetic, 0 if rounding removes all
+                             of it in each step, about 1 if different weights are rounded a step further each time
     Source: Kosson et al. 2024 (arXiv 2305.17212) for angular updates and equilibrium; Zamirai et al. 2020 (arXiv
             2010.06192) for decays that round away; otherwise ours.
 
-    Sums are in float32, or float64 for such parameters. What has no value is 0: ratios to 0, angles of zero weights,
-    the decay of groups that don't decay. An angle of less than a thousandth of |u| / |p| is rounding. Steps land as by
-    `optax.apply_updates`: for parameters in less than float32 the angle and the shrinkage are of the rounded step. A
-    writer of `low_precision` in the optimizer rounds in its own way, which loses nothing in the long run: there
-    nothing is counted as rounded away.
+    Sums are in float32, or in float64 for float64 parameters. Undefined values are 0: ratios to 0, angles of zero
+    weights, the decay of groups that don't decay. An angle of less than a thousandth of |u| / |p| is rounding error.
+    Steps are assumed to land as with `optax.apply_updates`: for parameters below float32, the angle and the shrinkage
+    are those of the rounded step. If the optimizer holds a writer of `low_precision`, its rounding loses nothing in the
+    long run, so nothing counts as rounded away.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with the decay inside.
-        weight_decay, mask, toward: what the decay in it got; 0 if there is none. A modifier as `cautious` is not known
-            here: the decay is what it would be without. L2 in the gradient is no decay of known size; leave it at 0
-            and look at the shrinkage.
-        learning_rate: what multiplies the decay: the number or schedule that the optimizer got. Left at 1 for
-            `independent_decay`. Schedules are called with the monitor's own count of real steps, from 0. For values
-            that change in `optax.inject_hyperparams`, inject the whole:
+        weight_decay, mask, toward: the arguments of the decay in the optimizer; 0 if there is none. The monitor does
+            not know modifiers such as `cautious` and measures the decay without them. L2 in the gradient is a decay of
+            unknown size: leave weight_decay at 0 and look at the shrinkage.
+        learning_rate: the factor of the decay: the number or schedule of the optimizer, or 1 for `independent_decay`.
+            A schedule is called with the monitor's own count of real steps, which starts at 0. For values that change
+            in `optax.inject_hyperparams`, inject the monitor too:
             `inject_hyperparams(lambda lr: monitor(adamw(lr, 0.1), 0.1, learning_rate=lr))(lr=1e-3)`.
-        groups: None for one group for each rule that lets parameters decay, as `plan` names it, and "undecayed" for
-            the rest; or `Rules` whose values are texts; or a function of a `Leaf` that gives one, such as
-            `lambda leaf: leaf.path`. A checkpoint of the state restores into monitors of the same groups.
-        axis_name: within `shard_map`, the mesh axis, or a tuple of them, that splits parameters: the whole of them is
-            measured then, on every device. What is known to be the same on all devices of the axis counts once; with
-            check_vma=False nothing is known, and all are taken to be split. Under `jit` and `pmap` leave it out.
+        groups: None for one group for each rule that decays parameters, as `plan` names it, and "undecayed" for the
+            rest; or `Rules` whose values are strings; or a function from a `Leaf` to a string, such as
+            `lambda leaf: leaf.path`. A checkpoint of the state can be restored into monitors with the same groups.
+        axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then
+            measures the whole parameters. An array that is known to be the same on all devices of the axis counts once.
+            With check_vma=False nothing is known, and all arrays count as split. Under `jit` and `pmap` leave it out.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with a `MonitorState`; its `update` needs `params`. In a mini-step
-        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics stay as they were.
+        An `optax.GradientTransformationExtraArgs` with a `MonitorState`. Its `update` needs `params`. In a mini-step
+        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics do not change.
 
     Raises:
-        TypeError: if `optimizer` is no optimizer, or the groups are no texts.
+        TypeError: if `optimizer` is not an optimizer, or if groups are not strings.
         TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init` and `update`: for groups
-            that don't fit params, or params left out.
+            that don't fit params, or for missing params.
 
     Example:
 
@@ -132,7 +132,7 @@ def monitor(
 
     def init_fn(params: PyTree) -> MonitorState:
         measured = _nothing_measured(action, groups, params)
-        # Arrays that stand at two places are the decay's to warn of.
+        # The decay itself warns of arrays that occur twice.
         return MonitorState(action.init(params, aliases=lambda path: False), measured, inner.init(params))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
@@ -156,20 +156,20 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
     """Reads what `monitor` measured in the last step, as a flat dictionary to log.
 
     The dictionary is {prefix + "group/metric": value} for every monitor in the state. Call it in the training loop on
-    the state after `update`, within the compiled step or outside. TensorBoard, Weights & Biases and clu read names with
-    "/" as groups of plots.
+    the state after `update`, inside or outside the compiled step. TensorBoard, Weights & Biases and clu group plots by
+    the "/" in names.
 
     Args:
-        opt_state: the state of an optimizer with a `monitor` anywhere in it, or what holds one: a `TrainState`, an
-            `nnx.Optimizer` or its `nnx.state`, a checkpoint that was restored into dictionaries.
-        prefix: stands before each name, as "train/" may.
+        opt_state: the state of an optimizer with a `monitor` anywhere in it, or an object that holds the state: a
+            `TrainState`, an `nnx.Optimizer` or its `nnx.state`, a checkpoint that was restored into dictionaries.
+        prefix: a string before each name, such as "train/".
 
     Returns:
-        A dictionary of 0-d float32 arrays, or of the shape that `vmap` and `pmap` give them. `jax.device_get` makes
-        NumPy scalars of all at once.
+        A dictionary of 0-d float32 arrays; under `vmap` and `pmap` they have more axes. `jax.device_get` turns them all
+        into NumPy scalars at once.
 
     Raises:
-        ValueError: if the state holds no monitor, or several with groups of one name.
+        ValueError: if the state holds no monitor, or several monitors with the same group name.
 
     Example:
 
@@ -191,8 +191,8 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
         for path, value in trees.flatten_with_paths(measured):
             if prefix + path in found:
                 raise ValueError(
-                    f"scalars: {len(monitors)} monitors in this state measure {path!r}. Name their groups apart: "
-                    "monitor(..., groups=lambda leaf: 'encoder')."
+                    f"scalars: {len(monitors)} monitors in this state measure {path!r}. Give their groups different "
+                    "names: monitor(..., groups=lambda leaf: 'encoder')."
                 )
             found[prefix + path] = value
     return found
@@ -209,14 +209,14 @@ def _monitors(state: PyTree) -> list[Any]:
 
 
 def _is_monitor(node: Any) -> bool:
-    # NNX and checkpoints make mappings of named tuples.
+    # NNX and checkpoints turn named tuples into mappings.
     return isinstance(node, MonitorState) or (isinstance(node, Mapping) and set(node) == set(MonitorState._fields))
 
 
 def _nothing_measured(action: Action, groups: Any, params: PyTree) -> Any:
     leaves = trees.flatten_with_paths(params)
     if not leaves:
-        # `optax.tree.map_params` asks with a tree of nothing where parameters are in the state: a leaf is any groups.
+        # `optax.tree.map_params` calls init on an empty tree; one leaf then stands for any groups.
         return jnp.zeros([], jnp.float32)
     labels = dict.fromkeys(label for label in _labels(action, groups, params, leaves) if label is not None)
     return {label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels}
@@ -227,16 +227,16 @@ def _check_groups(where: str, groups: Any) -> None:
     if isinstance(groups, Rules):
         wrong = [value for value in possible_values(groups) if not isinstance(value, str)]
         if wrong:
-            raise TypeError(f"{where}: groups are texts, and {groups!r} holds {wrong[0]!r}. Write {write}.")
+            raise TypeError(f"{where}: groups must be strings, but {groups!r} holds {wrong[0]!r}. Write {write}.")
     elif groups is not None and (not callable(groups) or isinstance(groups, type)):
         raise TypeError(
-            f"{where}: groups must be Rules of texts, or a function of a Leaf that gives a text, got {groups!r}. "
-            f"Write {write}, or groups=lambda leaf: leaf.path for every array by itself."
+            f"{where}: groups must be Rules of strings, or a function from a Leaf to a string, got {groups!r}. "
+            f"Write {write}, or groups=lambda leaf: leaf.path for one group per array."
         )
 
 
 def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
-    """The group of each leaf; None for what is no number."""
+    """The group of each leaf; None for leaves that can't decay."""
     counted = [trees.is_decayable(leaf) for _, leaf in leaves]
     if isinstance(groups, Rules):
         found = decisions(groups, action.where, leaves)
@@ -249,12 +249,12 @@ def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[
     ]
     for (path, _), number, label in zip(leaves, counted, labels, strict=True):
         if number and not isinstance(label, str):
-            raise TypeError(f"{action.where}: groups must give a text, and gave {label!r} for {path!r}.")
+            raise TypeError(f"{action.where}: groups must return a string, but returned {label!r} for {path!r}.")
     return labels
 
 
 def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
-    """For each leaf that decays the rule that lets it, as `plan` shows it."""
+    """For each leaf that decays, the rule that decides so, as `plan` shows it."""
     rate = action.rates["weight_decay"]
     chosen = asked(action.where, action.mask, params, leaves, "all")
     rates = decisions(rate, action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
@@ -269,7 +269,7 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
 
 
 def _is_written(inner_state: Any) -> Callable[[Any], bool]:
-    """Whether a writer of low precision in the optimizer decides where a parameter lands."""
+    """A function that says whether a writer of low precision in the optimizer sets a parameter."""
     kinds = {type(node) for node in nodes(inner_state, WRITERS)}
     return is_narrow if CompensatedState in kinds else is_low if kinds else lambda leaf: False
 
@@ -291,7 +291,7 @@ def _measured(
         if label is not None:
             update = update if trees.is_decayable(update) else jnp.zeros_like(param)
             checks.same_shape(action.where, path, update, param)
-            with jax.numpy_dtype_promotion("standard"):  # Real rates meet complex weights.
+            with jax.numpy_dtype_promotion("standard"):  # A real rate may multiply complex weights.
                 parts.append((label, sums(update, param, term, is_written(param)), param))
     if not parts:
         return _nothing_measured(action, groups, params)

@@ -1,9 +1,9 @@
-"""The sums of one array, and the metrics that the sums of a group of arrays make.
+"""The sums of one array, and the metrics of a group of arrays, computed from their sums.
 
-Whatever reads an array is one of a few sums over it, and they are taken together. On accelerators, and wherever there
-are several devices, each is a plain sum: XLA fuses those of one array, adds up in trees, and reduces all of them over
-all shards at once. On a single CPU it would make a loop of each; there they are one reduction of several operands
-(which shards would have to be gathered for).
+Each array is read only for a few sums, which are taken together. On accelerators, and with several devices, each is a
+plain sum: XLA fuses the sums of one array, adds in trees, and reduces all sums over all shards at once. On a single CPU
+XLA would write one loop for each sum. So there they are one reduction with several operands, which would need a gather
+if the array were sharded.
 """
 
 import math
@@ -32,25 +32,25 @@ METRICS = (
 
 
 class Sums(NamedTuple):
-    """The sums of one array, or of the arrays of a group; of complex products the real parts."""
+    """The sums of one array, or of the arrays of a group. Complex products count with their real parts."""
 
     size: Any  # numbers in the array
     weight: Any  # <p, p>
     update: Any  # <u, u>
     step: Any  # <step, step>, the step as it lands
     along: Any  # <step, p>
-    away: Any = 0.0  # <p - toward, p - toward>, of what decays
+    away: Any = 0.0  # <p - toward, p - toward>, over the weights that decay
     decay: Any = 0.0  # <d, d>
     landed: Any = 0.0  # <step - step without the decay, d>
     moving: Any = 0.0  # how many weights the decay should move
-    lost: Any = 0.0  # how many of them land where they would without it
+    lost: Any = 0.0  # how many of these land where they would land without the decay
 
 
 def metrics(s: Sums) -> dict[str, jax.Array]:
     """The metrics of the groups, from their sums."""
     weight, update, decay = (jnp.sqrt(x) for x in (s.weight, s.update, s.decay))
     radial = _ratio(s.along, weight)
-    # The part of the step across the weights, whose tangent is precise for small angles, as the cosine is not.
+    # The part of the step orthogonal to the weights. The tangent is precise for small angles; the cosine is not.
     across = jnp.sqrt(jnp.maximum(s.step - radial**2, 0.0))
     return {
         "weight_norm": weight,
@@ -74,17 +74,17 @@ def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
     """The sums of one array.
 
     Args:
-        update: what is added to it.
+        update: the update of the array.
         param: the array.
-        term: the decay in the update, None for none.
-        is_written: whether a writer of low precision decides where it lands, so that nothing is lost.
+        term: the decay in the update, or None.
+        is_written: whether a writer of low precision sets the array, so that nothing is lost.
     """
     dtype = compute_dtype(update, param)
     real = jnp.finfo(dtype).dtype
-    # Nothing here is to be differentiated, whoever differentiates the step.
+    # Metrics have no gradient, even if the caller differentiates the step.
     w, u = (jax.lax.stop_gradient(cast(x, dtype)) for x in (param, update))
     narrow, narrow_update = jnp.result_type(param), jnp.result_type(update)
-    u = _as(u, narrow_update)  # XLA may hand on more digits than the dtype of the update has.
+    u = _as(u, narrow_update)  # XLA may pass on more digits than the dtype of the update has.
     after = _as(w + u, narrow)
     each = {"weight": _product(w, w), "update": _product(u, u), "along": _product(u, w)}
     if is_low(param):
@@ -130,7 +130,7 @@ def _one_by_one(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _in_one_loop(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums rows first: one number after the other, float32 would lose 1% of ten million."""
+    """Sums the rows first. Adding ten million numbers one by one in float32 would lose 1% of the sum."""
     size = arrays[0].size
     root = max(math.isqrt(size), 1)
     width = next((width for width in range(root, 8 * root) if size % width == 0), root)
@@ -146,7 +146,7 @@ def _in_one_loop(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _as(x: jax.Array, dtype: Any) -> jax.Array:
-    """x rounded to the numbers of a dtype, in arithmetic: a conversion there and back may be taken out."""
+    """Rounds x to the numbers of a dtype by arithmetic, because XLA may remove a conversion there and back."""
     if jnp.iscomplexobj(x) or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
         return x
     if is_low(np.empty(0, dtype)):
