@@ -3,6 +3,7 @@
 from typing import Any
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,3 +250,71 @@ def test_none_in_a_tree_of_rates_means_no_decay() -> None:
     new, _ = optimizer.update(updates, optimizer.init(params), params)
     assert_same_bits(new["bias"], updates["bias"])
     np.testing.assert_allclose(new["kernel"], updates["kernel"] + 0.1 * params["kernel"], rtol=1e-6)
+
+
+def test_in_the_loss_an_infinite_weight_that_is_off_counts_for_nothing() -> None:
+    params = {"w": jnp.array([[1.0], [jnp.nan], [jnp.inf]])}
+    on = np.array([[True], [False], [False]])
+    for rate, mask in ((0.1, {"w": on}), ({"w": 0.1 * on.astype(np.float32)}, None)):
+        value, grads = jax.value_and_grad(lambda p, rate=rate, mask=mask: wdjax.l2_penalty(p, rate, mask))(params)
+        np.testing.assert_allclose(value, 0.05, rtol=1e-6)
+        np.testing.assert_allclose(grads["w"], [[0.1], [0.0], [0.0]], rtol=1e-6)
+    # And still a rate of 0 can be learned.
+    weights = {"w": jnp.array([2.0])}
+    np.testing.assert_allclose(jax.grad(lambda rate: wdjax.l2_penalty(weights, rate))(0.0), 2.0)
+
+
+def test_empty_parameters() -> None:
+    params = {"w": jnp.zeros((0, 3))}
+    assert wdjax.l2_penalty(params, {"w": np.ones((0, 3), np.float32)}) == 0
+    place = wdjax.decoupled_decay(0.1, {"w": np.ones((0, 1), bool)})
+    assert place.update(params, place.init(params), params)[0]["w"].shape == (0, 3)
+
+
+def test_a_bare_array_is_no_mask_for_a_tree() -> None:
+    for mask in (np.array([True, False, True]), jnp.array(True)):
+        fails(r"the mask is one array of shape .* for the whole tree.*by_path", 0.1, mask, TypeError)
+        with pytest.raises(TypeError, match=r"freeze: the mask is one array of shape"):
+            wdjax.freeze(optax.sgd(0.1), mask).init(make(0))
+
+
+def test_masks_of_parts_are_for_wdjax_alone() -> None:
+    rules = wdjax.by_path({"kernel": ARRAYS["rows"] > 0}, default=False)
+    with pytest.raises(TypeError, match=r"Rules\.mask: an array of shape \(4, 1\) selects parts of a parameter"):
+        rules.mask(make(0))
+    with pytest.raises(TypeError, match=r"only: an array of shape \(4, 1\) selects parts"):
+        wdjax.only(rules)
+
+
+def test_integers_are_frozen_by_an_array_too() -> None:
+    params = {"i": jnp.arange(4), "w": jnp.ones(4)}
+    for on, kept in ((np.ones(4, bool), [0, 0, 0, 0]), (np.array([True, False, True, False]), [0, 1, 0, 3])):
+        outer = wdjax.freeze(optax.identity(), {"i": on, "w": True})
+        updates, _ = outer.update(params, outer.init(params), params)
+        assert updates["i"].tolist() == kept
+    with pytest.raises(ValueError, match="does not broadcast"):
+        wdjax.freeze(optax.sgd(1.0), {"i": np.ones(3, bool), "w": True}).init(params)
+
+
+def test_rates_in_the_tree_of_an_equinox_model_that_can_be_called() -> None:
+    model = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    rates = jax.tree.map(lambda x: jnp.full_like(x, 0.1), model)
+    place = wdjax.decoupled_decay(rates)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    new, _ = place.update(zeros, place.init(model), model)
+    chex.assert_trees_all_close(new, jax.tree.map(lambda p: 0.1 * p, model), rtol=1e-6)
+    np.testing.assert_allclose(wdjax.l2_penalty(model, rates), wdjax.l2_penalty(model, 0.1), rtol=1e-6)
+
+
+def test_places_that_optax_masked_are_holes_in_a_tree_of_rates() -> None:
+    params = {"kernel": make(0)["kernel"], "bias": optax.MaskedNode()}
+    place = wdjax.decoupled_decay(jax.tree.map(lambda p: 0.1, params))
+    new, _ = place.update(params, place.init(params), params)
+    np.testing.assert_allclose(new["kernel"], 1.1 * params["kernel"], rtol=1e-6)
+
+
+def test_stacked_axes_matter_only_where_the_rule_acts() -> None:
+    params = {"layers": jnp.ones((2, 3)), "temperature": jnp.ones([])}
+    wdjax.add_penalty_to_grads(wdjax.GroupLasso(), 0.1, wdjax.only("layers"), stacked_axes=1).init(params)
+    with pytest.raises(ValueError, match=r"stacked_axes=1 for 'temperature', whose shape is \(\)"):
+        wdjax.add_penalty_to_grads(wdjax.GroupLasso(), 0.1, stacked_axes=1).init(params)

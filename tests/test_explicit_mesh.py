@@ -183,3 +183,15 @@ def test_a_decay_around_an_optimizer(inner: Any, mesh: Any) -> None:
     optimizer = wdjax.with_decoupled_decay(inner, RATE, learning_rate=0.1)
     found, _ = step(optimizer, on(mesh, updates), on(mesh, params))
     assert_alike(found, on(mesh, params), step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))[0])
+
+
+def test_within_a_shard_map_over_one_of_the_axes(mesh: Any) -> None:
+    params = on(mesh, make(0))
+    optimizer = wdjax.decoupled_decay(0.3)
+
+    def act(params: Any) -> Any:
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    specs = {"layers": P("data"), "kernel": P(), "table": P("data"), "bias": P()}
+    found = jax.jit(jax.shard_map(act, in_specs=(specs,), out_specs=specs, axis_names={"data"}))(params)
+    chex.assert_trees_all_close(jax.device_get(found), jax.tree.map(lambda p: 1.3 * p, make(0)), rtol=1e-6)

@@ -1,11 +1,15 @@
 """Each penalty's value, gradient and prox against its definition, in float64."""
 
+import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from registry import KINDS
 
@@ -247,3 +251,82 @@ def test_a_penalty_of_ones_own_is_for_each_layer_of_a_stack() -> None:
     np.testing.assert_allclose(new["layers"], w / norms.reshape(3, 1, 1), rtol=1e-5)
     with pytest.raises(ValueError, match=r"differs within a group of .*Norm.*set is_elementwise = True"):
         wdjax.penalty(params, Norm(), {"layers": np.full((3, 1, 1), 0.1)})
+
+
+@dataclasses.dataclass
+class Weighted:
+    """A penalty that holds an array, and that may be changed."""
+
+    importance: Any
+    is_elementwise = True
+
+    def value(self, w: Any) -> Any:
+        return 0.5 * jnp.sum(self.importance * w**2)
+
+
+def test_an_array_that_a_penalty_holds_does_not_go_with_an_array_as_the_strength() -> None:
+    params = {"w": jnp.ones((3, 2))}
+    held = Weighted(np.arange(6.0, dtype=np.float32).reshape(3, 2))
+    np.testing.assert_allclose(wdjax.penalty(params, held, 0.1), 0.05 * 15, rtol=1e-6)
+    for rate in ({"w": np.array([[0.1], [0.2], [0.3]])}, 0.1 * wdjax.by_depth("w", 0.5, axis=0)):
+        with pytest.raises(ValueError, match=r"(?s)penalty: .*holds an array, 'importance'.*into the strength"):
+            wdjax.penalty(params, held, rate)
+
+
+def test_a_penalty_that_is_changed_acts_as_it_is_now() -> None:
+    held = Weighted(np.ones((2, 2), np.float32))
+    place = wdjax.add_penalty_to_grads(held, 0.1)
+    for factor in (1.0, 2.0):
+        held.importance = np.full((2, 2), factor, np.float32)
+        new, _ = place.update(ZEROS, place.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(new["w"], 0.1 * factor * PARAMS["w"], rtol=1e-6)
+
+
+def test_nothing_keeps_a_penalty_alive() -> None:
+    held = Weighted(np.ones((2, 2), np.float32))
+    alive = weakref.ref(held)
+    place = wdjax.add_penalty_to_grads(held, 0.1)
+    place.update(ZEROS, place.init(PARAMS), PARAMS)
+    del held, place
+    gc.collect()
+    assert alive() is None
+
+
+def test_results_of_another_shape_are_refused() -> None:
+    class Wrong:
+        def value(self, w: Any) -> Any:
+            return w**2
+
+        def gradient(self, w: Any) -> Any:
+            return w / jnp.linalg.norm(w, axis=-1)[None]
+
+        def prox(self, w: Any, step: Any) -> Any:
+            return jnp.sum(w)
+
+    params = {"w": jnp.ones((3, 1))}
+    zeros = {"w": jnp.zeros((3, 1))}
+    gradients, weights = (
+        wdjax.add_penalty_to_grads(Wrong(), 0.1),
+        wdjax.proximal_step(Wrong(), 0.1, learning_rate=0.1),
+    )
+    with pytest.raises(ValueError, match=r"Wrong.*: value must return an array of shape \(\), .* \(3, 1\)"):
+        wdjax.penalty(params, Wrong(), 0.1)
+    with pytest.raises(ValueError, match=r"Wrong.*: gradient must return an array of shape \(3, 1\), .* \(3, 3\)"):
+        gradients.update(zeros, gradients.init(params), params)
+    with pytest.raises(ValueError, match=r"Wrong.*: prox must return an array of shape \(3, 1\), .* \(\)"):
+        weights.update(zeros, weights.init(params), params)
+
+
+@pytest.mark.parametrize("kind", [wdjax.L1(), wdjax.Huber()], ids=repr)
+@pytest.mark.peers
+def test_penalties_go_into_inject_hyperparams(kind: Any) -> None:
+    for build, injected in (
+        (wdjax.add_penalty_to_grads, optax.inject_hyperparams(wdjax.add_penalty_to_grads)(kind=kind, strength=0.1)),
+        (
+            lambda kind, strength: wdjax.proximal_step(kind, strength, learning_rate=0.5),
+            optax.inject_hyperparams(wdjax.proximal_step)(kind=kind, strength=0.1, learning_rate=0.5),
+        ),
+    ):
+        plain = build(kind, 0.1)
+        new, _ = injected.update(ZEROS, injected.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(new["w"], plain.update(ZEROS, plain.init(PARAMS), PARAMS)[0]["w"], rtol=1e-6)

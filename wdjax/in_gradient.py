@@ -14,11 +14,11 @@ import jax
 import optax
 
 from ._engine import checks
-from ._engine.arithmetic import Strength, away, plus, stateless
+from ._engine.arithmetic import Strength, away, plus
 from ._engine.loop import Action, transformation
 from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
-from .penalties import L2, Penalty, check_kind, check_strength, gradient, is_elementwise
+from .penalties import L2, Penalty, check_kind, check_strength, gradient, rule_of
 
 
 @checks.known_arguments
@@ -51,7 +51,7 @@ def add_l2_to_grads(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
 
 @checks.known_arguments
 def add_penalty_to_grads(
-    kind: Penalty, strength: Rate, mask: Mask = None, *, toward: Anchor = None, stacked_axes: StackedAxes = 0
+    kind: Penalty, strength: Rate, mask: Mask = None, *, toward: Anchor = None, stacked_axes: StackedAxes | None = None
 ) -> optax.GradientTransformation:
     """Adds strength times the gradient of any penalty, without touching the loss.
 
@@ -79,7 +79,7 @@ def add_penalty_to_grads(
     where = "add_penalty_to_grads"
     check_kind(where, kind, "value", "gradient")
     action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
-    return transformation(action, stateless(_Added(kind), is_elementwise=is_elementwise(kind)))
+    return transformation(action, rule_of(kind, _Added(kind)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,4 +91,4 @@ class _Added:
         return plus(update, strength, gradient(self.kind, away(p, a)))
 
 
-_L2 = stateless(_Added(L2()))
+_L2 = rule_of(L2(), _Added(L2()))

@@ -20,7 +20,7 @@ from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
 from ._engine.types import Anchor, Mask, Params, Rate, StackedAxes
 from .paths import stacks
-from .penalties import L2, Penalty, check_kind, check_strength, is_elementwise, weighted_value
+from .penalties import L2, Penalty, check_kind, is_elementwise, weighted_value
 
 PyTree = Any
 
@@ -41,8 +41,7 @@ def l2_penalty(
     Args:
         params: a tree of parameters. Integers, booleans, PRNG keys and None are left out. For an NNX module, pass
             `nnx.state(model, nnx.Param)`, because its batch statistics are numbers too.
-        weight_decay: a number or 0-d array (may be traced) >= 0, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        weight_decay, mask: as `decoupled_decay`, except that a loss has no step for a schedule.
         toward: None for zero, or a tree like params, which may leave out parameters that do not decay.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then gets
             the penalty of the whole parameters. An array that is known to be the same on all devices of the axis
@@ -74,7 +73,7 @@ def penalty(
     *,
     toward: Anchor = None,
     axis_name: Hashable = None,
-    stacked_axes: StackedAxes = 0,
+    stacked_axes: StackedAxes | None = None,
 ) -> jax.Array:
     """Returns strength times any penalty of the weights, to add to the loss.
 
@@ -120,8 +119,7 @@ def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> j
     dtype = jnp.finfo(compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype
 
     def value(_: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:
-        check_strength(where, kind, strength.value)
-        return weighted_value(kind, away(p, a), strength.value).astype(dtype)
+        return weighted_value(where, kind, away(p, a), strength).astype(dtype)
 
     rule = LeafRule(reduce=value, is_elementwise=is_elementwise(kind))
     total = action.total(rule, params, axes)

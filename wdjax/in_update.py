@@ -34,8 +34,10 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
     Source: Loshchilov & Hutter 2019. Deviation: the factor is the learning rate itself, as in PyTorch and Optax.
 
     Args:
-        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
+        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, a `by_path` table of these, or a tree like
+            params of them. A table or tree may also hold arrays that broadcast against the parameter.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+            Instead of a boolean it may hold an array of booleans that broadcasts against the parameter.
         toward: None for zero; a tree like params, which may leave out parameters that do not decay (it is a constant in
             the compiled step); or "init" for the values at `init`, which the state keeps.
 

@@ -12,11 +12,11 @@ import jax
 import optax
 
 from ._engine import checks
-from ._engine.arithmetic import Strength, away, stateless, unless_off
+from ._engine.arithmetic import Strength, away, unless_off
 from ._engine.loop import Action, transformation
 from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
-from .penalties import ProximalPenalty, check_kind, check_strength, is_elementwise
+from .penalties import ProximalPenalty, check_kind, check_strength, prox, rule_of
 
 
 @checks.known_arguments
@@ -27,7 +27,7 @@ def proximal_step(
     *,
     learning_rate: Rate,
     toward: Anchor = None,
-    stacked_axes: StackedAxes = 0,
+    stacked_axes: StackedAxes | None = None,
 ) -> optax.GradientTransformation:
     """Moves the weights from where the optimizer puts them to the minimum of penalty plus squared distance.
 
@@ -62,7 +62,7 @@ def proximal_step(
     rates = {"strength": strength, "learning_rate": learning_rate}
     action = Action(where, rates, mask, toward, stacked_axes=stacks(where, stacked_axes))
 
-    return transformation(action, stateless(_Solved(kind), is_elementwise=is_elementwise(kind)))
+    return transformation(action, rule_of(kind, _Solved(kind)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,5 +71,5 @@ class _Solved:
 
     def __call__(self, update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
         check_strength("proximal_step", self.kind, rate.value)
-        new = self.kind.prox(away(p + update, a), rate.value)
+        new = prox(self.kind, away(p + update, a), rate.value)
         return unless_off(rate, update, (new if a is None else a + new) - p)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._engine import mesh_axes
+from ._engine.arithmetic import LeafRule, Strength, stateless
 
 
 @runtime_checkable
@@ -54,28 +55,54 @@ class ProximalPenalty(Protocol):
 
 def gradient(kind: Any, w: jax.Array) -> jax.Array:
     """The gradient of a penalty, as a direction of ascent. Without a method `gradient`, it is derived from `value`."""
-    if hasattr(kind, "gradient"):
-        return kind.gradient(w)
-    return jnp.conj(jax.grad(lambda w: jnp.sum(kind.value(w)))(w))
+    if callable(getattr(kind, "gradient", None)):
+        return _like(kind, "gradient", kind.gradient(w), w.shape)
+    return jnp.conj(jax.grad(lambda w: _like(kind, "value", kind.value(w), ()))(w))
 
 
-def weighted_value(kind: Any, w: jax.Array, strength: Any) -> jax.Array:
-    """The sum of strength times value over the parts of an array, each of which has one strength.
+def prox(kind: Any, w: jax.Array, step: jax.Array) -> jax.Array:
+    """The proximal map of a penalty."""
+    return _like(kind, "prox", kind.prox(w, step), w.shape)
 
-    Args:
-        kind: a penalty.
-        w: an array.
-        strength: a scalar, or an array of the same rank that broadcasts against w.
-    """
-    parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
+
+def _like(kind: Any, method: str, result: Any, shape: tuple[int, ...]) -> Any:
+    if np.shape(result) != shape:
+        raise ValueError(
+            f"{kind!r}: {method} must return an array of shape {shape}, but it returned the shape {np.shape(result)}."
+        )
+    return result
+
+
+def weighted_value(where: str, kind: Any, w: jax.Array, strength: Strength) -> jax.Array:
+    """The sum of strength times value over the parts of an array, each of which has one strength."""
+    check_strength(where, kind, strength.value)
+    parts = _parts(strength.value)
+    held = [name for name, x in getattr(kind, "__dict__", {}).items() if parts and np.ndim(x)]
+    if held:
+        raise ValueError(
+            f"{where}: {kind!r} holds an array, {held[0]!r}, and is called for each part of a parameter whose strength "
+            "is an array. Multiply that array into the strength."
+        )
+    if not strength.is_known:  # Where the rate is 0, an infinite weight must not make NaN of it.
+        w = jnp.where((strength.value == 0) & ~jnp.isfinite(w), 0, w)
 
     def value(w: jax.Array) -> jax.Array:
-        return kind.value(jnp.expand_dims(w, parts))
+        return _like(kind, "value", kind.value(jnp.expand_dims(w, parts)), ())
 
     for _ in parts:
         value = jax.vmap(value)
-    sizes = [np.shape(strength)[axis] for axis in parts]
-    return jnp.sum(jnp.reshape(strength, sizes) * value(jnp.moveaxis(w, parts, range(len(parts)))))
+    sizes = [np.shape(strength.value)[axis] for axis in parts]
+    return jnp.sum(jnp.reshape(strength.value, sizes) * value(jnp.moveaxis(w, parts, range(len(parts)))))
+
+
+def _parts(strength: Any) -> list[int]:
+    """The axes along which a strength differs."""
+    return [axis for axis, size in enumerate(np.shape(strength)) if size != 1]
+
+
+def is_ours(kind: Any) -> bool:
+    """Whether the penalty is one of this file: never changed, so that jit may keep what it compiled for it."""
+    return type(kind) in (L2, L1, ElasticNet, GroupLasso, Huber)
 
 
 def is_elementwise(kind: Any) -> bool:
@@ -85,7 +112,7 @@ def is_elementwise(kind: Any) -> bool:
 
 def check_strength(where: str, kind: Any, strength: Any) -> None:
     """Raises an error if the strength differs within a part that the penalty does not split into a sum."""
-    parts = [axis for axis in range(np.ndim(strength)) if np.shape(strength)[axis] > 1]
+    parts = _parts(strength)
     if not parts or is_elementwise(kind):
         return
     if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
@@ -310,6 +337,11 @@ def _modulus(w: jax.Array) -> jax.Array:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def rule_of(kind: Any, function: Any) -> LeafRule:
+    """The rule of a place for a penalty: (update, param, anchor, strength) -> update."""
+    return stateless(function, is_elementwise=is_elementwise(kind), is_kept=is_ours(kind))
 
 
 def check_kind(where: str, kind: Any, *needs: str) -> None:

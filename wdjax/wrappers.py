@@ -71,8 +71,7 @@ def with_decoupled_decay(
         optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
             `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. An optimizer that
             decays by itself goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
-        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        weight_decay, mask: as `decoupled_decay`.
         learning_rate: the number or schedule that the optimizer has. A schedule is called with the wrapper's own count
             of steps, from 0.
         toward: None for zero; a tree like params, which may omit parameters that do not decay (it is a constant of the
@@ -233,8 +232,11 @@ class _Frozen:
             flag, param = self.flags[i], self.leaves[i][1]
             if flag is False:
                 return new
-            old = given[i] if flag is True else new
-            return _no_update(old, param) if flag is True else _where(flag, _no_update(old, param), new)
+            if flag is True:
+                return _no_update(given[i], param)
+            # A hole and the gradient of an integer (float0) change nothing.
+            has_bits = not trees.is_hole(new) and getattr(new, "dtype", None) != jax.dtypes.float0
+            return _where(flag, _no_update(new, param), new) if has_bits else new
 
         return self._mapped(update, moved)
 

@@ -314,8 +314,8 @@ MUTATIONS = [
     Mutation(
         "a derived gradient is halved",
         "penalties.py",
-        "jax.grad(lambda w: jnp.sum(kind.value(w)))(w)",
-        "jax.grad(lambda w: 0.5 * jnp.sum(kind.value(w)))(w)",
+        'jax.grad(lambda w: _like(kind, "value", kind.value(w), ()))(w)',
+        'jax.grad(lambda w: 0.5 * _like(kind, "value", kind.value(w), ()))(w)',
         ("test_penalties.py", "test_docs.py"),
     ),
     Mutation(
@@ -346,8 +346,8 @@ MUTATIONS = [
     Mutation(
         "a proximal step forgets the update",
         "on_weights.py",
-        "new = self.kind.prox(away(p + update, a), rate.value)",
-        "new = self.kind.prox(away(p, a), rate.value)",
+        "new = prox(self.kind, away(p + update, a), rate.value)",
+        "new = prox(self.kind, away(p, a), rate.value)",
     ),
     # Recipes and wrappers.
     Mutation(

@@ -24,7 +24,7 @@ from slow import slow
 
 import wdjax
 from wdjax import by_depth, by_path, monitor, only, scalars
-from wdjax.telemetry import METRICS, MonitorState
+from wdjax.telemetry import METRICS, MonitorState, _sums
 
 LR, WD = 0.1, 0.03
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
@@ -933,3 +933,15 @@ def test_errors() -> None:
         optimizer.update(reshaped, state, params)
     with pytest.raises(ValueError, match=r"monitor: updates and params are trees of different structure"):
         optimizer.update({"embed": params["embed"]}, state, params)
+
+
+def test_an_eager_step_compiles_nothing_anew() -> None:
+    params = make_params()
+    optimizer = monitor(optax.sgd(LR), WD, learning_rate=LR)
+    state = optimizer.init(params)
+    with jax.default_device(jax.devices()[0]):
+        for _ in range(2):
+            _, state = optimizer.update(grads_at(params, 0), state, params)
+        size = _sums._totals._cache_size()
+        optimizer.update(grads_at(params, 0), state, params)
+        assert _sums._totals._cache_size() == size > 0

@@ -46,6 +46,7 @@ class LeafRule(NamedTuple):
             other rule is applied to each layer of a stack separately, so that a norm is the norm of one layer.
         acts_on: which parameters the rule may act on.
         is_raw: whether the rule gets arrays in their original dtypes and returns its result without a cast.
+        is_kept: whether jit may keep what it compiled for an un-jitted update. A penalty of a user may change.
     """
 
     apply: Callable[..., tuple[Any, Any]] | None = None
@@ -54,17 +55,21 @@ class LeafRule(NamedTuple):
     is_elementwise: bool = False
     acts_on: Callable[[Any], bool] = trees.is_decayable
     is_raw: bool = False
+    is_kept: bool = True
 
 
 def stateless(
-    function: Callable[[jax.Array, jax.Array, jax.Array | None, Strength], jax.Array], *, is_elementwise: bool = True
+    function: Callable[[jax.Array, jax.Array, jax.Array | None, Strength], jax.Array],
+    *,
+    is_elementwise: bool = True,
+    is_kept: bool = True,
 ) -> LeafRule:
     """The rule (update, param, anchor, strength) -> update.
 
     Equal functions give equal rules, so that an optimizer that is built anew in each step, as
     `optax.inject_hyperparams` does, is not compiled anew.
     """
-    return LeafRule(_Stateless(function), is_elementwise=is_elementwise)
+    return LeafRule(_Stateless(function), is_elementwise=is_elementwise, is_kept=is_kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +78,6 @@ class _Stateless:
 
     def __call__(self, u: Any, p: Any, a: Any, strength: Strength, state: Any, totals: Any) -> tuple[jax.Array, None]:
         return self.function(u, p, a, strength), None
-
-    def __hash__(self) -> int:
-        try:
-            return hash(self.function)
-        except TypeError:  # A penalty that cannot be hashed.
-            return id(self.function)
 
 
 class Term(NamedTuple):
@@ -111,7 +110,7 @@ class Term(NamedTuple):
 
     def known(self) -> Any:
         """The rate as a NumPy float64 value; None if it has no value during tracing."""
-        if any(callable(factor) or is_traced(factor) for factor in self.factors):
+        if any(callable(f) or is_traced(f) or not getattr(f, "is_fully_addressable", True) for f in self.factors):
             return None
         return functools.reduce(lambda a, b: a * b, (np.asarray(factor, np.float64) for factor in self.factors), 1.0)
 
@@ -123,7 +122,6 @@ def _product(number: Scalar, arrays: Iterable[Any]) -> Strength:
     return Strength(value, is_known)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def act(
     rule: LeafRule,
     stack: tuple[int, ...],
@@ -162,6 +160,9 @@ def act(
 
     arguments = update, param, anchor, number, arrays, state, totals
     return automatic(on_arrays, arguments, like=(update, None if rule.init is None else state))
+
+
+jitted_act = jax.jit(act, static_argnums=(0, 1))
 
 
 def reduced(

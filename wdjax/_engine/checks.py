@@ -61,7 +61,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
-    if is_traced(value):
+    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
     if jnp.shape(value) != ():
         wrong = np.asarray(value)[~(np.isfinite(value) & (np.asarray(value) >= 0))]

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from . import checks, hazards, mesh_axes, trees
-from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, reduced
+from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
 from .masks import flags
 from .rules import PerLayer, Rules, check_booleans, decisions, rate_or_rules, rates_of, stack_of
 from .unstable import as_arguments
@@ -125,8 +125,13 @@ class Action:
 
     def _init_leaves(self, rule: LeafRule, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> PyTree:
         # The mask and the rate do not matter here, so that a state can be restored under other ones.
-        stacks = iter([s for s, (_, leaf) in zip(self._stacks(leaves), leaves, strict=True) if rule.acts_on(leaf)])
-        return trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(stacks), p))
+        stacks = []
+        for stack, (path, leaf) in zip(self._stacks(leaves), leaves, strict=True):
+            if rule.acts_on(leaf):
+                self._check_stack(path, leaf, stack)
+                stacks.append(stack)
+        found = iter(stacks)
+        return trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(found), p))
 
     def run(
         self,
@@ -168,7 +173,8 @@ class Action:
                 )
             own = kept.get(path) if inputs is None else inputs[i]
             stack, anchor, number, arrays = argument
-            found[i], new = act(each, stack, found[i], param, anchor, number, (*arrays, *gates), own, totals)
+            run = jitted_act if each.is_kept else act
+            found[i], new = run(each, stack, found[i], param, anchor, number, (*arrays, *gates), own, totals)
             if each.init is not None:
                 kept[path] = new
         order = [path for path, _ in trees.flatten_with_paths(state.leaf)]
@@ -261,6 +267,7 @@ class Action:
             if flag is False or not trees.is_decayable(leaf):
                 rows.append(None)
                 continue
+            self._check_stack(path, leaf, stack)
             factors = list(itertools.chain(*named))
             stack = tuple(sorted({*stack, *stack_of(self.where, path, (factor for _, factor in factors))}))
             if flag is not True:
@@ -285,13 +292,14 @@ class Action:
         else:
             found = decisions(self.stacked_axes, self.where, leaves)
             counts = [0 if decision is None else int(decision.value) for decision in found]
-        for count, (path, leaf) in zip(counts, leaves, strict=True):
-            if count and trees.is_decayable(leaf) and count > np.ndim(leaf):
-                raise ValueError(
-                    f"{self.where}: stacked_axes={count} for {path!r}, whose shape is {np.shape(leaf)}. Write "
-                    "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
-                )
         return [tuple(range(count)) for count in counts]
+
+    def _check_stack(self, path: str, leaf: Any, stack: tuple[int, ...]) -> None:
+        if len(stack) > np.ndim(leaf):
+            raise ValueError(
+                f"{self.where}: stacked_axes={len(stack)} for {path!r}, whose shape is {np.shape(leaf)}. Write "
+                "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
+            )
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, for an action that is never run."""

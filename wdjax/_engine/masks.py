@@ -15,7 +15,7 @@ from .rules import Rules, flags_of
 from .unstable import is_traced
 
 PyTree = Any
-_IS_DECIDED = "A mask must be known during tracing: build it from paths and shapes."
+_IS_DECIDED = "A mask must be known during tracing: build it with NumPy, from paths and shapes."
 
 
 def flags(
@@ -35,7 +35,12 @@ def flags(
     if mask is None or not leaves:
         return [True] * len(leaves)
     if isinstance(mask, Rules):
-        return _fitting(where, flags_of(mask, where, leaves, of_all=of_all), leaves)
+        return _fitting(where, flags_of(mask, where, leaves, of_all=of_all), leaves, of_all)
+    if isinstance(mask, (np.ndarray, jax.Array)) and [path for path, _ in leaves] != [""]:
+        raise TypeError(
+            f"{where}: the mask is one array of shape {np.shape(mask)} for the whole tree. Give it to its parameter, "
+            "mask=by_path({'embedding': array}, default=True) or in a tree like params."
+        )
     if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
         raise TypeError(
             f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "
@@ -56,23 +61,24 @@ def flags(
     extra = [p for p in given if p not in used and holes.isdisjoint(_prefixes(p))]
     if extra:
         raise ValueError(_misfit(where, "it has entries that are not parameters:", extra))
-    return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves)
+    return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves, of_all)
 
 
-def _fitting(where: str, found: Sequence[Any], leaves: Sequence[tuple[str, Any]]) -> list[Any]:
+def _fitting(where: str, found: Sequence[Any], leaves: Sequence[tuple[str, Any]], of_all: bool) -> list[Any]:
     """The answers, after a check that arrays broadcast. An array of equal values becomes one boolean."""
-    return [
-        flag if isinstance(flag, bool) else _parts(where, flag, *leaf) for flag, leaf in zip(found, leaves, strict=True)
-    ]
+    pairs = zip(found, leaves, strict=True)
+    return [flag if isinstance(flag, bool) else _parts(where, flag, *leaf, of_all) for flag, leaf in pairs]
 
 
-def _parts(where: str, flag: Any, path: str, leaf: Any) -> Any:
-    if trees.is_hole(leaf) or not trees.is_decayable(leaf):
+def _parts(where: str, flag: Any, path: str, leaf: Any, of_all: bool) -> Any:
+    if trees.is_hole(leaf) or not (of_all or trees.is_decayable(leaf)):
         return False
     if is_traced(flag):
         raise TypeError(f"{where}: the mask at {path!r} is traced. {_IS_DECIDED}")
+    trees.check_broadcasts(where, f"the mask at {path!r}", flag, np.shape(leaf))
+    if not getattr(flag, "is_fully_addressable", True):  # Other processes have a part of it.
+        return flag
     array = np.asarray(flag)
-    trees.check_broadcasts(where, f"the mask at {path!r}", array, np.shape(leaf))
     return bool(array.flat[0]) if array.size and array.all() == array.any() else array
 
 
@@ -104,7 +110,7 @@ def _flag(where: str, path: str, flag: Any) -> Any:
     if is_traced(flag):
         raise TypeError(f"{where}: {place} is traced. {_IS_DECIDED}")
     if isinstance(flag, (np.ndarray, jax.Array)) and flag.dtype == bool:
-        return np.asarray(flag) if flag.shape else bool(flag)
+        return flag if flag.shape else bool(flag)
     if isinstance(flag, str):
         remedy = f"For a mask by name write mask=only({flag!r}) or mask=all_but({flag!r})."
     elif isinstance(flag, (int, float, np.number, np.ndarray, jax.Array)):

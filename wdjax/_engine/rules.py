@@ -104,6 +104,7 @@ class Rules(abc.ABC):
             ValueError: if a rule matches nothing or never decides, or if no rule covers a parameter.
         """
         leaves = trees.flatten_with_paths(params)
+        check_whole(self, "Rules.mask")
         return _like(params, leaves, flags_of(self, "Rules.mask", leaves))
 
     def values(self, params: PyTree) -> PyTree:
@@ -259,6 +260,16 @@ def check_booleans(rules: Rules, where: str) -> None:
         )
 
 
+def check_whole(rules: Rules, where: str) -> None:
+    """Raises an error for masks of parts of a parameter, where only whole parameters can be selected."""
+    parts = [value for value in possible_values(rules) if np.ndim(value)]
+    if parts:
+        raise TypeError(
+            f"{where}: an array of shape {np.shape(parts[0])} selects parts of a parameter, and whole ones are needed "
+            "here. Masks of parts work in the mask= of wdjax."
+        )
+
+
 def check_rates(rules: Rules, where: str) -> None:
     """Raises an error for booleans or labels as rates."""
     for value in possible_values(rules):
@@ -293,10 +304,10 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
                 f"Write rates by pattern as {TABLE}."
             )
         rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}
-        return {i: Decision(0.0 if rate is None else rate, self.kind) for i, rate in rates.items()}
+        return {i: Decision(0.0 if trees.is_hole(rate) else rate, self.kind) for i, rate in rates.items()}
 
     def _values(self) -> list[Any]:
-        return [rate for rate in self.rates.values() if rate is not None]
+        return [rate for rate in self.rates.values() if not trees.is_hole(rate)]
 
     def _written(self) -> str:
         return f"<{self.kind}>"
@@ -318,9 +329,11 @@ def rate_or_rules(where: str, name: str, value: Any) -> Any:
     if isinstance(value, Rules):
         check_rates(value, where)
         return value
-    if value is not None and not callable(value) and jax.tree.structure(value) != jax.tree.structure(0):
+    # A tree may be callable too, such as an Equinox module of rates.
+    is_tree = value is not None and jax.tree.structure(value) != jax.tree.structure(0)
+    if is_tree and not isinstance(value, jax.tree_util.Partial):
         rates = dict(trees.flatten_with_paths(value))
-        return PerParameter({p: rate if rate is None else _rate_at(where, name, p, rate) for p, rate in rates.items()})
+        return PerParameter({p: r if trees.is_hole(r) else _rate_at(where, name, p, r) for p, r in rates.items()})
     return checks.rate(where, name, value)
 
 

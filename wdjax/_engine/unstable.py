@@ -79,7 +79,7 @@ def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like:
         arguments: its arguments.
         like: arrays with the sharding that the results should get; None for results that are whole on every device.
     """
-    explicit = [x for x in jax.tree.leaves(arguments) if _has_explicit_axes(x)]
+    explicit = [x for x in jax.tree.leaves(arguments) if _explicit_axes(x)]
     if auto_axes is None or not explicit:
         return function(*arguments)
     first = jax.typeof(explicit[0])
@@ -87,16 +87,20 @@ def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like:
 
     def sharding_of(x: Any) -> Any:
         # JAX forgets the mesh of zeros that are made within jit but without `jax.set_mesh`.
-        is_known, kind = _has_explicit_axes(x), jax.typeof(x)
+        is_known, kind = _explicit_axes(x), jax.typeof(x)
         return kind.sharding if is_known else first.sharding if kind.shape == first.shape else whole_everywhere
 
     out_sharding = whole_everywhere if like is None else jax.tree.map(sharding_of, like)
-    return auto_axes(function, out_sharding=out_sharding)(*arguments)
+    within = auto_axes(function, axes=_explicit_axes(explicit[0]), out_sharding=out_sharding)
+    # Without the mesh in a context, only a jit finds it.
+    return (within if any(map(is_traced, explicit)) else jax.jit(within))(*arguments)
 
 
-def _has_explicit_axes(x: Any) -> bool:
-    kinds = getattr(getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None), "axis_types", None) or ()
-    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+def _explicit_axes(x: Any) -> tuple[Any, ...]:
+    """The axes of an array's mesh that are explicit. Within `shard_map` others may be manual."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    kinds = zip(getattr(mesh, "axis_names", ()), getattr(mesh, "axis_types", None) or (), strict=False)
+    return tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit)
 
 
 def as_arguments(numbers: Sequence[Any], likes: Iterable[Any]) -> list[Any]:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._engine import trees
+
 
 def is_low(leaf: Any) -> bool:
     """Whether the leaf has a real floating dtype with less than 32 bits."""
@@ -14,7 +16,7 @@ def is_low(leaf: Any) -> bool:
 
 def is_narrow(leaf: Any) -> bool:
     """Whether the leaf has a real floating dtype with less than 64 bits."""
-    dtype = getattr(leaf, "dtype", None)
+    dtype = None if trees.is_hole(leaf) else getattr(leaf, "dtype", None)
     is_floating = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.floating)
     return is_floating and jnp.finfo(dtype).bits < 64
 

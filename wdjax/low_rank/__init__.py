@@ -80,7 +80,7 @@ def decoupled_lora_decay(
     W0 twice, cast to float32 if it is narrower, and adds about 4 * rank * size(W0) operations.
 
     Args:
-        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
+        weight_decay: as `decoupled_decay`.
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one. A
             factor that is masked out does not change, but still counts in W.
         scale: the factor of A @ B in the model: alpha / rank or alpha / sqrt(rank); 1 for Flax NNX and Gemma, which
@@ -152,19 +152,23 @@ def decoupled_lora_decay(
             if jnp.finfo(dtype).dtype.type(term.parted()[0] * size.parted()[0]) == 0:  # Underflows to 0 in dtype.
                 continue
             rules[i] = _RULES[path == pair.left, scale.is_known]
-            inputs[i] = w0, left, right, _along(scale.value, jnp.ndim(param))
+            inputs[i] = w0, left, right, _along(pair.left, scale.value, left.ndim - 2, jnp.ndim(param))
         updates, _ = rates.run(rules, updates, state, params, inputs=inputs)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _along(scale: Any, ndim: int) -> Any:
-    """The scale. Scales of stacked layers, along leading axes, are reshaped to broadcast against `ndim` axes."""
+def _along(path: str, scale: Any, stack: int, ndim: int) -> Any:
+    """A scale for a factor of so many axes. It may differ by layer, along the leading axes that stack layers."""
     if jnp.ndim(scale) == 0:
         return scale
-    leading = max((axis + 1 for axis, size in enumerate(scale.shape) if size > 1), default=0)
-    return scale.reshape(scale.shape[:leading] + (1,) * (ndim - leading))
+    if any(size > 1 for size in scale.shape[stack:]):
+        raise ValueError(
+            f"{WHERE}: the scale of {path!r} is an array of shape {scale.shape}, but it must be one number, or one for "
+            f"each stacked layer: here {stack} leading axes stack layers."
+        )
+    return scale.reshape(scale.shape[:stack] + (1,) * (ndim - stack))
 
 
 def _rule(*, is_left: bool, is_known: bool) -> LeafRule:

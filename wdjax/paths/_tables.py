@@ -194,6 +194,8 @@ def stacks(where: str, stacked_axes: Any) -> Any:
     Raises:
         TypeError: if they are not whole numbers >= 0.
     """
+    if stacked_axes is None:
+        return 0
     counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
     if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
         raise TypeError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._engine.rules import Rules, Tree, answers, check_booleans
+from .._engine.rules import Rules, Tree, answers, check_booleans, check_whole
 from .._engine.trees import Leaf
 
 
@@ -48,6 +48,7 @@ def _checked_one(where: str, pattern: Any, syntax: str) -> Pattern:
         return found if syntax == "regex" else Piece(pattern, syntax, found)
     if isinstance(pattern, Rules):
         check_booleans(pattern, where)
+        check_whole(pattern, where)
         return pattern
     of_text = isinstance(pattern, Piece) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
     if not of_text and (not callable(pattern) or isinstance(pattern, type)):

@@ -118,6 +118,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * jnp.conj(b)).real if jnp.iscomplexobj(a) else a * b
 
 
+@jax.jit
 def _totals(arrays: tuple[jax.Array, ...]) -> Sequence[jax.Array]:
     """The sum of each of several arrays of one shape and dtype."""
     if jax.device_count() > 1:
