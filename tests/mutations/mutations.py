@@ -473,7 +473,7 @@ MUTATIONS = [
     Mutation(
         "a pattern that matches nothing is no error",
         "paths/language.py",
-        "    if not found and (by_path or all(tree.leaves[i].dtype is not None for i in asked)):\n",
+        "    if not found and (isinstance(pattern, Text) or all(tree.leaves[i].dtype is not None for i in asked)):\n",
         "    if False:\n",
         (PATHS,),
     ),
@@ -487,20 +487,20 @@ MUTATIONS = [
     Mutation(
         "all_but is only",
         "paths/_tables.py",
-        'return Table(((language.checked_patterns("all_but", patterns, syntax), False),), default=True)',
-        'return Table(((language.checked_patterns("all_but", patterns, syntax), True),), default=False)',
+        'return Table((Row(language.checked_patterns("all_but", patterns, syntax), False),), default=True)',
+        'return Table((Row(language.checked_patterns("all_but", patterns, syntax), True),), default=False)',
         (PATHS,),
     ),
     Mutation(
         "layer-wise decay is one block off",
-        "paths/_depth.py",
+        "paths/_scales.py",
         "values, reason = tuple(self.factor ** (count - k) for k in range(count))",
         "values, reason = tuple(self.factor ** (count - k - 1) for k in range(count))",
         (SCALES, LOOP),
     ),
     Mutation(
         "width scales the other way",
-        "paths/_width.py",
+        "paths/_scales.py",
         "Decision((width / self.base) ** self.power,",
         "Decision((self.base / width) ** self.power,",
         (SCALES,),
