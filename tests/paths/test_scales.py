@@ -640,7 +640,7 @@ def test_factors_and_bases_are_positive_numbers(function: Any) -> None:
 def test_mistakes_in_the_axis_of_by_depth() -> None:
     params = {"blocks": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}, "more": {"kernel": jnp.ones((4, 2))}}
     for axis in (True, 0.0, "0"):
-        fails("axis must be an integer, .*, got", lambda: by_depth("blocks", 0.5, axis=axis), TypeError)  # noqa: B023
+        fails("axis must be an integer, got .* Write axis=0", lambda: by_depth("blocks", 0.5, axis=axis), TypeError)  # noqa: B023
     fails(
         r"Rules\.values: by_depth: axis=1 does not exist in 'blocks/bias', whose shape is \(3,\)\. .*If this array is "
         r"not stacked, exclude it: by_path\(\{'blocks/bias': 1\.0\}, default=by_depth",

@@ -15,8 +15,6 @@ A pattern is one of
 - a mask made of rules, which matches where it is True: `weights_only()`.
 - a tuple of these. It matches where any of them does.
 
-`syntax=` reads strings as other libraries do: as regular expressions or as parts of a path.
-
 The canonical path of a parameter is its keys joined by "/", in every library. `canonical_paths` lists the paths.
 
 A rule that matches nothing, a rule that never decides because earlier rules match the same parameters first, and a

@@ -14,7 +14,8 @@ from .roles import EMBEDDING, KERNEL, Role
 _LIBRARIES = ("flax.linen.", "flax.nnx.", "equinox.nn.", "haiku.")
 # Base classes of the libraries, which have no parameters.
 _BASES = ("Module", "Sequential", "List", "Dict", "RNNCellBase")
-_VARIABLES_OF_STATE = ("BatchStat", "Cache", "Intermediate", "RngState", "Perturbation")
+_STATE = tuple(f"flax.nnx.{name}" for name in ("BatchStat", "Cache", "Intermediate", "RngState", "Perturbation"))
+_MODULES = ("flax.nnx.Module", "equinox.Module")
 
 
 class Owner(NamedTuple):
@@ -64,7 +65,7 @@ def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) ->
     """The owner of each parameter of a model by canonical path, or its role where that is already known."""
     if inspect.isclass(model):
         raise TypeError(f"weights_only: got the class {model.__name__}. Give an instance of it: {model.__name__}(...).")
-    if _is_a(model, "flax.linen", "Module"):
+    if isinstance(model, _classes("flax.linen.Module")):
         return _resolved(_held_by_linen(model, inputs, call_kwargs))
     if not _has_modules(model):
         raise TypeError(
@@ -140,33 +141,31 @@ def _held_by_linen(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any
 
 def _held_by_tree(node: Any, path: tuple[str, ...], start: int, kind: type, above: frozenset[int]) -> Iterator[Held]:
     """Every array, number or NNX Variable below a node, whose module is of this class and has a path of this length."""
-    if any(_is_a(node, "flax.nnx", name) for name in _VARIABLES_OF_STATE):
-        yield "/".join(path), Role("statistic", f"a {type(node).__name__}")
-        return
     is_array = isinstance(node, (float, complex)) or (hasattr(node, "shape") and hasattr(node, "dtype"))
-    if is_array or _is_a(node, "flax.nnx", "Variable"):
+    if isinstance(node, _classes(*_STATE)):
+        yield "/".join(path), Role("statistic", f"a {type(node).__name__}")
+    elif is_array or isinstance(node, _classes("flax.nnx.Variable")):
         yield "/".join(path), (kind, "/".join(path[start:]).partition("/")[0])
-        return
-    if id(node) in above:
-        return
-    # nnx.List and nnx.Dict are modules, but the parameters in them belong to their owner.
-    if _is_module(node) and not type(node).__module__.startswith("flax.nnx.helpers"):
-        start, kind = len(path), type(node)
-    for key, child in _children(node):
-        if child is not node:
-            yield from _held_by_tree(child, (*path, key), start, kind, above | {id(node)})
+    elif id(node) not in above:
+        # nnx.List and nnx.Dict are modules, but the parameters in them belong to their owner.
+        if isinstance(node, _classes(*_MODULES)) and not type(node).__module__.startswith("flax.nnx.helpers"):
+            start, kind = len(path), type(node)
+        for key, child in _children(node):
+            if child is not node:
+                yield from _held_by_tree(child, (*path, key), start, kind, above | {id(node)})
 
 
 def _has_modules(node: Any) -> bool:
     """Whether the node is a module or a container of modules."""
-    is_container = isinstance(node, (dict, list, tuple))
-    return _is_module(node) or (is_container and any(_has_modules(child) for _, child in _children(node)))
+    if isinstance(node, (dict, list, tuple)):
+        return any(_has_modules(child) for _, child in _children(node))
+    return isinstance(node, _classes(*_MODULES))
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     if len(flat) == 1 and not flat[0][0]:  # Not a tree: a plain value, or an NNX module of an older Flax.
-        return sorted(vars(node).items()) if _is_a(node, "flax.nnx", "Module") else []
+        return sorted(vars(node).items()) if isinstance(node, _classes("flax.nnx.Module")) else []
     return [("/".join(map(trees.key_text, keys)), child) for keys, child in flat]
 
 
@@ -174,21 +173,13 @@ def _owner(kind: type, name: str) -> Owner:
     """The owner of the attribute or parameter `name`, which is a module of this type."""
     library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
     # The fields of an Equinox layer distinguish its own parameters from those that a subclass adds.
-    fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _class("equinox", "Module")) else {name}
+    fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _classes("equinox.Module")) else {name}
     if library is None or library.__name__ in _BASES or name not in fields:
         return Owner(kind.__name__, is_library=False)
     return Owner(library.__name__, is_library=True)
 
 
-def _is_module(value: Any) -> bool:
-    return _is_a(value, "flax.nnx", "Module") or _is_a(value, "equinox", "Module")
-
-
-def _is_a(value: Any, module: str, name: str) -> bool:
-    return isinstance(value, _class(module, name))
-
-
-def _class(module: str, name: str) -> Any:
-    """The class of this name. If its module isn't imported, an empty tuple, of which nothing is an instance."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind if inspect.isclass(kind) else ()
+def _classes(*names: str) -> tuple[type, ...]:
+    """The classes of these names, without those of modules that are not imported."""
+    found = [getattr(sys.modules.get(module), name, None) for module, _, name in (n.rpartition(".") for n in names)]
+    return tuple(kind for kind in found if inspect.isclass(kind))

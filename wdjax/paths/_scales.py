@@ -1,4 +1,4 @@
-"""Multipliers from the depth of a block (in lists, numbered names and stacked layers) and from the width of a matrix."""
+"""Multipliers from the depth of a block (in a list, a numbered name or a stack), and from the width of a matrix."""
 
 import dataclasses
 import math
@@ -97,8 +97,8 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     Args:
         blocks: the pattern of the blocks, in which "*" stands for a number: `"Block_*"`, `"layers/*"` or
             `"stages/*/blocks/*"` (ordered by the first number, then by the second). Or a compiled regular expression
-            for the whole path, whose groups are the numbers (a group that did not match counts as 0). Or a tuple of
-            these: blocks with the same numbers then have the same depth. With `axis`, it is an ordinary pattern.
+            for the whole path, whose groups are the numbers (0 for one that did not match). Or a tuple of these: equal
+            numbers are then equal depth. With `axis`, it is an ordinary pattern.
         factor: the factor from each block to the one below, > 0.
         first: the patterns of everything before the first block: embeddings, the stem.
         axis: the axis that counts the blocks, if they are stacked in one array as by `nn.scan`.
@@ -112,9 +112,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     """
     factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
     if axis is not None and not is_whole(axis):
-        raise TypeError(
-            f"by_depth: axis must be an integer, the axis of the stacked blocks, got {axis!r}. Write axis=0."
-        )
+        raise TypeError(f"by_depth: axis must be an integer, got {axis!r}. Write axis=0, or leave it out.")
     patterns = language.checked_patterns("by_depth", blocks)
     for pattern in patterns if axis is None else ():
         syntax = pattern.syntax if isinstance(pattern, Text) else ""
@@ -177,9 +175,8 @@ class ByWidth(Rules, kind="by_width"):
         decided = {}
         for i in asked:
             width = self._width(tree.where, tree.leaves[i], shapes) if i in tree.required else None
-            if not width:  # Not a matrix, or an empty one.
-                decided[i] = Decision(1.0, "by_width", "not a matrix")
-            else:
+            decided[i] = Decision(1.0, "by_width", "not a matrix")
+            if width:  # It is a matrix, and not empty.
                 decided[i] = Decision((width / self.base) ** self.power, "by_width", f"fan-in {width:g}")
         return decided
 
@@ -236,9 +233,8 @@ def by_width(
         base: the fan-in at which the multiplier is 1, > 0.
         power: 1 for μP and CompleteP; 0.5 for a decay that grows with the square root of the width.
         fan_in: a function of a `Leaf` that returns the fan-in, or None if the leaf is not a matrix. Without it, the
-            inputs are the axes that a bias beside the matrix lacks. Without a bias, the name decides: all axes but the
-            last of a `kernel` or a `w` (only the first of Flax's query, key and value), and all but the first of a
-            `weight`. A matrix with another name is an error.
+            inputs are the axes that a bias beside the matrix lacks, or by name: all axes but the last of a `kernel` or
+            a `w` (only the first of Flax's query, key and value), and all but the first of a `weight`.
         stacked_axes: the number of leading axes that stack layers.
 
     Example:
@@ -252,9 +248,7 @@ def by_width(
     if not _is_number(power):
         raise TypeError(f"by_width: power must be a finite number, got {power!r}. Write by_width(256, power=0.5).")
     if fan_in is not None and not callable(fan_in):
-        raise TypeError(
-            f"by_width: fan_in must be a function of a Leaf, got {fan_in!r}. Write lambda leaf: leaf.shape[0]."
-        )
+        raise TypeError(f"by_width: fan_in must be a function of a Leaf, got {fan_in!r}. Write lambda leaf: ...")
     if not is_whole(stacked_axes) or stacked_axes < 0:
         raise ValueError(
             f"by_width: stacked_axes must be a number of leading axes >= 0, got {stacked_axes!r}. Write stacked_axes=1."

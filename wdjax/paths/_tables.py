@@ -36,13 +36,14 @@ class Table(Rules, kind="by_path"):
         # A hole counts as matched, so that a rule set for the whole model also works inside `optax.masked` or
         # `optax.partition`, where part of the model is hidden.
         deciders: dict[int, str] = {}
-        decided: dict[int, Decision] = {}
+        parts: list[tuple[Any, dict[int, str]]] = []  # Each value, and its leaves with the pattern that matched.
         for patterns, value in self.rules:
             left = [i for i in asked if i not in deciders]
-            matched: dict[int, Any] = {}
+            matched: dict[int, str] = {}
             for pattern in patterns:
-                matched = {**dict.fromkeys(language.matching(tree, pattern, asked, left), pattern), **matched}
-            group = [i for i in left if i in matched]
+                new = language.matching(tree, pattern, asked, left)
+                matched = {**dict.fromkeys(new, language.show(pattern)), **matched}
+            group = {i: matched[i] for i in left if i in matched}
             if asked and not group and (matched or not left):
                 earlier = dict.fromkeys(shown for i, shown in deciders.items() if i in (matched or asked))
                 raise ValueError(
@@ -50,20 +51,25 @@ class Table(Rules, kind="by_path"):
                     "the same parameters. Put the narrower rule first, or remove this one."
                 )
             deciders.update(dict.fromkeys(group, repr(patterns)))
-            for i, decision in _decisions(tree, group, value).items():
-                inner = f" → {decision.rule}" if decision.rule else ""
-                decided[i] = decision._replace(rule=language.show(matched[i]) + inner)
+            parts.append((value, group))
         rest = [i for i in asked if i not in deciders]
         bare = [tree.leaves[i].path for i in rest if i in tree.required]
-        if self.default is None and bare:
+        if self.default is not None:
+            parts.append((self.default, dict.fromkeys(rest, "")))
+        elif bare:
             more = f" (and {len(bare) - 1} more: {', '.join(map(repr, bare[1:4]))})" if len(bare) > 1 else ""
             raise ValueError(
                 f"{tree.where}: no rule covers the parameter {bare[0]!r}{more}. Add a rule such as "
                 f"{{{bare[0].rpartition('/')[2]!r}: ...}}, or a value for all others: by_path({{...}}, default=...)."
             )
-        if self.default is not None:
-            for i, decision in _decisions(tree, rest, self.default).items():
-                decided[i] = decision._replace(rule=decision.rule or "default")
+        decided: dict[int, Decision] = {}
+        for value, group in parts:
+            if isinstance(value, Rules):
+                found = answers(value, tree, list(group)) if group else {}
+            else:
+                found = dict.fromkeys(group, Decision(value, ""))
+            for i, decision in found.items():
+                decided[i] = decision._replace(rule=" → ".join(filter(None, (group[i], decision.rule))) or "default")
         return decided
 
     def _values(self) -> list[Any]:
@@ -84,12 +90,6 @@ class Table(Rules, kind="by_path"):
         return by_path(table, default=from_plain(default))
 
 
-def _decisions(tree: Tree, group: Sequence[int], value: Any) -> dict[int, Decision]:
-    if isinstance(value, Rules):
-        return answers(value, tree, group) if group else {}
-    return dict.fromkeys(group, Decision(value, ""))
-
-
 @checks.known_arguments
 def by_path(
     rules: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, default: Any = MISSING, syntax: str = "shell"
@@ -102,9 +102,6 @@ def by_path(
         default: the value of parameters that no rule matches, which are an error otherwise: `default=weights_only()`.
         syntax: how strings are read: "shell" as in `wdjax.paths`; "regex" as a regular expression for the whole path;
             "search" as one for any part of it; "contains" as a part of the path, where "." also stands for "/".
-
-    At `init` and `update`, a rule that matches no parameter or never decides is an error, and so is a parameter that no
-    rule covers.
 
     Example:
 

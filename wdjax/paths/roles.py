@@ -1,8 +1,7 @@
 """The role of a parameter in its layer, by its name, its owner's name and its shape.
 
-The names are those of Flax Linen, Flax NNX, Equinox, Haiku and well-known models. Some names have several meanings: an
-Equinox `weight` is a matrix, a table or a norm's scale. Then the owner's name decides, and after that the bias beside
-it: a norm's scale has the shape of its bias, and a matrix does not. If nothing decides, the parameter has no role.
+The names are those of Flax Linen, Flax NNX, Equinox, Haiku and well-known models. If a name has several meanings, as an
+Equinox `weight`, the owner's name decides, and after that the bias: a norm's scale has its shape, and a matrix has not.
 """
 
 import functools

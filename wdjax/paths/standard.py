@@ -14,6 +14,7 @@ from ._modules import Owner
 from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
 
 Axes = tuple[int, ...]
+Stacks = dict[str, tuple[set[Axes], set[Axes]]]
 # Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
 # Linen's collections beside "params".
@@ -22,7 +23,7 @@ _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_over
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WeightsOnly(Rules, kind="weights_only"):
-    """The standard rule. `owners` holds what the model says about each path. It is None if only the names are known."""
+    """The standard rule. `owners` holds what the model says about each path."""
 
     embeddings: bool
     unknown: bool | str
@@ -32,8 +33,8 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         if [leaf.path for leaf in tree.leaves] == [""]:
             raise ValueError(
-                f"{tree.where}: weights_only can't tell what a parameter without a name is. The params are a single array. "
-                "Give it the tree of parameters, outside optax.flatten."
+                f"{tree.where}: weights_only can't tell what a parameter without a name is. The params are a single "
+                "array. Give it the tree of parameters, outside optax.flatten."
             )
         roles = self._roles(tree, [i for i in asked if i in tree.required])
         decided, unknown = {}, []
@@ -54,22 +55,28 @@ class WeightsOnly(Rules, kind="weights_only"):
         return decided
 
     def _roles(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
-        stacked = self._stacked(tree)
+        stacked: dict[int, int] = {}
+        for pattern, axes in self.stacked_axes.items():
+            matched = language.matching_all(tree, language.checked_patterns("weights_only", pattern))
+            stacked = {**dict.fromkeys(matched, axes), **stacked}
+        for i, axes in stacked.items():
+            path, shape, _ = tree.leaves[i]
+            if i in tree.required and axes > len(shape):
+                raise ValueError(
+                    f"{tree.where}: weights_only has stacked_axes={axes} for {path!r}, but its shape is {shape}. "
+                    "Write the number of axes that stack layers, such as stacked_axes={'layers': 1}."
+                )
         held = [(i, leaf) for i, leaf in enumerate(tree.leaves) if leaf.dtype is not None]
         shapes = {leaf.path: leaf.shape[stacked.get(i, 0) :] for i, leaf in held}
         stacks = _stacks(shapes)
         roles: dict[int, Role | None] = {}
         for i in asked:
             path = tree.leaves[i].path
-            owner = self._owner(tree, path)
-            if isinstance(owner, Role):
-                roles[i] = owner
-                continue
-            parameter = parameter_at(path, shapes)
-            if owner is not None:
+            owner, parameter = self._owner(tree, path), parameter_at(path, shapes)
+            if isinstance(owner, Owner):
                 parameter = parameter._replace(owner=owner.name, is_library=owner.is_library, in_list=False)
-            roles[i] = role(parameter)
-            if i not in stacked:
+            roles[i] = owner if isinstance(owner, Role) else role(parameter)
+            if i not in stacked and not isinstance(owner, Role):
                 roles[i] = _unstacked(path, roles[i], parameter, stacks)
         return roles
 
@@ -89,21 +96,6 @@ class WeightsOnly(Rules, kind="weights_only"):
             )
         return found
 
-    def _stacked(self, tree: Tree) -> dict[int, int]:
-        """The number of stacked axes of each leaf for which it was given."""
-        found: dict[int, int] = {}
-        for pattern, axes in self.stacked_axes.items():
-            leaves = language.matching_all(tree, language.checked_patterns("weights_only", pattern))
-            found = {**dict.fromkeys(leaves, axes), **found}
-        for i, axes in found.items():
-            path, shape, _ = tree.leaves[i]
-            if i in tree.required and axes > len(shape):
-                raise ValueError(
-                    f"{tree.where}: weights_only has stacked_axes={axes} for {path!r}, but its shape is {shape}. "
-                    "Write the number of axes that stack layers, such as stacked_axes={'layers': 1}."
-                )
-        return found
-
     def _values(self) -> list[Any]:
         return [True]
 
@@ -117,13 +109,9 @@ class WeightsOnly(Rules, kind="weights_only"):
     @staticmethod
     def _from_plain(embeddings: Any = True, unknown: Any = "error", stacked_axes: Any = 0, owners: Any = None) -> Rules:
         rules = weights_only(embeddings=embeddings, unknown=unknown, stacked_axes=stacked_axes)
-        if owners is None:
-            return rules
-        found = {
-            path: read(f"the owner of {path!r}", Role if "reason" in owner else Owner, owner)
-            for path, owner in owners.items()
-        }
-        return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
+        kinds = {path: Role if "reason" in owner else Owner for path, owner in (owners or {}).items()}
+        found = {path: read(f"the owner of {path!r}", kind, owners[path]) for path, kind in kinds.items()}
+        return dataclasses.replace(rules, owners=None if owners is None else found)  # pyright: ignore[reportCallIssue]
 
 
 @checks.known_arguments
@@ -143,21 +131,17 @@ def weights_only(
     the dynamics of state-space models, and integers.
 
     Without a model, it goes by the names and shapes of Flax Linen, Flax NNX, Equinox, Haiku and PyTorch. With an
-    `nnx.Module`, an `equinox.Module`, or a Linen module and the inputs of its `init` (arrays or
-    `jax.ShapeDtypeStruct`s; nothing is run), it goes by the types of the modules, and by names only for parameters that
-    no library layer holds. The table of an embedding layer is an embedding even if it is indexed by position. An array
-    that is added to activations as it is, is a positional embedding.
+    `nnx.Module`, an `equinox.Module`, or a Linen module and the (abstract) inputs of its `init`, it goes by the types
+    of the modules, and by names only for parameters that no library layer holds. The table of an embedding layer is an
+    embedding even if it is indexed by position, and an array that is added to activations is not.
 
     Args:
-        model, inputs: the model whose modules decide. For Linen, also the inputs that it is called with.
         embeddings: whether the tables of embedding layers decay. If False, an Equinox `weight` in a list may be unknown
             without the model, because a linear layer without a bias looks like an embedding.
         unknown: what to do with parameters that neither name nor type identifies: "error", or the boolean for them.
         stacked_axes: the number of leading axes that stack layers (`filter_vmap`), if names don't distinguish a stacked
             scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku don't need it.
         call_kwargs: keyword arguments for the call of a Linen model: `{"train": False}`.
-
-    A parameter that it can't tell, or that the model does not have, is an error at `init` and `update`.
 
     Example:
 
@@ -172,13 +156,12 @@ def weights_only(
         raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
     stacks = dict(stacked_axes) if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
     for pattern, axes in stacks.items():
-        write = "Write stacked_axes=1, or stacked_axes={'layers': 1}."
         if not isinstance(pattern, str):
-            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}. {write}")
+            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}.")
         if not is_whole(axes) or axes < 0:
             raise ValueError(
                 f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
-                f"{write}"
+                "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
@@ -207,13 +190,13 @@ def _names_of_the_bias(name: str) -> list[str]:
     return [*raw, *(name.replace(matrix, bias) for matrix in matrices for bias in ("bias", "biases")), "bias", "b"]
 
 
-def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]]:
+def _stacks(shapes: Mapping[str, Axes]) -> Stacks:
     """For each node of the tree, the surplus leading axes of its layers: the certain ones, then the possible ones.
 
-    A bias has one axis (in a convolution, axes of size 1 follow it). Any more axes stack layers. A `weight` without a
-    bias has two axes, except in a convolution.
+    A bias has one axis, to which a convolution adds axes of size 1. A `weight` without a bias has two, and more in a
+    convolution. Any more axes stack layers.
     """
-    found: dict[str, tuple[set[Axes], set[Axes]]] = collections.defaultdict(lambda: (set(), set()))
+    found: Stacks = collections.defaultdict(lambda: (set(), set()))
     for path, shape in shapes.items():
         if not path.endswith("/weight"):
             continue
@@ -230,9 +213,7 @@ def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]
     return found
 
 
-def _unstacked(
-    path: str, found: Role | None, parameter: Parameter, stacks: Mapping[str, tuple[set[Axes], set[Axes]]]
-) -> Role | None:
+def _unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stacks) -> Role | None:
     """The role of what only its shape shows to be a matrix and no stacked vector, by the layers nearest to it."""
     is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
     by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2

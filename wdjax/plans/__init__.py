@@ -1,7 +1,6 @@
 """Plans show before training which parameters decay, at which rate, by which rule and why.
 
-`plan` applies rules, masks and rates to a tree of parameters or of `jax.ShapeDtypeStruct`s. It returns a `Plan`, which
-you can print, compare with another, save to a file, and assert in a unit test (`wdjax.testing.assert_plan`).
+A `Plan` can be printed, compared with another, saved, and asserted in a unit test (`wdjax.testing.assert_plan`).
 """
 
 from collections.abc import Sequence
@@ -74,15 +73,13 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     return Plan(tuple(rows))
 
 
-def asked(
-    where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule_of_none: str
-) -> list[Decision]:
-    """What a mask decides on each leaf."""
+def asked(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule: str) -> list[Decision]:
+    """What a mask decides on each leaf. `rule` is what None is called."""
     answers = flags(where, mask, params, leaves, of_all=True)
     if isinstance(mask, Rules):
         found = decisions(mask, where, leaves)
         return [(d or Decision(False, ""))._replace(value=flag) for d, flag in zip(found, answers, strict=True)]
-    return [Decision(flag, rule_of_none if mask is None else "mask") for flag in answers]
+    return [Decision(flag, rule if mask is None else "mask") for flag in answers]
 
 
 def row_of(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
@@ -105,10 +102,7 @@ def row_of(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kep
 
 
 def _shown(factors: Sequence[Any], leaf: Leaf) -> PlannedRate:
-    """The product of the factors of a rate: a number, or one for each layer, or a text.
-
-    The text is the range of an array, and the names of factors that have no value yet.
-    """
+    """The product of the factors of a rate: a number, one for each layer, or a text if it is no number yet."""
     numbers: Any = 1.0
     names = []
     for factor in factors:

@@ -15,22 +15,18 @@ from .table import Planned, Totals, show_rate, totals_of
 class Plan:
     """Which parameters decay, how strongly and why: one row for each parameter, in the order of the tree.
 
-    `print(plan)` and `str(plan)` give a table in plain text. `plan.show()` and `rich.print(plan)` show it in colors in
-    a terminal. A notebook shows it as HTML. Repeated blocks are one line.
-
-    `for row in plan` iterates over the rows, and `plan[path]` is the row of one parameter.
+    `print(plan)` gives a table in plain text, `plan.show()` and `rich.print(plan)` show it in colors, and a notebook as
+    HTML. Repeated blocks are one line. `for row in plan` iterates over the rows, and `plan[path]` is one of them.
     """
 
     parameters: tuple[Planned, ...]
 
     def __getitem__(self, path: str) -> Planned:
-        """The row of the parameter at a canonical path."""
         if path not in self._rows:
             raise KeyError(f"Plan: no parameter has the path {path!r}.")
         return self._rows[path]
 
     def __iter__(self) -> Iterator[Planned]:
-        """The rows, in the order of the tree."""
         return iter(self.parameters)
 
     def __len__(self) -> int:
@@ -54,18 +50,14 @@ class Plan:
     def diff(self, other: "Plan") -> "PlanDiff":
         """How `other` differs: parameters that it adds, parameters that it lacks, and parameters with another rate."""
         before, after = self._rows, other._rows
+        added = tuple(planned for path, planned in after.items() if path not in before)
+        removed = tuple(planned for path, planned in before.items() if path not in after)
         both = [(planned, after[path]) for path, planned in before.items() if path in after]
-        return PlanDiff(
-            added=tuple(planned for path, planned in after.items() if path not in before),
-            removed=tuple(planned for path, planned in before.items() if path not in after),
-            changed=tuple((old, new) for old, new in both if show_rate(old.rate) != show_rate(new.rate)),
-        )
+        changed = tuple((old, new) for old, new in both if show_rate(old.rate) != show_rate(new.rate))
+        return PlanDiff(added, removed, changed)
 
     def text(self) -> str:
-        """A line for each parameter, for a golden file and `testing.assert_plan`: its rate, a tab and its path.
-
-        Numbers have six digits. A schedule is shown by its name only.
-        """
+        """For a golden file: the rate of each parameter in six digits (a schedule by its name), a tab and the path."""
         return "".join(f"{show_rate(planned.rate)}\t{planned.path}\n" for planned in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ class Planned(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of parameters in the array."""
         return math.prod(self.shape)
 
 
