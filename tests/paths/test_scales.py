@@ -782,8 +782,7 @@ def test_mistakes_in_by_width() -> None:
     fails("fan_in must be a function of a Leaf, got 64", lambda: by_width(2, fan_in=64), TypeError)  # pyright: ignore[reportArgumentType]
     for width in (0, -3, float("nan"), "8", True):
         fails(
-            r"Rules\.values: by_width: fan_in must return a number > 0, or None for a leaf that is not a matrix, but "
-            rf"for 'gate' it returned {width!r}\.",
+            rf"Rules\.values: by_width: fan_in must return a number > 0, or None, but for 'gate' it gave {width!r}\.",
             lambda: by_width(2, fan_in=lambda leaf: width if leaf.path == "gate" else None).values(params),  # noqa: B023
         )
     for power in (True, "1", float("inf"), None):

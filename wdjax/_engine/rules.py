@@ -323,6 +323,12 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool)
 
 
+def call(name: str, *said: Any, **named: Any) -> str:
+    """A call as it is written, without the arguments that are None."""
+    rest = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return f"{name}({', '.join([*map(str, said), *rest])})"
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._engine import checks, trees
-from .._engine.rules import Decision, PerLayer, Rules, Tree, is_whole
+from .._engine.rules import Decision, PerLayer, Rules, Tree, call, is_whole
 from .._engine.trees import Leaf
 from . import language
 from .language import Patterns, Text
@@ -70,13 +70,11 @@ class ByDepth(Rules, kind="by_depth"):
             )
         count = next(iter(sizes), 0)
         values, reason = tuple(self.factor ** (count - k) for k in range(count)), f"{count} stacked blocks"
-        axes = {i: range(len(tree.leaves[i].shape))[axis] for i in deciding}
-        return {i: Decision(PerLayer(values, of_leaf), "by_depth", reason) for i, of_leaf in axes.items()}, count
+        ndims = {i: len(tree.leaves[i].shape) for i in deciding}
+        return {i: Decision(PerLayer(values, axis % ndim), "by_depth", reason) for i, ndim in ndims.items()}, count
 
     def _written(self) -> str:
-        first = f", first={self.first}" if self.first else ""
-        axis = "" if self.axis is None else f", axis={self.axis}"
-        return f"by_depth({self.blocks}, {self.factor!r}{first}{axis})"
+        return call("by_depth", self.blocks, self.factor, first=self.first, axis=self.axis)
 
     @staticmethod
     def _from_plain(blocks: Any, factor: Any, first: Any = (), axis: Any = None) -> Rules:
@@ -187,8 +185,7 @@ class ByWidth(Rules, kind="by_width"):
             if width is None or (_is_number(width) and width > 0):
                 return width
             raise ValueError(
-                f"{where}: by_width: fan_in must return a number > 0, or None for a leaf that is not a matrix, but for "
-                f"{leaf.path!r} it returned {width!r}."
+                f"{where}: by_width: fan_in must return a number > 0, or None, but for {leaf.path!r} it gave {width!r}."
             )
         parameter = parameter_at(leaf.path, shapes)
         found = role(parameter)
@@ -204,11 +201,9 @@ class ByWidth(Rules, kind="by_width"):
         )
 
     def _written(self) -> str:
-        said = [repr(self.base).removesuffix(".0")]
-        said += [f"power={self.power!r}".removesuffix(".0")] if self.power != 1 else []
-        said += [f"fan_in={getattr(self.fan_in, '__qualname__', self.fan_in)}"] if self.fan_in else []
-        said += [f"stacked_axes={self.stacked_axes}"] if self.stacked_axes else []
-        return f"by_width({', '.join(said)})"
+        base, power = (repr(number).removesuffix(".0") for number in (self.base, self.power))
+        named = {"power": None if power == "1" else power, "fan_in": self.fan_in and language.show(self.fan_in)}
+        return call("by_width", base, **named, stacked_axes=self.stacked_axes or None)
 
     @staticmethod
     def _from_plain(base: Any, power: Any = 1.0, stacked_axes: Any = 0) -> Rules:

@@ -33,8 +33,7 @@ class Table(Rules, kind="by_path"):
     default: Any = None
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        # A hole counts as matched, so that a rule set for the whole model also works inside `optax.masked` or
-        # `optax.partition`, where part of the model is hidden.
+        # A hole counts as matched, because inside `optax.masked` or `optax.partition` part of the model is hidden.
         deciders: dict[int, str] = {}
         parts: list[tuple[Any, dict[int, str]]] = []  # Each value, and its leaves with the pattern that matched.
         for patterns, value in self.rules:
@@ -153,10 +152,7 @@ def stacks(where: str, stacked_axes: Any) -> Any:
     """Checks how many leading axes stack layers; gives a dictionary from patterns to numbers as `Rules`."""
     counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
     if any(not is_whole(count) or count < 0 for count in counts):
-        raise TypeError(
-            f"{where}: stacked_axes counts leading axes, got {stacked_axes!r}. "
-            "Write stacked_axes=1, or stacked_axes={'layers': 1}."
-        )
+        raise TypeError(f"{where}: stacked_axes counts leading axes, got {stacked_axes!r}. Write stacked_axes=1.")
     return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
 
 

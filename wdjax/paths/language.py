@@ -26,9 +26,6 @@ class Text:
     syntax: str
     regex: re.Pattern[str]
 
-    def matches(self, path: str) -> bool:
-        return (self.regex.fullmatch if self.syntax == "regex" else self.regex.search)(path) is not None
-
     def to_plain(self) -> Any:
         return self.text if self.syntax == "shell" else {self.syntax: self.text}
 
@@ -86,8 +83,8 @@ def _checked(where: str, pattern: Any, syntax: str) -> Any:
 def matching(tree: Tree, pattern: Any, asked: Sequence[int], left: Sequence[int]) -> set[int]:
     """The indices among `asked` of the leaves that a pattern matches: at least one, or it raises an error.
 
-    A rule set decides only on those in `left`: for the others, it may raise an error. Where there are holes, which have
-    no shape, a pattern that looks at more than the path may match nothing: what it is for may be hidden.
+    A rule set decides only on those in `left`: for the others, it may raise an error. Where there are holes, a pattern
+    that looks at more than the path may match nothing.
     """
     asked = left if isinstance(pattern, Rules) else asked
     if not asked:
@@ -95,7 +92,8 @@ def matching(tree: Tree, pattern: Any, asked: Sequence[int], left: Sequence[int]
     if isinstance(pattern, Rules):
         found = {i for i, answer in answers(pattern, tree, asked).items() if answer.value}
     elif isinstance(pattern, Text):
-        found = {i for i in asked if pattern.matches(tree.leaves[i].path)}
+        match = pattern.regex.fullmatch if pattern.syntax == "regex" else pattern.regex.search
+        found = {i for i in asked if match(tree.leaves[i].path)}
     else:
         answers_of = {i: tree.leaves[i].dtype is not None and pattern(tree.leaves[i]) for i in asked}
         for i, answer in answers_of.items():
@@ -191,12 +189,9 @@ def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
         message += _near_names(pattern.text, paths)
     message += f" The nearest of {len(paths)} paths: {nearest(getattr(pattern, 'text', ''), paths)}."
     hidden = sum(leaf.dtype is None for leaf in leaves)
-    if hidden:
-        message += (
-            f" {hidden} of them are empty here (None, or hidden by optax.masked). If the rule is for hidden "
-            "parameters, build the mask on all parameters first: mask=rules.mask(params)."
-        )
-    return message
+    remedy = "If the rule is for hidden parameters, build the mask on all parameters first: mask=rules.mask(params)."
+    empty = f" {hidden} of them are empty here (None, or hidden by optax.masked). {remedy}" if hidden else ""
+    return message + empty
 
 
 def nearest(text: str, paths: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
+Words = tuple[str, ...]
 KERNEL, EMBEDDING, ADAPTER = "kernel", "embedding", "adapter"
 NORM, BIAS, TOKEN, POSITION = "norm", "bias", "token", "position"
 
@@ -61,7 +62,7 @@ _STATE = _set("state states carry hidden memory h c")
 
 
 @functools.lru_cache(maxsize=65536)
-def words(name: str) -> tuple[str, ...]:
+def words(name: str) -> Words:
     """The words of a name in lower case, without numbers: "RMSNorm_0" is ("rms", "norm"), "conv2d" is ("conv",)."""
     name = re.sub(r"\d+[dD](?![a-z])", "", name)
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
@@ -98,7 +99,7 @@ def role(parameter: Parameter) -> Role | None:
     return Role("scalar", "a single number") if math.prod(parameter.shape) == 1 else None
 
 
-def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _named(parameter: Parameter, own: Words) -> Role | None:
     """The role by the name, whatever the shape."""
     name, first, last, every, rank = parameter.name, own[0], own[-1], frozenset(own), len(parameter.shape)
     owner = words(parameter.owner)
@@ -139,7 +140,7 @@ def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     return next((Role(what, reason) for holds, what, reason in found if holds), None)
 
 
-def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _matrix(parameter: Parameter, own: Words) -> Role | None:
     """The role of a parameter that is named as a matrix. It may also be a norm's scale, a table, or one vector."""
     shape, bias, rank = parameter.shape, parameter.bias, len(parameter.shape)
     is_weight, qualifier = own[-1] in ("weight", "weights"), own[:-1]
@@ -164,9 +165,7 @@ def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     return None if _POSITION.intersection(qualifier) else Role(KERNEL, named)
 
 
-def _weight_without_bias(
-    parameter: Parameter, qualifier: tuple[str, ...], owner: tuple[str, ...], of_owner: str
-) -> Role | None:
+def _weight_without_bias(parameter: Parameter, qualifier: Words, owner: Words, of_owner: str) -> Role | None:
     """The role of a `weight` with two axes or more, which may belong to a linear layer or an embedding."""
     rank, is_vector = len(parameter.shape), math.prod(parameter.shape[:-1]) == 1
     kernel, vector = Role(KERNEL, of_owner), Role(TOKEN, f"one vector, {of_owner}")
@@ -186,14 +185,13 @@ def _weight_without_bias(
     return kernel._replace(or_table=rank <= 3 and not (is_part and not parameter.in_list))
 
 
-def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _shaped(parameter: Parameter, own: Words) -> Role | None:
     """The role of a parameter that is named as a layer, a table, a token or a norm, if the shape fits."""
     named = f"named {parameter.name!r}"
     every = frozenset(own)
     is_vector = math.prod(parameter.shape[:-1]) == 1
-    is_table = own[-1] in _TABLE or (
-        own[-1] in ("table", "var") and bool(every.union(words(parameter.owner)) & (_TABLE | _set("lookup")))
-    )
+    is_named_after_table = every.union(words(parameter.owner)) & (_TABLE | _set("lookup"))
+    is_table = own[-1] in _TABLE or (own[-1] in ("table", "var") and bool(is_named_after_table))
     if own[-1] in _LAYER or (is_table and "patch" in every):
         is_kernel = len(parameter.shape) >= 2 and own[0] not in ("b", "bias")
         return Role(KERNEL, f"{named}, as a layer") if is_kernel else None
@@ -204,7 +202,7 @@ def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     return Role(NORM, named) if is_norm(parameter.name) else None
 
 
-def _is_a_part(own: tuple[str, ...]) -> bool:
+def _is_a_part(own: Words) -> bool:
     """Whether the name tells which matrix of a layer it is: "weight_ih", "W_Q", "wi_gate"."""
     first, *rest = own
     is_first = first in ("w", "weight", "kernel") or first in _INTO
@@ -215,7 +213,7 @@ def _is_part(word: str) -> bool:
     return word in _PART or (len(word) <= 2 and word not in _NORM and word not in _POSITION)
 
 
-def _is_lora_factor(parameter: Parameter, own: tuple[str, ...]) -> bool:
+def _is_lora_factor(parameter: Parameter, own: Words) -> bool:
     """Whether the parameter is "lora_a", "a" of "lora", or the kernel of "lora_a"."""
     if _is_lora(parameter.name):
         return own[-1] in _MATRIX | _FACTOR | _set("lora ra")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._engine import checks
-from .._engine.rules import Decision, Rules, Tree, is_whole, read
+from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
@@ -100,11 +100,10 @@ class WeightsOnly(Rules, kind="weights_only"):
         return [True]
 
     def _written(self) -> str:
-        said = ["<model>"] if self.owners is not None else []
-        said += [] if self.embeddings else ["embeddings=False"]
-        said += [] if self.unknown == "error" else [f"unknown={self.unknown}"]
-        said += [f"stacked_axes={self.stacked_axes}"] if self.stacked_axes else []
-        return f"weights_only({', '.join(said)})"
+        model = () if self.owners is None else ("<model>",)
+        embeddings, unknown = None if self.embeddings else False, None if self.unknown == "error" else self.unknown
+        stacked = self.stacked_axes or None
+        return call("weights_only", *model, embeddings=embeddings, unknown=unknown, stacked_axes=stacked)
 
     @staticmethod
     def _from_plain(embeddings: Any = True, unknown: Any = "error", stacked_axes: Any = 0, owners: Any = None) -> Rules:

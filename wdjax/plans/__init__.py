@@ -22,7 +22,6 @@ from .table import Planned as Planned
 from .table import PlannedRate, show_rate
 from .table import Totals as Totals
 
-PyTree = Any
 _NO_NUMBER = "not decayable"
 
 
@@ -56,14 +55,13 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
         <BLANKLINE>
         decayed 6 of 9 parameters in 1 of 2 arrays
     """
-    where = "plan"
     leaves = trees.flatten_with_paths(params)
-    weight_decay = rate_or_rules(where, "weight_decay", weight_decay)
+    weight_decay = rate_or_rules("plan", "weight_decay", weight_decay)
     rates = [Decision(weight_decay, "")] * len(leaves)
-    chosen = asked(where, mask, params, leaves, "all")
-    kept = asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
+    chosen = asked("plan", mask, params, leaves, "all")
+    kept = asked("plan", frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
-        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, where, leaves)]
+        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, "plan", leaves)]
     rows = [
         row_of(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
@@ -73,7 +71,7 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     return Plan(tuple(rows))
 
 
-def asked(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule: str) -> list[Decision]:
+def asked(where: str, mask: Any, params: Any, leaves: Sequence[tuple[str, Any]], rule: str) -> list[Decision]:
     """What a mask decides on each leaf. `rule` is what None is called."""
     answers = flags(where, mask, params, leaves, of_all=True)
     if isinstance(mask, Rules):
@@ -135,7 +133,4 @@ def _warn(rows: Sequence[Planned]) -> None:
     roles = [(row.path, role(parameter_at(row.path, shapes))) for row in decayable]
     biases = [repr(path) for path, found in roles if found is not None and found.name == BIAS]
     if biases and all(row.decays for row in decayable):
-        checks.warn(
-            f"plan: everything decays, including biases: {', '.join(biases[:3])}. To decay only the "
-            "weights, write mask=weights_only()."
-        )
+        checks.warn(f"plan: everything decays, including biases: {', '.join(biases[:3])}. Write mask=weights_only().")

@@ -73,8 +73,7 @@ class Plan:
             return Plan(tuple(Planned(**{**row, **tuples}) for row, tuples in zip(rows, lists, strict=True)))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Plan.from_dict: data must be a dictionary from Plan.to_dict, got {str(data)[:80]}, which raises "
-                f"{type(error).__name__}: {error}."
+                f"Plan.from_dict: data must be a dictionary from Plan.to_dict, got {str(data)[:80]}: {error!r}."
             ) from error
 
     def show(self) -> None:

@@ -124,24 +124,20 @@ def as_html(title: str, parameters: Sequence[Planned]) -> str:
     return f"<p>{html.escape(title)}</p><table>{row(HEADER, 'th')}{body}</table>"
 
 
-class _Change(NamedTuple):
-    path: str
-    before: Planned | None
-    after: Planned | None
-
-
 def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]:
     """A line for each change from one row to another; None stands for a missing row. Similar changes are one line."""
-    groups: dict[Any, list[_Change]] = collections.defaultdict(list)
+    groups: dict[Any, dict[str, tuple[Planned | None, Planned | None]]] = collections.defaultdict(dict)
     for old, new in pairs:
         path = (old or new).path  # pyright: ignore[reportOptionalMemberAccess]
-        groups[tuple(_NUMBER.split(path)), old and old.rule, new and new.rule].append(_Change(path, old, new))
+        groups[tuple(_NUMBER.split(path)), old and old.rule, new and new.rule][path] = old, new
     lines = []
-    for part in (part for group in groups.values() for part in merged(group)):
-        paths, before, after = zip(*part, strict=True)
-        rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
-        kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
-        lines.append(f"{merged_texts(paths)}: {rates}, {kind}")
+    for group in groups.values():
+        for part in merged([old or new for old, new in group.values()]):
+            paths = [row.path for row in part]
+            before, after = zip(*(group[path] for path in paths), strict=True)
+            rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
+            kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
+            lines.append(f"{merged_texts(paths)}: {rates}, {kind}")
     return lines
 
 
