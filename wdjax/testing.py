@@ -29,7 +29,7 @@ from ._engine.unstable import whole
 from .audits import Audit, audit
 from .audits.findings import NAMES
 from .plans import Plan
-from .plans.planned import show_rate
+from .plans.table import show_rate
 
 PyTree = Any
 Floats = Any  # Anything that NumPy can convert to a float64 array.

@@ -413,8 +413,8 @@ def test_a_typo_shows_the_nearest_name_and_paths() -> None:
     fails(r"Did you mean 'Block_1'\? It matches 3 parameters\.", lambda: matched("Blok_1"))
     fails(r"Did you mean 'encoder/Block_\*/bias'\? It matches 2", lambda: matched("encoder/Block/bias"))
     fails(
-        r"Did you mean 'LayerNorm_0'\? It matches 2 parameters\. 'LayerNorm' is part of 'LayerNorm_0', but patterns "
-        r"are compared with whole names\. '\*LayerNorm\*' matches 2\. The nearest",
+        r"Did you mean 'LayerNorm_0'\? It matches 2 parameters\. 'LayerNorm' is part of 'LayerNorm_0', not "
+        r"a whole name\. '\*LayerNorm\*' matches 2\. The nearest",
         lambda: matched("LayerNorm"),
     )
     fails(r"'norm' is part of 'LayerNorm_0', .*\. '\*Norm\*' matches 2\.", lambda: matched("norm"))
@@ -440,7 +440,7 @@ def test_each_pattern_of_a_rule_must_match() -> None:
 def test_a_rule_that_never_decides() -> None:
     fails(
         r"the rule 'head/bias' never decides: 'bias' comes first and matches the same parameters\. "
-        r"The first match wins\. Put the narrower rule first",
+        r"Put the narrower rule first",
         lambda: by_path({"bias": 0.0, "head/bias": 1.0}, default=1.0).values(PARAMS),
     )
     fails(
@@ -452,7 +452,7 @@ def test_a_rule_that_never_decides() -> None:
 def test_a_parameter_that_no_rule_covers() -> None:
     fails(
         r"no rule covers the parameter 'encoder/Block_0/LayerNorm_0/scale' \(and 2 more: .*\)\. "
-        r"Add a rule such as \{'scale': \.\.\.\}, or a value for all other parameters: "
+        r"Add a rule such as \{'scale': \.\.\.\}, or a value for all others: "
         r"by_path\(\{\.\.\.\}, default=\.\.\.\)",
         lambda: wdjax.decoupled_decay(by_path({"bias": 0.0, "kernel": 0.1})).init(PARAMS),
     )
@@ -472,7 +472,7 @@ def test_malformed_patterns() -> None:
     fails(r"the pattern '\[b-a\]' is malformed", lambda: only("[b-a]"))
     fails(r"only: no pattern was given\. Write only\('kernel'\)", lambda: only())
     fails(
-        r"a pattern must be a string, .*got \['bias', 'scale'\].*separate arguments",
+        r"a pattern must be a string, .*got \['bias', 'scale'\]\. Write only\('kernel', 'embedding'\), or several as a",
         lambda: all_but(["bias", "scale"]),
         TypeError,
     )  # pyright: ignore[reportArgumentType]
@@ -480,9 +480,7 @@ def test_malformed_patterns() -> None:
 
 
 def test_malformed_tables() -> None:
-    fails(
-        r"the rules must be a table, got the string 'bias'\. Write only\('bias'\)", lambda: by_path("bias"), TypeError
-    )
+    fails(r"the rules must be a table, got 'bias'\. Write only\('bias'\)", lambda: by_path("bias"), TypeError)
     fails(r"a rule must be a pair \(pattern, value\), got 'bias'", lambda: by_path(["bias"]), TypeError)  # pyright: ignore[reportArgumentType]
     fails("no rules and no default", lambda: by_path({}))
     fails("a value of the table must be finite and not negative, got -0.1", lambda: by_path({"a": -0.1}))
@@ -490,7 +488,7 @@ def test_malformed_tables() -> None:
     fails(r"must be finite and not negative, got an array with -1\.0", lambda: by_path({"a": -np.ones(2)}))
     fails("the factor of a table must be finite and not negative, got -1", lambda: -1 * by_path({"a": 0.1}))
     fails("holds True", lambda: 0.1 * only("bias"), TypeError)
-    fails("the rules must be a table, got the rule set by_path", lambda: by_path(only("bias")), TypeError)
+    fails(r"the rules must be a table, got by_path\(.*Write it as it is", lambda: by_path(only("bias")), TypeError)
     fails(
         r"the predicate .*<lambda> must return True or False, but for '.*' it returned 1",
         lambda: matched(lambda leaf: 1),

@@ -267,8 +267,7 @@ def test_params_that_the_model_has_not() -> None:
 def test_what_is_no_model(wrong: Any) -> None:
     fails(
         rf"weights_only: the model must be an nnx\.Module, an equinox\.Module, or a Linen module with its inputs, got "
-        rf"{type(wrong).__name__}\. If you have only parameters, write weights_only\(\), which goes by "
-        "names and shapes",
+        rf"{type(wrong).__name__}\. If you have only parameters, write weights_only\(\)",
         lambda: weights_only(wrong),
         TypeError,
     )

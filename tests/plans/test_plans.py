@@ -310,7 +310,7 @@ def test_a_plan_as_a_dictionary() -> None:
     written = "\n".join(f"{key} = {json.dumps(value)}" for key, value in row.items())  # JSON's values are TOML's.
     assert tomllib.loads(written) == row
     assert None not in {value for row in data["parameters"] for value in row.values() if not isinstance(value, list)}
-    with pytest.raises(ValueError, match=r"Plan\.from_dict: data must be a dictionary .* KeyError: 'parameters'"):
+    with pytest.raises(ValueError, match=r"Plan\.from_dict: data must be a dictionary .* KeyError\('parameters'\)"):
         wdjax.Plan.from_dict({"rows": []})
     with pytest.raises(ValueError, match=r"Plan\.from_dict: .*unexpected keyword argument 'size'"):
         wdjax.Plan.from_dict({"parameters": [{**row, "size": 3}]})

@@ -2,8 +2,9 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, ClassVar, NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from .trees import Leaf
 from .unstable import is_traced
 
 PyTree = Any
+T = TypeVar("T")
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
 
@@ -89,6 +91,7 @@ class Rules(abc.ABC):
     factors: tuple[Any, ...] = ()
 
     kind: ClassVar[str]  # The public function that makes it.
+    _from_plain: ClassVar[Callable[..., "Rules"]]  # Makes it from its fields, as `plain` writes them.
     __array_ufunc__ = None  # Leaves `numpy_scalar * rules` to `__rmul__`.
 
     def __init_subclass__(cls, kind: str, *, is_written: bool = True) -> None:
@@ -126,7 +129,9 @@ class Rules(abc.ABC):
         Raises:
             TypeError: if the rules hold a function (a predicate or a schedule).
         """
-        written = {self.kind: self._arguments()}
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del arguments["factors"]
+        written = {self.kind: {name: plain(value) for name, value in arguments.items() if value is not None}}
         return {**written, "times": [plain(factor) for factor in self.factors]} if self.factors else written
 
     @staticmethod
@@ -144,11 +149,9 @@ class Rules(abc.ABC):
                 "Write {'by_path': {'rules': [{'match': 'bias', 'value': 0.0}], 'default': 0.1}}."
             )
         arguments, factors = data[kinds[0]], data.get("times", [])
-        if not isinstance(arguments, Mapping):
-            raise TypeError(f"Rules.from_dict: {kinds[0]!r} must be a dictionary of its arguments, got {arguments!r}.")
         if not isinstance(factors, list):
             raise TypeError(f"Rules.from_dict: 'times' must be a list of factors, got {factors!r}.")
-        rules = _KINDS[kinds[0]]._from_arguments(dict(arguments))
+        rules = read(kinds[0], _KINDS[kinds[0]]._from_plain, arguments)
         for factor in factors:
             rules = rules * from_plain(factor)
         return rules
@@ -194,22 +197,13 @@ class Rules(abc.ABC):
             ValueError: if it can't decide on a required leaf, or if one of its rules has no effect.
         """
 
-    @abc.abstractmethod
     def _values(self) -> list[Any]:
-        """Every value that a decision may have, to tell masks from rates."""
+        """Every value that a decision may have, to tell masks from rates. Here, a multiplier."""
+        return [1.0]
 
     @abc.abstractmethod
     def _written(self) -> str:
         """The call that makes the rule set, without its factors."""
-
-    @abc.abstractmethod
-    def _arguments(self) -> dict[str, Any]:
-        """The arguments of that call, as plain dictionaries, lists, strings, numbers and booleans."""
-
-    @classmethod
-    @abc.abstractmethod
-    def _from_arguments(cls, arguments: dict[str, Any]) -> "Rules":
-        """The rule set from what `_arguments` returned."""
 
 
 def flags_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], *, of_all: bool = False) -> list[Any]:
@@ -312,12 +306,8 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
     def _written(self) -> str:
         return f"<{self.kind}>"
 
-    def _arguments(self) -> dict[str, Any]:
-        raise TypeError(f"Rules.to_dict: a tree of rates can't be written to a file. Write rates by path, as {TABLE}.")
-
-    @classmethod
-    def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
-        raise NotImplementedError
+    def to_dict(self) -> dict[str, Any]:
+        raise TypeError("Rules.to_dict: a tree of rates can't be written to a file. Write rates by path: by_path.")
 
 
 def rate_or_rules(where: str, name: str, value: Any) -> Any:
@@ -346,20 +336,38 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool)
 
 
+def call(name: str, *said: Any, **named: Any) -> str:
+    """A call as it is written, without the arguments that are None."""
+    rest = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return f"{name}({', '.join([*map(str, said), *rest])})"
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, and no boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def plain(value: Any) -> Any:
     """A value of a rule set, as JSON and TOML can hold it.
 
     Raises:
-        TypeError: for a schedule or a traced rate.
+        TypeError: for a predicate, a schedule or a traced rate.
     """
     if isinstance(value, Rules):
         return value.to_dict()
-    if isinstance(value, (bool, str)):
+    if hasattr(value, "to_plain"):
+        return value.to_plain()
+    value = value._asdict() if hasattr(value, "_asdict") else value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, (bool, int, str)):
         return value
     if callable(value) or is_traced(value) or np.ndim(value):
         raise TypeError(
-            f"Rules.to_dict: {value!r} can't be written to a file. Write a table of multipliers, and multiply "
-            "it in code: weight_decay=schedule * rules."
+            f"Rules.to_dict: {value!r} can't be written to a file. Write patterns instead of functions of a leaf, "
+            "and multipliers instead of schedules, to multiply them in code: weight_decay=schedule * rules."
         )
     return float(value)
 
@@ -369,21 +377,24 @@ def from_plain(value: Any) -> Any:
     return Rules.from_dict(value) if isinstance(value, Mapping) else value
 
 
-def entries(of: str, written: Any, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
-    """Checks a dictionary that `to_dict` wrote, and returns a copy of it.
+def read(of: str, make: Callable[..., T], written: Any) -> T:
+    """Calls `make` with the arguments in a dictionary that `to_dict` wrote.
 
     Raises:
         TypeError: if it is not a dictionary.
-        ValueError: if it lacks an entry or has an unknown one.
+        ValueError: if it lacks an argument, or has one that `make` does not take.
     """
     if not isinstance(written, Mapping):
         raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {written!r}.")
-    lacks, unknown = sorted(required - set(written)), sorted(set(written) - required - optional, key=str)
+    known = inspect.signature(make).parameters
+    required = sorted(name for name, parameter in known.items() if parameter.default is parameter.empty)
+    lacks, unknown = [name for name in required if name not in written], sorted(set(written) - set(known), key=str)
     if lacks or unknown:
         fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
-        may = f", and may have {sorted(optional)}" if optional else ""
-        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {sorted(required)}{may}, got {dict(written)!r}.")
-    return dict(written)
+        optional = sorted(set(known).difference(required))
+        may = f", and may have {optional}" if optional else ""
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {dict(written)!r}.")
+    return make(**written)
 
 
 def _times(first: Decision, second: Decision) -> Decision:

@@ -1,8 +1,7 @@
 """The role of a parameter in its layer, by its name, its owner's name and its shape.
 
-The names are those of Flax Linen, Flax NNX, Equinox, Haiku and well-known models. Some names have several meanings: an
-Equinox `weight` is a matrix, a table or a norm's scale. Then the owner's name decides, and after that the bias beside
-it: a norm's scale has the shape of its bias, and a matrix does not. If nothing decides, the parameter has no role.
+The names are those of Flax Linen, Flax NNX, Equinox, Haiku and well-known models. If a name has several meanings, as an
+Equinox `weight`, the owner's name decides, and after that the bias: a norm's scale has its shape, and a matrix has not.
 """
 
 import functools
@@ -10,45 +9,29 @@ import math
 import re
 from typing import NamedTuple
 
+Words = tuple[str, ...]
 KERNEL, EMBEDDING, ADAPTER = "kernel", "embedding", "adapter"
 NORM, BIAS, TOKEN, POSITION = "norm", "bias", "token", "position"
 
 
 class Role(NamedTuple):
-    """What a parameter is, and why.
-
-    Attributes:
-        name: "kernel", "embedding" and "adapter" decay. All other roles do not.
-        reason: how it was recognized, in a few words.
-        or_table: whether this kernel could also be the table of an embedding layer.
-    """
+    """What a parameter is, and why. Only kernels, embeddings and adapters decay."""
 
     name: str
-    reason: str
-    or_table: bool = False
+    reason: str  # How it was recognized, in a few words.
+    or_table: bool = False  # Whether this kernel could also be the table of an embedding layer.
 
 
 class Parameter(NamedTuple):
-    """What a role is decided from.
+    """What a role is decided from."""
 
-    Attributes:
-        name: its own name: the last segment of its path that carries meaning.
-        owner: the name of the module that holds it, of the list that this module is in, or of its class; "" if there is
-            none.
-        shape: its shape, without the axes that are known to stack layers.
-        bias: the shape of the bias beside it, also without these axes; None if there is no bias.
-        is_library: whether the owner is a library layer. Then its name decides, whatever the shape.
-        in_list: whether the owner is a list. Its name doesn't tell which of its layers this is.
-        around: the name of the owner's owner.
-    """
-
-    name: str
-    owner: str
-    shape: tuple[int, ...]
-    bias: tuple[int, ...] | None = None
-    is_library: bool = False
-    in_list: bool = False
-    around: str = ""
+    name: str  # The last segment of its path that carries meaning.
+    owner: str  # The module that holds it, the list that this module is in, or its class; "" if there is none.
+    shape: tuple[int, ...]  # Without the axes that are known to stack layers.
+    bias: tuple[int, ...] | None = None  # The shape of the bias beside it, also without these axes.
+    is_library: bool = False  # Whether the owner is a library layer. Then its name decides, whatever the shape.
+    in_list: bool = False  # Whether the owner is a list. Its name doesn't tell which of its layers this is.
+    around: str = ""  # The name of the owner's owner.
 
 
 def _set(text: str) -> frozenset[str]:
@@ -79,7 +62,7 @@ _STATE = _set("state states carry hidden memory h c")
 
 
 @functools.lru_cache(maxsize=65536)
-def words(name: str) -> tuple[str, ...]:
+def words(name: str) -> Words:
     """The words of a name in lower case, without numbers: "RMSNorm_0" is ("rms", "norm"), "conv2d" is ("conv",)."""
     name = re.sub(r"\d+[dD](?![a-z])", "", name)
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
@@ -88,12 +71,8 @@ def words(name: str) -> tuple[str, ...]:
 def is_norm(name: str) -> bool:
     """Whether a module of this name is a normalization."""
     # The last word counts: "head_norm" is a norm, and "LayerNormDense" is a layer.
-    for word in reversed(words(name)):
-        if word in _NORM or word.endswith("norm"):
-            return True
-        if word in _LAYER:
-            return False
-    return False
+    known = [word for word in words(name) if word.endswith("norm") or word in _NORM | _LAYER]
+    return bool(known) and known[-1] not in _LAYER
 
 
 def is_layer(name: str) -> bool:
@@ -106,19 +85,21 @@ def role(parameter: Parameter) -> Role | None:
     """The role of a parameter, or None if nothing decides it."""
     own = words(parameter.name)
     if own:
+        is_matrix = own[-1] in _MATRIX or _is_a_part(own)
         found = _named(parameter, own)
-        if found is not None:
-            return found
-        if own[-1] in _MATRIX or _is_a_part(own):
-            is_known = parameter.is_library and len(parameter.shape) >= 2
-            return _of_library(parameter) if is_known else _matrix(parameter, own)
-        found = _shaped(parameter, own)
+        if found is None and is_matrix and parameter.is_library and len(parameter.shape) >= 2:
+            is_table = bool(_TABLE.intersection(words(parameter.owner)))
+            name = NORM if is_norm(parameter.owner) else EMBEDDING if is_table else KERNEL
+            return Role(name, f"{parameter.name!r} of {parameter.owner!r}")
+        if found is None and is_matrix:
+            return _matrix(parameter, own)
+        found = found or _shaped(parameter, own)
         if found is not None:
             return found
     return Role("scalar", "a single number") if math.prod(parameter.shape) == 1 else None
 
 
-def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _named(parameter: Parameter, own: Words) -> Role | None:
     """The role by the name, whatever the shape."""
     name, first, last, every, rank = parameter.name, own[0], own[-1], frozenset(own), len(parameter.shape)
     owner = words(parameter.owner)
@@ -126,50 +107,40 @@ def _named(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     is_matrix = last in _MATRIX | _LAYER
     is_made_by_matrix = first == "w" or first in _INTO or "to" in every  # "w_scale" may be the matrix for a scale.
     if rank >= 2 and _is_lora_factor(parameter, own):
-        return Role(ADAPTER, f"a LoRA factor, {of_owner}" if parameter.owner else f"a LoRA factor, {named}")
-    if name in ("A", "B", "C", "D"):  # State-space models: D is the skip connection.
-        return Role("state space", named) if name == "D" else None
-    if first == "a" and last in ("re", "im", "param"):
-        return Role("dynamics", named)
-    if (last in _BIAS and (last in ("bias", "biases") or rank < 2 or not is_made_by_matrix)) or (
-        first in ("bias", "b") and all(map(_is_part, own[1:])) and (rank < 2 or not is_matrix)
-    ):
-        return Role(BIAS, named)
-    if every & _RELATIVE and every & (_POSITION | _TABLE | _set("bias table attention")):
-        return Role(POSITION, f"relative positions, {named}")
-    if _RELATIVE.intersection(owner) and (last in _TABLE | _set("weight table") or ("bias" in owner and not is_matrix)):
-        return Role(POSITION, f"relative positions, {of_owner}")
-    if every & _POSITION and (last == "matrix" or not is_matrix):
-        return Role(POSITION, named)
-    if last in _BUFFER or every & _set("freeze frozen"):
-        return Role("buffer", named)
-    if "ema" in owner or ("spectral" in owner and own == ("u",)):
-        return Role("statistic", of_owner)
-    if first in ("running", "moving", "cached") or own == ("init",) or (last in _STATISTIC and first not in _TABLE):
-        return Role("statistic", named)
-    if (every & _set("init initial") and every & _STATE) or re.fullmatch("[hc]0", name):
-        return Role("initial state", named)
-    if (last in _TOKEN and not is_made_by_matrix) or (first in _TOKENS_OF and last in _TABLE):
-        return Role(TOKEN, named)
-    if "log" in every or (first == "time" and every & _set("decay mix first maa faaaa") and not is_matrix):
-        return Role("dynamics", named)
-    if own == ("w", "e"):
-        return Role(EMBEDDING, named)
+        return Role(ADAPTER, f"a LoRA factor, {of_owner if parameter.owner else named}")
+    if name in ("A", "B", "C"):  # Of a state-space model, in which D is the skip connection.
+        return None
+    is_bias = last in ("bias", "biases") or (last in _BIAS and (rank < 2 or not is_made_by_matrix))
+    is_of_bias = first in ("bias", "b") and all(map(_is_part, own[1:])) and (rank < 2 or not is_matrix)
+    is_relative = every & _RELATIVE and every & (_POSITION | _TABLE | _set("bias table attention"))
+    is_in_relative = last in _TABLE | _set("weight table") or ("bias" in owner and not is_matrix)
+    is_initial = every & _set("init initial") and every & _STATE
+    is_time = first == "time" and every & _set("decay mix first maa faaaa") and not is_matrix
     is_scale = (last in _SCALE and not is_made_by_matrix) or (first in _SCALE and last not in _TABLE)
     # NNX's WeightNorm names its magnitudes by the path of the parameter that they scale.
-    if (is_scale and not is_matrix) or (owner == ("scales",) and name.startswith("(")):
-        return Role(NORM if is_norm(parameter.owner) else "scale", named)
-    return None
+    is_magnitude = owner == ("scales",) and name.startswith("(")
+    found = (
+        (name == "D", "state space", named),
+        (first == "a" and last in ("re", "im", "param"), "dynamics", named),
+        (is_bias or is_of_bias, BIAS, named),
+        (is_relative, POSITION, f"relative positions, {named}"),
+        (_RELATIVE.intersection(owner) and is_in_relative, POSITION, f"relative positions, {of_owner}"),
+        (every & _POSITION and (last == "matrix" or not is_matrix), POSITION, named),
+        (last in _BUFFER or every & _set("freeze frozen"), "buffer", named),
+        ("ema" in owner or ("spectral" in owner and own == ("u",)), "statistic", of_owner),
+        (first in ("running", "moving", "cached") or own == ("init",), "statistic", named),
+        (last in _STATISTIC and first not in _TABLE, "statistic", named),
+        (is_initial or re.fullmatch("[hc]0", name), "initial state", named),
+        (last in _TOKEN and not is_made_by_matrix, TOKEN, named),
+        (first in _TOKENS_OF and last in _TABLE, TOKEN, named),
+        ("log" in every or is_time, "dynamics", named),
+        (own == ("w", "e"), EMBEDDING, named),
+        (is_magnitude or (is_scale and not is_matrix), NORM if is_norm(parameter.owner) else "scale", named),
+    )
+    return next((Role(what, reason) for holds, what, reason in found if holds), None)
 
 
-def _of_library(parameter: Parameter) -> Role:
-    """The role of a parameter that a library layer calls a matrix."""
-    is_table = bool(_TABLE.intersection(words(parameter.owner)))
-    name = NORM if is_norm(parameter.owner) else EMBEDDING if is_table else KERNEL
-    return Role(name, f"{parameter.name!r} of {parameter.owner!r}")
-
-
-def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _matrix(parameter: Parameter, own: Words) -> Role | None:
     """The role of a parameter that is named as a matrix. It may also be a norm's scale, a table, or one vector."""
     shape, bias, rank = parameter.shape, parameter.bias, len(parameter.shape)
     is_weight, qualifier = own[-1] in ("weight", "weights"), own[:-1]
@@ -194,9 +165,7 @@ def _matrix(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     return None if _POSITION.intersection(qualifier) else Role(KERNEL, named)
 
 
-def _weight_without_bias(
-    parameter: Parameter, qualifier: tuple[str, ...], owner: tuple[str, ...], of_owner: str
-) -> Role | None:
+def _weight_without_bias(parameter: Parameter, qualifier: Words, owner: Words, of_owner: str) -> Role | None:
     """The role of a `weight` with two axes or more, which may belong to a linear layer or an embedding."""
     rank, is_vector = len(parameter.shape), math.prod(parameter.shape[:-1]) == 1
     kernel, vector = Role(KERNEL, of_owner), Role(TOKEN, f"one vector, {of_owner}")
@@ -216,14 +185,13 @@ def _weight_without_bias(
     return kernel._replace(or_table=rank <= 3 and not (is_part and not parameter.in_list))
 
 
-def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
+def _shaped(parameter: Parameter, own: Words) -> Role | None:
     """The role of a parameter that is named as a layer, a table, a token or a norm, if the shape fits."""
     named = f"named {parameter.name!r}"
     every = frozenset(own)
     is_vector = math.prod(parameter.shape[:-1]) == 1
-    is_table = own[-1] in _TABLE or (
-        own[-1] in ("table", "var") and bool(every.union(words(parameter.owner)) & (_TABLE | _set("lookup")))
-    )
+    is_named_after_table = every.union(words(parameter.owner)) & (_TABLE | _set("lookup"))
+    is_table = own[-1] in _TABLE or (own[-1] in ("table", "var") and bool(is_named_after_table))
     if own[-1] in _LAYER or (is_table and "patch" in every):
         is_kernel = len(parameter.shape) >= 2 and own[0] not in ("b", "bias")
         return Role(KERNEL, f"{named}, as a layer") if is_kernel else None
@@ -234,7 +202,7 @@ def _shaped(parameter: Parameter, own: tuple[str, ...]) -> Role | None:
     return Role(NORM, named) if is_norm(parameter.name) else None
 
 
-def _is_a_part(own: tuple[str, ...]) -> bool:
+def _is_a_part(own: Words) -> bool:
     """Whether the name tells which matrix of a layer it is: "weight_ih", "W_Q", "wi_gate"."""
     first, *rest = own
     is_first = first in ("w", "weight", "kernel") or first in _INTO
@@ -245,7 +213,7 @@ def _is_part(word: str) -> bool:
     return word in _PART or (len(word) <= 2 and word not in _NORM and word not in _POSITION)
 
 
-def _is_lora_factor(parameter: Parameter, own: tuple[str, ...]) -> bool:
+def _is_lora_factor(parameter: Parameter, own: Words) -> bool:
     """Whether the parameter is "lora_a", "a" of "lora", or the kernel of "lora_a"."""
     if _is_lora(parameter.name):
         return own[-1] in _MATRIX | _FACTOR | _set("lora ra")

@@ -3,16 +3,18 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._engine import checks
-from .._engine.rules import Decision, Rules, Tree, entries
+from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
 from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
 
+Axes = tuple[int, ...]
+Stacks = dict[str, tuple[set[Axes], set[Axes]]]
 # Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
 # Linen's collections beside "params".
@@ -21,18 +23,18 @@ _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_over
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WeightsOnly(Rules, kind="weights_only"):
-    """The standard rule. `owners` holds what the model says about each path. It is None if only the names are known."""
+    """The standard rule. `owners` holds what the model says about each path."""
 
     embeddings: bool
     unknown: bool | str
-    stacked_axes: tuple[tuple[str, int], ...]
+    stacked_axes: dict[str, int]
     owners: dict[str, Owner | Role] | None = None
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
         if [leaf.path for leaf in tree.leaves] == [""]:
             raise ValueError(
                 f"{tree.where}: weights_only can't tell what a parameter without a name is. The params are a single "
-                f"{_one(tree.leaves[0])}. Give it the tree of parameters, outside optax.flatten."
+                "array. Give it the tree of parameters, outside optax.flatten."
             )
         roles = self._roles(tree, [i for i in asked if i in tree.required])
         decided, unknown = {}, []
@@ -53,30 +55,35 @@ class WeightsOnly(Rules, kind="weights_only"):
         return decided
 
     def _roles(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
-        stacked = self._stacked(tree)
+        stacked: dict[int, int] = {}
+        for pattern, axes in self.stacked_axes.items():
+            matched = language.matching_all(tree, language.checked_patterns("weights_only", pattern))
+            stacked = {**dict.fromkeys(matched, axes), **stacked}
+        for i, axes in stacked.items():
+            path, shape, _ = tree.leaves[i]
+            if i in tree.required and axes > len(shape):
+                raise ValueError(
+                    f"{tree.where}: weights_only has stacked_axes={axes} for {path!r}, but its shape is {shape}. "
+                    "Write the number of axes that stack layers, such as stacked_axes={'layers': 1}."
+                )
         held = [(i, leaf) for i, leaf in enumerate(tree.leaves) if leaf.dtype is not None]
         shapes = {leaf.path: leaf.shape[stacked.get(i, 0) :] for i, leaf in held}
-        stacks: dict[str, tuple[set[Axes], set[Axes]]] | None = None
+        stacks = _stacks(shapes)
         roles: dict[int, Role | None] = {}
         for i in asked:
             path = tree.leaves[i].path
-            owner = self._owner(tree, path)
-            if isinstance(owner, Role):
-                roles[i] = owner
-                continue
-            parameter = parameter_at(path, shapes)
-            if owner is not None:
+            owner, parameter = self._owner(tree, path), parameter_at(path, shapes)
+            if isinstance(owner, Owner):
                 parameter = parameter._replace(owner=owner.name, is_library=owner.is_library, in_list=False)
-            roles[i] = role(parameter)
-            if i not in stacked and _may_be_a_stacked_vector(parameter, roles[i]):
-                stacks = _stacks(shapes) if stacks is None else stacks
+            roles[i] = owner if isinstance(owner, Role) else role(parameter)
+            if i not in stacked and not isinstance(owner, Role):
                 roles[i] = _unstacked(path, roles[i], parameter, stacks)
         return roles
 
     def _owner(self, tree: Tree, path: str) -> Owner | Role | None:
         """What is known about a path before its name is read."""
-        first, *inner = path.split("/")
         if self.owners is None:
+            first, *inner = path.split("/")
             # NNX's SpectralNorm and WeightNorm hold statistics with this name.
             named = first if inner and first in _COLLECTIONS else "batch_stats" if "batch_stats" in inner[:-1] else ""
             return Role("statistic", f"in {named!r}") if named else None
@@ -89,51 +96,21 @@ class WeightsOnly(Rules, kind="weights_only"):
             )
         return found
 
-    def _stacked(self, tree: Tree) -> dict[int, int]:
-        """The number of stacked axes of each leaf for which it was given."""
-        everyone = range(len(tree.leaves))
-        found: dict[int, int] = {}
-        for pattern, axes in self.stacked_axes:
-            for i in language.matching(tree, pattern, everyone, everyone):
-                found.setdefault(i, axes)
-        for i, axes in found.items():
-            leaf = tree.leaves[i]
-            if i in tree.required and axes > len(leaf.shape):
-                raise ValueError(
-                    f"{tree.where}: weights_only has stacked_axes={axes} for {leaf.path!r}, but its shape is "
-                    f"{leaf.shape}. Write the number of axes that stack layers, such as stacked_axes={{'layers': 1}}."
-                )
-        return found
-
     def _values(self) -> list[Any]:
-        return [True, False]
+        return [True]
 
     def _written(self) -> str:
-        said = ["<model>"] if self.owners is not None else []
-        said += [] if self.embeddings else ["embeddings=False"]
-        said += [] if self.unknown == "error" else [f"unknown={self.unknown}"]
-        said += [f"stacked_axes={dict(self.stacked_axes)}"] if self.stacked_axes else []
-        return f"weights_only({', '.join(said)})"
+        model = () if self.owners is None else ("<model>",)
+        embeddings, unknown = None if self.embeddings else False, None if self.unknown == "error" else self.unknown
+        stacked = self.stacked_axes or None
+        return call("weights_only", *model, embeddings=embeddings, unknown=unknown, stacked_axes=stacked)
 
-    def _arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"embeddings": self.embeddings, "unknown": self.unknown}
-        arguments["stacked_axes"] = dict(self.stacked_axes)
-        if self.owners is not None:
-            arguments["owners"] = {path: owner._asdict() for path, owner in self.owners.items()}
-        return arguments
-
-    @classmethod
-    def _from_arguments(cls, arguments: dict[str, Any]) -> Rules:
-        arguments = entries("weights_only", arguments, set(), {"embeddings", "unknown", "stacked_axes", "owners"})
-        owners = arguments.pop("owners", None)
-        rules = weights_only(**arguments)
-        if owners is None:
-            return rules
-        found: dict[str, Owner | Role] = {}
-        for path, owner in owners.items():
-            kind = Role if "reason" in owner else Owner
-            found[path] = kind(**entries(f"the owner of {path!r}", owner, set(kind._fields)))
-        return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
+    @staticmethod
+    def _from_plain(embeddings: Any = True, unknown: Any = "error", stacked_axes: Any = 0, owners: Any = None) -> Rules:
+        rules = weights_only(embeddings=embeddings, unknown=unknown, stacked_axes=stacked_axes)
+        kinds = {path: Role if "reason" in owner else Owner for path, owner in (owners or {}).items()}
+        found = {path: read(f"the owner of {path!r}", kind, owners[path]) for path, kind in kinds.items()}
+        return dataclasses.replace(rules, owners=None if owners is None else found)  # pyright: ignore[reportCallIssue]
 
 
 @checks.known_arguments
@@ -152,28 +129,18 @@ def weights_only(
     relative positions, class tokens and other learned inputs, layer scales, temperatures, batch statistics, buffers,
     the dynamics of state-space models, and integers.
 
-    Without a model, it goes by the names and shapes of Flax Linen, Flax NNX, Equinox, Haiku and PyTorch. With a model,
-    it goes by the types of the modules. The model is an `nnx.Module`, an `equinox.Module`, or a Linen module with the
-    inputs of its `init` (arrays or `jax.ShapeDtypeStruct`s; nothing is run). Names still decide on parameters that no
-    library layer holds. The table of an embedding layer is an embedding even if it is indexed by position. An array
-    that is added to activations as it is, is a positional embedding.
+    Without a model, it goes by the names and shapes of Flax Linen, Flax NNX, Equinox, Haiku and PyTorch. With an
+    `nnx.Module`, an `equinox.Module`, or a Linen module and the (abstract) inputs of its `init`, it goes by the types
+    of the modules, and by names only for parameters that no library layer holds. The table of an embedding layer is an
+    embedding even if it is indexed by position, and an array that is added to activations is not.
 
     Args:
-        model, inputs: the model whose modules decide. For Linen, also the inputs that it is called with.
         embeddings: whether the tables of embedding layers decay. If False, an Equinox `weight` in a list may be unknown
             without the model, because a linear layer without a bias looks like an embedding.
         unknown: what to do with parameters that neither name nor type identifies: "error", or the boolean for them.
         stacked_axes: the number of leading axes that stack layers (`filter_vmap`), if names don't distinguish a stacked
             scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku don't need it.
         call_kwargs: keyword arguments for the call of a Linen model: `{"train": False}`.
-
-    Returns:
-        `Rules`: a mask for any wdjax function, and a pattern or default in `by_path`. `.mask` is for Optax.
-
-    Raises:
-        TypeError: if `model` is not a module of these libraries.
-        ValueError: at `init` and `update`: for unknown parameters, with the line to add; with a model, for a parameter
-            that the model does not have.
 
     Example:
 
@@ -186,24 +153,21 @@ def weights_only(
         raise ValueError(f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {unknown!r}.")
     if not isinstance(embeddings, bool):
         raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
-    said = stacked_axes if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
-    for pattern, axes in said.items():
+    stacks = dict(stacked_axes) if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
+    for pattern, axes in stacks.items():
         if not isinstance(pattern, str):
-            raise TypeError(
-                f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}. "
-                "Write stacked_axes={'layers': 1}."
-            )
-        if not isinstance(axes, int) or isinstance(axes, bool) or axes < 0:
+            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}.")
+        if not is_whole(axes) or axes < 0:
             raise ValueError(
                 f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
-    return WeightsOnly(embeddings, unknown, tuple(said.items()), owners)
+    return WeightsOnly(embeddings, unknown, stacks, owners)
 
 
-def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
+def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
     """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
     found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)]
     while len(found) > 1 and found[-1][1] in _STORAGE:
@@ -217,38 +181,21 @@ def parameter_at(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Parameter:
     return Parameter(name, owner, shapes[path], bias, in_list=own > 0 and found[own - 1][1].isdigit(), around=around)
 
 
-def _names_of_the_bias(name: str) -> Iterator[str]:
+def _names_of_the_bias(name: str) -> list[str]:
     """Possible names of the bias beside a parameter of this name, the most likely first."""
-    if re.fullmatch(r"[wW](\d*|_\w+)", name):
-        yield ("b" if name[0] == "w" else "B") + name[1:]
-        yield "b" + name[1:]
-    if name.endswith("_w"):
-        yield name[:-1] + "b"
-    for matrix in ("kernel", "weights", "weight"):
-        if matrix in name:
-            yield name.replace(matrix, "bias")
-            yield name.replace(matrix, "biases")
-    yield "bias"
-    yield "b"
+    raw = [("b" if name[0] == "w" else "B") + name[1:], "b" + name[1:]] if re.fullmatch(r"[wW](\d*|_\w+)", name) else []
+    raw += [name[:-1] + "b"] if name.endswith("_w") else []
+    matrices = [matrix for matrix in ("kernel", "weights", "weight") if matrix in name]
+    return [*raw, *(name.replace(matrix, bias) for matrix in matrices for bias in ("bias", "biases")), "bias", "b"]
 
 
-Axes = tuple[int, ...]
-
-
-def _may_be_a_stacked_vector(parameter: Parameter, found: Role | None) -> bool:
-    """Whether only the shape shows that it is a matrix, as for an Equinox layer in a list that has no bias."""
-    is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
-    by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2
-    return by_shape and (parameter.in_list or not is_layer(parameter.owner))
-
-
-def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]]:
+def _stacks(shapes: Mapping[str, Axes]) -> Stacks:
     """For each node of the tree, the surplus leading axes of its layers: the certain ones, then the possible ones.
 
-    A bias has one axis (in a convolution, axes of size 1 follow it). Any more axes stack layers. A `weight` without a
-    bias has two axes, except in a convolution.
+    A bias has one axis, to which a convolution adds axes of size 1. A `weight` without a bias has two, and more in a
+    convolution. Any more axes stack layers.
     """
-    found: dict[str, tuple[set[Axes], set[Axes]]] = collections.defaultdict(lambda: (set(), set()))
+    found: Stacks = collections.defaultdict(lambda: (set(), set()))
     for path, shape in shapes.items():
         if not path.endswith("/weight"):
             continue
@@ -265,10 +212,12 @@ def _stacks(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]]
     return found
 
 
-def _unstacked(
-    path: str, found: Role | None, parameter: Parameter, stacks: Mapping[str, tuple[set[Axes], set[Axes]]]
-) -> Role | None:
-    """The role of a matrix or a stacked vector, by the layers nearest to it; None if they don't decide."""
+def _unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stacks) -> Role | None:
+    """The role of what only its shape shows to be a matrix and no stacked vector, by the layers nearest to it."""
+    is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
+    by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2
+    if not by_shape or (is_layer(parameter.owner) and not parameter.in_list):
+        return found
     leading = parameter.shape[:-1]
     beside = node = path.removesuffix("/weight").rpartition("/")[0]
     while True:
@@ -282,24 +231,19 @@ def _unstacked(
         node = node.rpartition("/")[0]
 
 
-def _one(leaf: Leaf) -> str:
-    return getattr(leaf.dtype, "__name__", "object") if type(leaf.dtype) is type else "array"
-
-
 def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | Role] | None) -> str:
     shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    paths = {leaf.path for leaf in unknown}
+    names = {leaf.path: leaf.path.rpartition("/")[2] for leaf in unknown}
     lines: dict[str, bool] = {}
     for leaf in unknown:
-        name = leaf.path.rpartition("/")[2]
-        takes = language.compiled(name).search
-        # The name alone would also match parameters that are known.
-        taken = [other.path for other in tree.leaves if takes(other.path)]
-        is_unique = all(path in paths and path.rpartition("/")[2] == name for path in taken)
+        name = names[leaf.path]
+        # The name alone may also match parameters that are known.
+        taken = filter(language.compiled(name).search, (other.path for other in tree.leaves))
+        is_unique = all(names.get(path) == name for path in taken)
         lines.setdefault(name if is_unique else leaf.path, len(leaf.shape) > 1)
     line = ", ".join(f"{name!r}: {decays}" for name, decays in list(lines.items())[:4])
-    name, owner = unknown[0].path.rpartition("/")[2], (owners or {}).get(unknown[0].path)
+    name, owner = names[unknown[0].path], (owners or {}).get(unknown[0].path)
     layer = owner.name if isinstance(owner, Owner) else "MyLayer"
     message = (
         f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"

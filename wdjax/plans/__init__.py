@@ -1,7 +1,6 @@
 """Plans show before training which parameters decay, at which rate, by which rule and why.
 
-`plan` applies rules, masks and rates to a tree of parameters or of `jax.ShapeDtypeStruct`s. It returns a `Plan`, which
-you can print, compare with another, save to a file, and assert in a unit test (`wdjax.testing.assert_plan`).
+A `Plan` can be printed, compared with another, saved, and asserted in a unit test (`wdjax.testing.assert_plan`).
 """
 
 from collections.abc import Sequence
@@ -19,11 +18,10 @@ from ..paths.roles import BIAS, role
 from ..paths.standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
-from .planned import Planned as Planned
-from .planned import PlannedRate, show_rate
-from .planned import Totals as Totals
+from .table import Planned as Planned
+from .table import PlannedRate, show_rate
+from .table import Totals as Totals
 
-PyTree = Any
 _NO_NUMBER = "not decayable"
 
 
@@ -31,24 +29,19 @@ _NO_NUMBER = "not decayable"
 def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen: Mask = None) -> Plan:
     """Shows which parameters decay, at which rate, by which rule and why.
 
-    It takes the arguments that `decoupled_decay` and the other transformations take, and shows what they will do to
-    `params`. Nothing is applied. Call it before training, on parameters or on the output of `jax.eval_shape`, which
-    costs no memory. Rates are in the units of `weight_decay`. With the default of 1, they are multipliers.
+    Call it before training with the arguments of `decoupled_decay`, on parameters or on the output of `jax.eval_shape`,
+    which costs no memory. With the default rate of 1, rates are multipliers.
 
     Args:
         params: a tree of arrays or `jax.ShapeDtypeStruct`s.
-        weight_decay: a number or 0-d array, a schedule, or `Rules` of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        weight_decay, mask: as for `decoupled_decay`.
         frozen: the mask for `freeze`, if you use it. Frozen parameters do not decay.
 
     Returns:
-        A `Plan`.
+        A `Plan`. It warns if nothing decays, or if everything decays and there are biases.
 
     Raises:
         TypeError, ValueError: as `decoupled_decay` at `init`.
-
-    Warns:
-        UserWarning: if nothing decays, or if everything decays and there are biases.
 
     Example:
 
@@ -62,15 +55,13 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
         <BLANKLINE>
         decayed 6 of 9 parameters in 1 of 2 arrays
     """
-    where = "plan"
     leaves = trees.flatten_with_paths(params)
-    weight_decay = rate_or_rules(where, "weight_decay", weight_decay)
-    chosen = asked(where, mask, params, leaves, "all")
-    kept = asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
+    weight_decay = rate_or_rules("plan", "weight_decay", weight_decay)
+    rates = [Decision(weight_decay, "")] * len(leaves)
+    chosen = asked("plan", mask, params, leaves, "all")
+    kept = asked("plan", frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
-        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, where, leaves)]
-    else:
-        rates = [Decision(weight_decay, "")] * len(leaves)
+        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, "plan", leaves)]
     rows = [
         row_of(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)
@@ -80,45 +71,36 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     return Plan(tuple(rows))
 
 
-def asked(
-    where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]], rule_of_none: str
-) -> list[Decision]:
+def asked(where: str, mask: Any, params: Any, leaves: Sequence[tuple[str, Any]], rule: str) -> list[Decision]:
+    """What a mask decides on each leaf. `rule` is what None is called."""
     answers = flags(where, mask, params, leaves, of_all=True)
     if isinstance(mask, Rules):
         found = decisions(mask, where, leaves)
         return [(d or Decision(False, ""))._replace(value=flag) for d, flag in zip(found, answers, strict=True)]
-    return [Decision(flag, rule_of_none if mask is None else "mask") for flag in answers]
+    return [Decision(flag, rule if mask is None else "mask") for flag in answers]
 
 
 def row_of(leaf: Leaf, is_decayable: bool, chosen: Decision, rate: Decision, kept: Decision) -> Planned:
-    decisions = [chosen]
+    """The row of a parameter, from what the mask, the rate and the mask of the frozen ones say."""
+    said, value = [chosen], 0.0
     if not is_decayable:
-        decisions = [Decision(False, _NO_NUMBER, "not a real number")]
+        said = [Decision(False, _NO_NUMBER, "not a real number")]
     elif kept.value is True:
-        decisions = [kept._replace(rule=f"frozen: {kept.rule}")]
-    elif chosen.value is not False and rate.rule:
-        decisions = [rate] if chosen.rule == "all" else [chosen, rate]
-    value: PlannedRate = 0.0
-    if is_decayable and chosen.value is not False and kept.value is not True:
+        said = [kept._replace(rule=f"frozen: {kept.rule}")]
+    elif chosen.value is not False:
+        if rate.rule:
+            said = [rate] if chosen.rule == "all" else [chosen, rate]
         factors = (*rate.factors, rate.value)
         stack_of("plan", leaf.path, factors)
         value = _shown((*factors, chosen.value, np.logical_not(kept.value)), leaf)
-    return Planned(
-        leaf.path,
-        leaf.shape,
-        np.dtype(leaf.dtype).name if isinstance(leaf.dtype, (np.dtype, type)) else str(leaf.dtype),
-        any(value) if isinstance(value, tuple) else value != 0,
-        value,
-        " · ".join(decision.rule for decision in decisions),
-        "; ".join(decision.reason for decision in decisions if decision.reason),
-    )
+    dtype = np.dtype(leaf.dtype).name if isinstance(leaf.dtype, (np.dtype, type)) else str(leaf.dtype)
+    decays = any(value) if isinstance(value, tuple) else value != 0
+    rule, reason = " · ".join(one.rule for one in said), "; ".join(one.reason for one in said if one.reason)
+    return Planned(leaf.path, leaf.shape, dtype, decays, value, rule, reason)
 
 
 def _shown(factors: Sequence[Any], leaf: Leaf) -> PlannedRate:
-    """The product of the factors of a rate.
-
-    It is a number, or one for each layer, or a text: the range of an array, and factors that have no value yet.
-    """
+    """The product of the factors of a rate: a number, one for each layer, or a text if it is no number yet."""
     numbers: Any = 1.0
     names = []
     for factor in factors:
@@ -148,10 +130,7 @@ def _warn(rows: Sequence[Planned]) -> None:
             "frozen. Print the plan to see the rule for each."
         )
     shapes = {row.path: row.shape for row in rows}
-    roles = {row.path: role(parameter_at(row.path, shapes)) for row in decayable}
-    biases = [path for path, found in roles.items() if found is not None and found.name == BIAS]
+    roles = [(row.path, role(parameter_at(row.path, shapes))) for row in decayable]
+    biases = [repr(path) for path, found in roles if found is not None and found.name == BIAS]
     if biases and all(row.decays for row in decayable):
-        checks.warn(
-            f"plan: everything decays, including biases: {', '.join(map(repr, biases[:3]))}. To decay only the "
-            "weights, write mask=weights_only()."
-        )
+        checks.warn(f"plan: everything decays, including biases: {', '.join(biases[:3])}. Write mask=weights_only().")

@@ -1,59 +1,95 @@
-"""A plan as a table, in plain text, for rich, or as HTML. Repeated blocks are one line."""
+"""The rows of a plan, and their table in plain text, for rich, or as HTML. Repeated blocks are one line."""
 
 import collections
 import html
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
-
-from .planned import Planned, count, show_rate
+from typing import Any, NamedTuple
 
 HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why")
-_NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
+NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
 _NUMBER = re.compile(r"\d+")
 _DISPENSABLE = ("dtype", "arrays", "rule", "shape", "parameters")  # Dropped in this order if the terminal is narrow.
+PlannedRate = float | tuple[float, ...] | str
 
 
-class _Row(Protocol):
-    @property
-    def path(self) -> str: ...
+class Planned(NamedTuple):
+    """What is planned for one parameter.
 
+    `rate` is a number, 0.0 if the parameter does not decay; a number for each of stacked layers; or a string if it is
+    known only during training (a schedule, a traced rate). `rule` is the rule that decided, and `reason` says why.
+    """
 
-R = TypeVar("R", bound=_Row)
-
-
-class Line(NamedTuple):
-    """A line of the table, with one cell for each name in the header."""
-
-    cells: tuple[str, ...]
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
     decays: bool
+    rate: PlannedRate
+    rule: str
+    reason: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
-def lines_of(parameters: Sequence[Planned]) -> list[Line]:
-    """One line for all parameters with the same shape and rule whose paths differ only in their numbers."""
+class Totals(NamedTuple):
+    """How many parameters and arrays decay, and how many there are."""
+
+    decayed: int
+    parameters: int
+    decayed_arrays: int
+    arrays: int
+
+    def __str__(self) -> str:
+        parameters = f"{count(self.decayed)} of {count(self.parameters)} parameters"
+        return f"decayed {parameters} in {self.decayed_arrays} of {self.arrays} arrays"
+
+
+def show_rate(rate: PlannedRate, *, digits: int = 6) -> str:
+    """A rate as it is written in golden files. For stacked layers, it is one number for each layer."""
+    if isinstance(rate, str):
+        return rate
+    return ", ".join(f"{one:.{digits}g}" for one in (rate if isinstance(rate, (tuple, list)) else (rate,)))
+
+
+def totals_of(rows: Sequence[Planned]) -> Totals:
+    decayed = [planned.size for planned in rows if planned.decays]
+    return Totals(sum(decayed), sum(planned.size for planned in rows), len(decayed), len(rows))
+
+
+def count(number: int) -> str:
+    """A count in short form: "124.4 M"."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.99995 * size * (10 if unit == "k" else 1):  # Never "1000.0 k".
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def lines_of(parameters: Sequence[Planned]) -> list[tuple[tuple[str, ...], bool]]:
+    """The cells of each line, and whether it decays. Rows that differ only in their numbers are one line."""
     groups: dict[Any, list[Planned]] = collections.defaultdict(list)
     for p in parameters:
         without = tuple(_NUMBER.split(p.path)), tuple(_NUMBER.split(p.reason))
         groups[without, p.shape, p.dtype, p.decays, p.rule].append(p)
-    return [_line(part) for group in groups.values() for part in merged(group)]
-
-
-def as_text(parameters: Sequence[Planned]) -> list[str]:
-    """The table in aligned columns."""
-    return in_columns(HEADER, [line.cells for line in lines_of(parameters)], _NUMBERS)
+    lines = []
+    for part in (part for group in groups.values() for part in merged(group)):
+        path, why = merged_texts([p.path for p in part]), merged_texts([p.reason for p in part])
+        first, size = part[0], count(sum(p.size for p in part))
+        cells = (path, str(len(part)), str(first.shape), first.dtype, size, _rates(part), first.rule, why)
+        lines.append((cells, first.decays))
+    return lines
 
 
 def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> list[str]:
     """The lines of a table. The columns named in `right` are right-aligned."""
-    rows = [header, *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, header, strict=True)
-        aligned = (cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in cells)
-        lines.append("  ".join(aligned).rstrip())
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    columns = []
+    for name, *cells in zip(header, header, *rows, strict=True):
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if name in right else cell.ljust(width) for cell in cells])
+    first, *lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    return [first, "-" * max(map(len, (first, *lines))), *lines]
 
 
 def as_rich(title: str, parameters: Sequence[Planned], width: int) -> Any:
@@ -62,18 +98,18 @@ def as_rich(title: str, parameters: Sequence[Planned], width: int) -> Any:
     from rich.text import Text
 
     lines = lines_of(parameters)
-    needed = {name: max(len(name), *(len(line.cells[k]) for line in lines), 0) for k, name in enumerate(HEADER)}
-    shown = list(HEADER)
+    columns = zip(HEADER, *(cells for cells, _ in lines), strict=True)
+    needed = {name: max(map(len, column)) for name, column in zip(HEADER, columns, strict=True)}
     for name in _DISPENSABLE:
-        if sum(needed[other] + 3 for other in shown) >= width:
-            shown.remove(name)
+        if sum(size + 3 for size in needed.values()) >= width:
+            del needed[name]
     table = Table(title=title)
-    for name in shown:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-    for line in lines:
+    for name in needed:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+    for line, decays in lines:
         # As Text, because rich would read brackets in a pattern as markup.
-        cells = [Text(cell) for cell, name in zip(line.cells, HEADER, strict=True) if name in shown]
-        table.add_row(*cells, style="green" if line.decays else "dim")
+        cells = [Text(cell) for cell, name in zip(line, HEADER, strict=True) if name in needed]
+        table.add_row(*cells, style="green" if decays else "dim")
     return table
 
 
@@ -84,7 +120,7 @@ def as_html(title: str, parameters: Sequence[Planned]) -> str:
         return f"<tr{style}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     lines = lines_of(parameters)
-    body = "".join(row(line.cells, "td", "" if line.decays else ' style="opacity: 0.6"') for line in lines)
+    body = "".join(row(cells, "td", "" if decays else ' style="opacity: 0.6"') for cells, decays in lines)
     return f"<p>{html.escape(title)}</p><table>{row(HEADER, 'th')}{body}</table>"
 
 
@@ -92,46 +128,28 @@ def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]
     """A line for each change from one row to another; None stands for a missing row. Similar changes are one line."""
     groups: dict[Any, dict[str, tuple[Planned | None, Planned | None]]] = collections.defaultdict(dict)
     for old, new in pairs:
-        row = new if old is None else old
-        assert row is not None
-        key = (tuple(_NUMBER.split(row.path)), old and old.rule, new and new.rule)
-        groups[key][row.path] = old, new
+        path = (old or new).path  # pyright: ignore[reportOptionalMemberAccess]
+        groups[tuple(_NUMBER.split(path)), old and old.rule, new and new.rule][path] = old, new
     lines = []
     for group in groups.values():
-        for part in merged([old or new for old, new in group.values()]):  # pyright: ignore[reportArgumentType]
-            before, after = zip(*(group[row.path] for row in part), strict=True)
+        for part in merged([old or new for old, new in group.values()]):
+            paths = [row.path for row in part]
+            before, after = zip(*(group[path] for path in paths), strict=True)
             rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
             kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
-            lines.append(f"{merged_texts([row.path for row in part])}: {rates}, {kind}")
+            lines.append(f"{merged_texts(paths)}: {rates}, {kind}")
     return lines
 
 
-def _line(group: Sequence[Planned]) -> Line:
-    first = group[0]
-    return Line(
-        (
-            merged_texts([planned.path for planned in group]),
-            str(len(group)),
-            str(first.shape),
-            first.dtype,
-            count(sum(planned.size for planned in group)),
-            _rates(group),
-            first.rule,
-            merged_texts([planned.reason for planned in group]),
-        ),
-        first.decays,
-    )
-
-
-def merged(group: Sequence[R]) -> list[list[R]]:
-    """The group in parts. Each has every combination of the numbers in its paths, so that its line is exact."""
-    columns = _columns([planned.path for planned in group])
+def merged(group: Sequence[Any]) -> list[list[Any]]:
+    """The rows in parts. Each has every combination of the numbers in its paths, so that its line is exact."""
+    columns = _columns([row.path for row in group])
     if math.prod(map(len, columns)) == len(group):
         return [list(group)]
     first = next(k for k, column in enumerate(columns) if len(column) > 1)
-    parts: dict[str, list[R]] = collections.defaultdict(list)
-    for planned in group:
-        parts[_NUMBER.findall(planned.path)[first]].append(planned)
+    parts: dict[str, list[Any]] = collections.defaultdict(list)
+    for row in group:
+        parts[_NUMBER.findall(row.path)[first]].append(row)
     return [part for each in parts.values() for part in merged(each)]
 
 
@@ -150,10 +168,9 @@ def merged_texts(texts: Sequence[str]) -> str:
 def _range(digits: Sequence[str]) -> str:
     if len(digits) == 1:
         return digits[0]
-    numbers = range(int(digits[0]), int(digits[-1]) + 1)
-    if len(digits) > 2 and list(digits) == list(map(str, numbers)):
-        return f"{{{digits[0]}..{digits[-1]}}}"
-    return f"{{{','.join(digits)}}}"
+    first, last = digits[0], digits[-1]
+    is_range = len(digits) > 2 and list(digits) == list(map(str, range(int(first), int(last) + 1)))
+    return f"{{{first}..{last}}}" if is_range else f"{{{','.join(digits)}}}"
 
 
 def _rates(group: Sequence[Planned]) -> str:

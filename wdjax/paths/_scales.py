@@ -1,0 +1,270 @@
+"""Multipliers from the depth of a block (in a list, a numbered name or a stack), and from the width of a matrix."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._engine import checks, trees
+from .._engine.rules import Decision, PerLayer, Rules, Tree, call, is_whole
+from .._engine.trees import Leaf
+from . import language
+from .language import Patterns, Text
+from .roles import KERNEL, Parameter, role
+from .standard import parameter_at
+
+_NUMBER = r"(\d+)"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ByDepth(Rules, kind="by_depth"):
+    """factor ** (number of blocks above). The depth of a block is the rank of its number among all blocks."""
+
+    blocks: Patterns
+    factor: float
+    first: Patterns | None
+    axis: int | None
+
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        first = language.matching_all(tree, self.first or ())
+        decided, count = self._by_number(tree) if self.axis is None else self._by_axis(tree, self.axis, asked, first)
+        stem = Decision(self.factor ** (count + 1), "by_depth", f"before block 0 of {count}")
+        rest = Decision(1.0, "by_depth", f"outside the {count} blocks")
+        return {i: stem if i in first else decided.get(i, rest) for i in asked}
+
+    def _by_number(self, tree: Tree) -> tuple[dict[int, Decision], int]:
+        numbers: dict[int, tuple[int, ...]] = {}
+        for pattern in self.blocks:
+            numbers = {**_numbers(tree, pattern), **numbers}
+        ranks = {number: rank for rank, number in enumerate(sorted(set(numbers.values())))}
+        count = len(ranks)
+        of_rank = [Decision(self.factor ** (count - k), "by_depth", f"block {k} of {count}") for k in range(count)]
+        return {i: of_rank[ranks[number]] for i, number in numbers.items()}, count
+
+    def _by_axis(self, tree: Tree, axis: int, asked: Sequence[int], first: set[int]) -> tuple[dict[int, Decision], int]:
+        # Leaves that `freeze` hides count too, because they keep their shape and dtype.
+        blocks = language.matching_all(tree, self.blocks) - first
+        found = {i for i in blocks if trees.is_decayable(tree.leaves[i])}
+        deciding = found.intersection(asked)
+        sizes: dict[int, str] = {}
+        for i in sorted(deciding or found):
+            path, shape, _ = tree.leaves[i]
+            if -len(shape) <= axis < len(shape):
+                sizes.setdefault(shape[axis], path)
+            elif deciding:
+                raise ValueError(
+                    f"{tree.where}: by_depth: axis={axis} does not exist in {path!r}, whose shape is {shape}. If this "
+                    f"array is not stacked, exclude it: by_path({{{path!r}: 1.0}}, default=by_depth(...))."
+                )
+        if len(sizes) > 1:
+            shown = ", ".join(f"{size} in {path!r}" for size, path in sizes.items())
+            raise ValueError(
+                f"{tree.where}: by_depth: the arrays have different numbers of layers along axis {axis}: {shown}. "
+                "Give each stack its own: by_path({'stack_1': by_depth('stack_1', ...), ...})."
+            )
+        if not sizes and first & tree.required & set(asked):
+            raise ValueError(
+                f"{tree.where}: by_depth: the number of layers is unknown, because all that {self.blocks} matches is "
+                "hidden here (None, or by optax.masked). Build the tree on all parameters, or exclude `first`."
+            )
+        count = next(iter(sizes), 0)
+        values, reason = tuple(self.factor ** (count - k) for k in range(count)), f"{count} stacked blocks"
+        ndims = {i: len(tree.leaves[i].shape) for i in deciding}
+        return {i: Decision(PerLayer(values, axis % ndim), "by_depth", reason) for i, ndim in ndims.items()}, count
+
+    def _written(self) -> str:
+        return call("by_depth", self.blocks, self.factor, first=self.first, axis=self.axis)
+
+    @staticmethod
+    def _from_plain(blocks: Any, factor: Any, first: Any = (), axis: Any = None) -> Rules:
+        return by_depth(language.from_plain(blocks), factor, first=language.from_plain(first), axis=axis)
+
+
+@checks.known_arguments
+def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = None) -> Rules:
+    """Layer-wise decay: multipliers that change by a factor from each block of a model to the one below it.
+
+    Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and everything else has 1.
+            Blocks are ordered by their numbers, which may start anywhere and have gaps.
+    Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. For the learning rate too,
+            as in BEiT, multiply the updates at the end of the chain by `by_depth(...).values(params)`.
+    Source: BEiT (arXiv 2106.08254). In timm's `param_groups_layer_decay`, the last norm counts as the last block:
+            `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
+
+    Args:
+        blocks: the pattern of the blocks, in which "*" stands for a number: `"Block_*"`, `"layers/*"` or
+            `"stages/*/blocks/*"` (ordered by the first number, then by the second). Or a compiled regular expression
+            for the whole path, whose groups are the numbers (0 for one that did not match). Or a tuple of these: equal
+            numbers are then equal depth. With `axis`, it is an ordinary pattern.
+        factor: the factor from each block to the one below, > 0.
+        first: the patterns of everything before the first block: embeddings, the stem.
+        axis: the axis that counts the blocks, if they are stacked in one array as by `nn.scan`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {name: jnp.ones(2) for name in ("stem", "block_0", "block_1", "head")}
+        >>> wdjax.by_depth("block_*", 0.5, first="stem").values(params)
+        {'block_0': 0.25, 'block_1': 0.5, 'head': 1.0, 'stem': 0.125}
+    """
+    factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
+    if axis is not None and not is_whole(axis):
+        raise TypeError(f"by_depth: axis must be an integer, got {axis!r}. Write axis=0, or leave it out.")
+    patterns = language.checked_patterns("by_depth", blocks)
+    for pattern in patterns if axis is None else ():
+        syntax = pattern.syntax if isinstance(pattern, Text) else ""
+        if syntax == "shell" and not language.compiled(pattern.text, _NUMBER).groups:
+            raise ValueError(
+                f"by_depth: {pattern} has no '*' for the number of a block. Write '{pattern.text}_*' or "
+                f"'{pattern.text}/*'. For blocks that are stacked in one array, add axis=0."
+            )
+        if syntax != "shell" and not (syntax == "regex" and pattern.regex.groups):
+            raise TypeError(
+                f"by_depth: blocks must be a string with '*' for the number, or a regular expression with a group for "
+                f"it, got {language.show(pattern)}. Write by_depth('Block_*', {factor})."
+            )
+    return ByDepth(patterns, factor, language.checked_patterns("by_depth", first) if first != () else None, axis)
+
+
+def _numbers(tree: Tree, pattern: Text) -> dict[int, tuple[int, ...]]:
+    """The numbers in the path of each leaf that the pattern matches. A group that did not match counts as 0."""
+    where, is_shell = f"{tree.where}: by_depth", pattern.syntax == "shell"
+    match = language.compiled(pattern.text, _NUMBER).search if is_shell else pattern.regex.fullmatch
+    numbers: dict[int, tuple[int, ...]] = {}
+    places: dict[tuple[int, ...], str] = {}
+    for i, leaf in enumerate(tree.leaves):
+        found = match(leaf.path)
+        if found is None:
+            continue
+        if not all(group is None or group.isdecimal() for group in found.groups()):
+            raise ValueError(
+                f"{where}: the groups of {pattern} must be numbers, but in {leaf.path!r} they are {found.groups()}. "
+                "Write (?:...) for a group that is not a number."
+            )
+        numbers[i] = tuple(int(group or 0) for group in found.groups())
+        place = leaf.path[: found.end(len(found.groups()))]
+        if is_shell and places.setdefault(numbers[i], place) != place:
+            raise ValueError(
+                f"{where}: {pattern} finds {places[numbers[i]]!r} and {place!r}, which have the same number. Include "
+                "all numbers: by_depth('stages/*/blocks/*', ...). Or give each stack its own: by_path({'encoder': "
+                "by_depth('encoder/Block_*', ...), ...}). Or give both patterns, if they have equal depth."
+            )
+    if not numbers:
+        raise ValueError(
+            f"{where}: {pattern} matches no parameter. Here '*' stands for a number. Write by_depth('Block_*', ...) or "
+            "by_depth('layers/*', ...). For layers stacked along an axis, write by_depth('blocks', ..., axis=0). "
+            f"The nearest paths: {language.nearest(pattern.text, [leaf.path for leaf in tree.leaves])}."
+        )
+    return numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ByWidth(Rules, kind="by_width"):
+    """(fan-in / base) ** power for matrices, 1 for everything else."""
+
+    base: float
+    power: float
+    fan_in: Callable[[Leaf], float] | None
+    stacked_axes: int
+
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        shapes = {leaf.path: leaf.shape[self.stacked_axes :] for leaf in tree.leaves if leaf.dtype is not None}
+        decided = {}
+        for i in asked:
+            width = self._width(tree.where, tree.leaves[i], shapes) if i in tree.required else None
+            decided[i] = Decision(1.0, "by_width", "not a matrix")
+            if width:  # It is a matrix, and not empty.
+                decided[i] = Decision((width / self.base) ** self.power, "by_width", f"fan-in {width:g}")
+        return decided
+
+    def _width(self, where: str, leaf: Leaf, shapes: dict[str, tuple[int, ...]]) -> float | None:
+        """The fan-in, as `fan_in` says or by the layout that belongs to the name. None if the leaf is not a matrix."""
+        if self.fan_in is not None:
+            width = self.fan_in(leaf)
+            if width is None or (_is_number(width) and width > 0):
+                return width
+            raise ValueError(
+                f"{where}: by_width: fan_in must return a number > 0, or None, but for {leaf.path!r} it gave {width!r}."
+            )
+        parameter = parameter_at(leaf.path, shapes)
+        found = role(parameter)
+        if found is not None and found.name != KERNEL:
+            return None
+        inputs = None if found is None or len(parameter.shape) < 2 else _inputs(parameter)
+        if inputs is not None:
+            return math.prod(inputs)
+        raise ValueError(
+            f"{where}: by_width can't tell the fan-in of {leaf.path!r}, of shape {leaf.shape}. If layers are stacked, "
+            "write by_width(256, stacked_axes=1). Otherwise write by_width(256, fan_in=lambda leaf: leaf.shape[0]), or "
+            f"exclude the parameter: by_path({{{leaf.path!r}: 1.0}}, default=by_width(256))."
+        )
+
+    def _written(self) -> str:
+        base, power = (repr(number).removesuffix(".0") for number in (self.base, self.power))
+        named = {"power": None if power == "1" else power, "fan_in": self.fan_in and language.show(self.fan_in)}
+        return call("by_width", base, **named, stacked_axes=self.stacked_axes or None)
+
+    @staticmethod
+    def _from_plain(base: Any, power: Any = 1.0, stacked_axes: Any = 0) -> Rules:
+        return by_width(base, power=power, stacked_axes=stacked_axes)
+
+
+@checks.known_arguments
+def by_width(
+    base: float, *, power: float = 1.0, fan_in: Callable[[Leaf], float] | None = None, stacked_axes: int = 0
+) -> Rules:
+    """Multipliers that grow with the width of a layer's matrix.
+
+    Under μP the learning rate of a hidden matrix falls as 1 / width, and so does the decay that it multiplies. This
+    multiplier undoes that: `0.1 * by_width(256)` is 0.1 at a width of 256, where it was tuned. It is for hidden
+    matrices: `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
+
+    Rule:   (fan-in / base)^power for a matrix, 1 for everything else.
+    Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
+    Source: CompleteP, arXiv 2505.01618, Table 1 (AdamW); the square root: arXiv 2510.15262.
+
+    Args:
+        base: the fan-in at which the multiplier is 1, > 0.
+        power: 1 for μP and CompleteP; 0.5 for a decay that grows with the square root of the width.
+        fan_in: a function of a `Leaf` that returns the fan-in, or None if the leaf is not a matrix. Without it, the
+            inputs are the axes that a bias beside the matrix lacks, or by name: all axes but the last of a `kernel` or
+            a `w` (only the first of Flax's query, key and value), and all but the first of a `weight`.
+        stacked_axes: the number of leading axes that stack layers.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"Dense_0": {"kernel": jnp.ones((512, 8)), "bias": jnp.ones(8)}}
+        >>> wdjax.by_width(256).values(params)
+        {'Dense_0': {'bias': 1.0, 'kernel': 2.0}}
+    """
+    base = checks.positive("by_width", "base", base, "by_width(256)")
+    if not _is_number(power):
+        raise TypeError(f"by_width: power must be a finite number, got {power!r}. Write by_width(256, power=0.5).")
+    if fan_in is not None and not callable(fan_in):
+        raise TypeError(f"by_width: fan_in must be a function of a Leaf, got {fan_in!r}. Write lambda leaf: ...")
+    if not is_whole(stacked_axes) or stacked_axes < 0:
+        raise ValueError(
+            f"by_width: stacked_axes must be a number of leading axes >= 0, got {stacked_axes!r}. Write stacked_axes=1."
+        )
+    return ByWidth(base, float(power), fan_in, stacked_axes)
+
+
+def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
+    """The sizes of a matrix's input axes, by the layout that its name implies. None if that layout does not fit."""
+    shape, bias = parameter.shape, parameter.bias
+    if parameter.name == "weight":  # (out, in, ...), and a bias (out,) or (out, 1, ...).
+        fits = bias is None or (bias[:1] == shape[:1] and math.prod(bias) == shape[0])
+        return shape[1:] if fits else None
+    if parameter.name not in ("kernel", "w") or "einsum" in parameter.owner.lower():
+        return None
+    if bias is not None:  # (in, ..., out, ...), and a bias (out, ...) or (out, 1, ...).
+        ends = (bias, bias[:1] if math.prod(bias[1:]) == 1 else bias)
+        return next((shape[: -len(end)] for end in ends if end and shape[-len(end) :] == end), None)
+    heads = parameter.owner in ("query", "key", "value") and len(shape) == 3
+    return shape[:1] if heads else shape[:-1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
