@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,32 +67,31 @@ class Probes:
         longest: int | None,
         exact: bool,
     ):
-        self.optimizer = optimizer
-        self.extra_args = extra_args
         found = trees.flatten_with_paths(params)
         self.leaves = [trees.describe(path, leaf) for path, leaf in found]
         self.indices = [i for i, (_, leaf) in enumerate(found) if trees.is_decayable(leaf)]
-        self._treedef = trees.structure(params)
-        self._given = [leaf for _, leaf in found]
-        self.longest = longest
-        self.exact = exact
+        self.longest, self.exact = longest, exact
+        self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
         self.eps = 2.0 ** (-52 if exact else -23)
         self.update_eps = 0.0
         shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
-        self._true_shapes = {leaf.path: leaf.shape for leaf in self.leaves}
-        self.is_small = any(shape != leaf.shape for shape, leaf in zip(shapes, self.leaves, strict=True))
+        self._is_small = shapes != [leaf.shape for leaf in self.leaves]
         rng = np.random.default_rng(0)
 
         def drawn(least: float, most: float) -> Arrays:
-            leaves = enumerate(zip(shapes, self.leaves, strict=True))
-            return [_values(rng, s, leaf.dtype, least, most) if i in self.indices else None for i, (s, leaf) in leaves]
+            arrays: Arrays = [None] * len(found)
+            for i in self.indices:
+                arrays[i] = _values(rng, shapes[i], self.leaves[i].dtype, least, most)
+            return arrays
 
         self.weights, self.origin, self.gradients = drawn(0.1, 2.0), drawn(0.1, 2.0), drawn(2.0, 4.0)
         if isinstance(params, optax.LookaheadParams):  # Otherwise the synchronization of the two looks like a decay.
             half = len(found) // 2
             for arrays in (self.weights, self.origin):
                 arrays[half:] = arrays[:half]
-        self._jitted = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params, **extra_args))
+        self._init = optimizer.init
+        self._update = lambda grads, state, params: optimizer.update(grads, state, params, **extra_args)
+        self._jitted = jax.jit(self._update)
 
     @property
     def tolerance(self) -> float:
@@ -100,7 +99,10 @@ class Probes:
         return max(2e-3, 4 * self.update_eps)
 
     def tree(self, arrays: Arrays, *, wide: bool = True, zeros: bool = False) -> PyTree:
-        """A tree like params with these values. With `wide`, it is in float64, or low precision becomes float32."""
+        """A tree like params with these values, and zeros or what was given for the leaves that are not numbers.
+
+        With `wide`, it is in float64, or low precision becomes float32.
+        """
 
         def leaf(i: int, given: Any) -> Any:
             array = arrays[i]
@@ -115,6 +117,11 @@ class Probes:
 
         return jax.tree.unflatten(self._treedef, [leaf(i, given) for i, given in enumerate(self._given)])
 
+    def gradients_of(self, arrays: Arrays, *, wide: bool = True) -> PyTree:
+        """A tree of gradients with these values."""
+        tree = self.tree(arrays, wide=wide, zeros=True)
+        return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
+
     def _wide(self, dtype: Any) -> Any:
         if not self.exact:
             return jnp.float32 if is_low(jax.ShapeDtypeStruct((), dtype)) else dtype
@@ -126,17 +133,17 @@ class Probes:
 
     def init(self, weights: Arrays, *, wide: bool = True) -> PyTree:
         """The optimizer's state for these weights."""
-        with self._asked_of_true_shapes():
-            return self.optimizer.init(self.tree(weights, wide=wide))
+        with self._with_true_shapes():
+            return self._init(self.tree(weights, wide=wide))
 
     def update(self, gradients: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
         """The optimizer's compiled update."""
-        with self._asked_of_true_shapes():
+        with self._with_true_shapes():
             return self._jitted(gradients, state, params)
 
     def steps(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int) -> Step:
         """Runs the calls of one real step from a state."""
-        params, grads = self.tree(weights), _gradients(self.tree(gradients, zeros=True))
+        params, grads = self.tree(weights), self.gradients_of(gradients)
         start, before, moved = self._numbers(params), state, []
         for _ in range(calls):
             updates, state = self.update(grads, state, params)
@@ -153,12 +160,9 @@ class Probes:
         but do nothing without one, such as the ascents of SAM. They form one step with the next call that decays.
         """
         params = self.tree(self.weights)
-        kinds = [
-            _gradients(self.tree(arrays, zeros=True)) for arrays in (self.gradients, self.scaled(self.gradients, 0.0))
-        ]
+        kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
         states = [self.init(self.weights)] * 2
-        reacting: list[int] = []
-        moving: list[int] = []
+        reacting, moving = [], []
         for call in range(_MOST_CALLS):
             results = [self.update(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             states = [state for _, state in results]
@@ -167,8 +171,7 @@ class Probes:
                 reacting.append(call)
             if any(np.any(without[i] != 0) for i in self.indices):
                 moving.append(call)
-            enough = len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8)
-            if enough:
+            if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
                 break
         rhythms = [(found[1] - found[0], found[0]) for found in (reacting, moving) if len(found) > 1]
         calls, first = max(rhythms, default=(1, (reacting or [0])[0]))
@@ -176,33 +179,31 @@ class Probes:
 
     def trajectory(self, steps: int, *, wide: bool) -> Arrays:
         """The probe weights after many calls with zero gradients, in their own dtypes or in wide ones."""
-        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=wide, zeros=True))
-        params = self.tree(self.weights, wide=wide)
+        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=wide)
+        start = self.tree(self.weights, wide=wide), self.init(self.weights, wide=wide)
 
         def call(carry: Any, _: Any) -> Any:
             params, state = carry
-            updates, state = self.optimizer.update(grads, state, params, **self.extra_args)
+            updates, state = self._update(grads, state, params)
             return (apply_updates(params, updates), state), None
 
-        with self._asked_of_true_shapes():
-            (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(
-                (params, self.optimizer.init(params))
-            )
+        with self._with_true_shapes():
+            (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(start)
         return self._numbers(params)
 
     def shapes_after(self, state: PyTree) -> PyTree:
         """The shapes and dtypes of the state after an update in the parameters' own dtypes."""
         params = self.tree(self.weights, wide=False)
-        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=False, zeros=True))
-        with self._asked_of_true_shapes():
-            return jax.eval_shape(lambda: self.optimizer.update(grads, state, params, **self.extra_args)[1])
+        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=False)
+        with self._with_true_shapes():
+            return jax.eval_shape(lambda: self._update(grads, state, params)[1])
 
     def without_a_number(self) -> set[int]:
         """Leaves whose updates are not finite in their own dtypes, with zero or nonzero gradients."""
         params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
         found: set[int] = set()
         for factor in (0.0, 1.0):
-            grads = _gradients(self.tree(self.scaled(self.gradients, factor), wide=False, zeros=True))
+            grads = self.gradients_of(self.scaled(self.gradients, factor), wide=False)
             moved = self._numbers(self.update(grads, state, params)[0])
             found |= {i for i in self.indices if not np.all(np.isfinite(moved[i]))}
         return found
@@ -216,27 +217,12 @@ class Probes:
         arrays: Arrays = [None] * len(self.leaves)
         for i in self.indices:
             value = found.get(self.leaves[i].path)
-            shape = self.weights[i].shape
-            if trees.is_hole(value):
-                arrays[i] = np.zeros(shape)
-                continue
-            array = np.asarray(value)
+            array = np.zeros(self.weights[i].shape) if trees.is_hole(value) else np.asarray(value)
             arrays[i] = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
         return arrays
 
-    @contextlib.contextmanager
-    def _asked_of_true_shapes(self) -> Iterator[None]:
-        with trees.shapes_taken_for(self._true_shapes if self.is_small else {}):
-            yield
-
-
-def _gradients(tree: PyTree) -> PyTree:
-    return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    def _with_true_shapes(self) -> contextlib.AbstractContextManager[None]:
+        return trees.shapes_taken_for({leaf.path: leaf.shape for leaf in self.leaves} if self._is_small else {})
 
 
 def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
@@ -257,37 +243,30 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
 
 def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
     """The leaves of a state that are integers and that a step raised by one, or by its number of calls."""
-    found = []
     if jax.tree.structure(before) != jax.tree.structure(after):
-        return found
-    for i, (old, new) in enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)):
-        is_integer = hasattr(old, "dtype") and jnp.issubdtype(old.dtype, jnp.integer) and jnp.ndim(old) == 0
-        if is_integer and int(new) - int(old) in (1, calls):
-            found.append(i)
-    return found
+        return []
+    pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    return [i for i, (old, new) in pairs if _is_integer(old) and int(new) - int(old) in (1, calls)]
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
     """The leaves of a state that are random keys, typed or raw."""
-    return [
-        i
-        for i, leaf in enumerate(jax.tree.leaves(state))
-        if _is_key(leaf) or (getattr(leaf, "dtype", None) == jnp.uint32 and jnp.shape(leaf)[-1:] == (2,))
-    ]
+
+    def is_raw(leaf: Any) -> bool:
+        return getattr(leaf, "dtype", None) == jnp.uint32 and jnp.shape(leaf)[-1:] == (2,)
+
+    return [i for i, leaf in enumerate(jax.tree.leaves(state)) if _is_key(leaf) or is_raw(leaf)]
 
 
-def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyTree:
-    """The state with its counters set to a count."""
+def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], Any]) -> PyTree:
+    """The state with `new(i, leaf)` for the leaves at these positions."""
     leaves, treedef = jax.tree.flatten(state)
-    for i in positions:
-        leaves[i] = jnp.asarray(count, leaves[i].dtype)
-    return jax.tree.unflatten(treedef, leaves)
+    return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
 
 
-def with_counters_of(state: PyTree, other: PyTree, positions: Sequence[int]) -> PyTree:
-    """The state with the leaves at these positions taken from another state."""
-    leaves, treedef = jax.tree.flatten(state)
-    others = jax.tree.leaves(other)
-    for i in positions:
-        leaves[i] = others[i]
-    return jax.tree.unflatten(treedef, leaves)
+def _is_integer(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer) and jnp.ndim(leaf) == 0
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
