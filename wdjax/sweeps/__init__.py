@@ -1,8 +1,7 @@
 """Many runs with different weight decay and learning rate, compiled once: which rate is best, and how certain is that?
 
-The rates are arguments of the compiled program, so one compilation serves every run. The program trains a chunk of runs
-at a time on each device, and is called until all runs are done. So the chunk bounds the memory, progress can be shown
-between calls, and the devices share the runs without communication.
+The compiled program trains a chunk of runs at a time on each device, and is called until all runs are done. So the
+chunk bounds the memory, progress can be shown between calls, and the devices share the runs without communication.
 
 The answer of a sweep is a set of settings, not one number. The best rate differs between seeds. From the validation
 losses of a few seeds, one can tell only which settings are worse than another one. The others may be the best (`Best`).
@@ -46,18 +45,15 @@ def sweep(
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
     the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Every value is a traced
     0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing,
-    and neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
-
-    Every setting gets the same seeds. If `train` draws its initial weights and batches from its key, these are the same
-    in every setting, and the comparison is fair.
+    and neither do more of them, as long as they fill whole chunks. Every setting gets the same keys, and so the same
+    initial weights and batches, if `train` draws them from its key.
 
     Args:
         train: `train(key, **values)`, which returns a scalar loss, or a dictionary of the loss and other results, such
             as scalars, curves and parameters. The same function is not compiled again.
         seeds: the number of seeds, counted from 0, or the seeds themselves.
         chunk: how many runs each device trains at once, under `jax.vmap`. None means all runs on GPUs and TPUs, and one
-            on CPUs, where each run then gives the same bits as alone. Memory grows with it. On CPUs, small networks
-            also gain from 4 or 8, and large ones lose.
+            on CPUs, where each run then gives the same bits as alone. On CPUs, only small networks gain from 4 or 8.
         devices: the devices of this process that share the runs; None for JAX's default device.
         progress: a wrapper for the loop over the calls of the program: `progress=tqdm.tqdm`.
         **values: a list of finite numbers for each argument of `train` that differs between runs. Arguments with the
@@ -94,7 +90,11 @@ def sweep(
     tried = {name: _checked_values(name, given) for name, given in values.items()}
     if not tried:
         raise ValueError(f"sweep: no values were given. Write {_WRITE}.")
-    _check_call(train, tried)
+    call = f"train(key, {', '.join(f'{name}=...' for name in tried)})"
+    try:
+        inspect.signature(train).bind(None, **tried)
+    except TypeError as error:
+        raise TypeError(f"sweep: the training function cannot be called as {call}: {error}. Write {_WRITE}.") from None
     numbers = _checked_seeds(seeds)
     shared = _checked_devices(devices)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
@@ -123,9 +123,8 @@ def sweep(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             each = size // len(shared)
-            error.add_note(
-                f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={max(1, each // 2)})."
-            )
+            write = f"Write sweep(..., chunk={max(1, each // 2)})."
+            error.add_note(f"sweep: each device trained {each} runs at once. {write}")
         raise
 
     shape = (*map(len, tried.values()), len(numbers))
@@ -155,9 +154,9 @@ def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]
 def _checked_values(name: str, given: Any) -> np.ndarray:
     write = f"{name}=[0.0, 0.01, 0.1]" if name in _RATES else f"{name}=[0.0, 1.0]"
     try:
-        values = np.asarray(list(given) if isinstance(given, range) else given).astype(np.float64)
+        values = np.asarray(given).astype(np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"sweep: {name} must be a list of numbers, got {given!r}. Write {write}.") from None
+        values = np.empty(0)
     if values.ndim != 1 or not values.size:
         raise ValueError(
             f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}. Put values that all "
@@ -167,16 +166,6 @@ def _checked_values(name: str, given: Any) -> np.ndarray:
     if wrong.size:
         raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
     return values
-
-
-def _check_call(train: Any, values: dict[str, np.ndarray]) -> None:
-    call = f"train(key, {', '.join(f'{name}=...' for name in values)})"
-    if not callable(train):
-        raise TypeError(f"sweep: train must be a function that can be called as {call}, got {train!r}. Write {_WRITE}.")
-    try:
-        inspect.signature(train).bind(None, **values)
-    except TypeError as error:
-        raise TypeError(f"sweep: the training function cannot be called as {call}: {error}.") from None
 
 
 def _checked_seeds(seeds: Any) -> np.ndarray:
