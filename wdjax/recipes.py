@@ -5,9 +5,8 @@
 | SGD | `sgd_l2` | `sgdw` |
 | Adam | `adam_l2` | `adamw` |
 
-In every recipe, `learning_rate` is a number or a schedule, and `weight_decay` is a number, a schedule or a `by_path`
-table. `mask` selects the parameters that decay. Without a mask everything decays, including biases. For the rules and
-units, see the transformations in the chain.
+`mask` selects the parameters that decay. Without a mask everything decays, including biases. For the rules and units,
+see the transformations in the chain.
 """
 
 from typing import Any
@@ -82,16 +81,7 @@ def sgdw(
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
             in timm's `SGDW`. They agree except for rounding.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `decoupled_decay`.
-        momentum, nesterov: as `sgd_l2`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `decoupled_decay`.
+    Args, Returns, Raises: as `sgd_l2`; weight_decay, mask, toward and their errors as `decoupled_decay`.
 
     Warns:
         UserWarning: as `independent_decay`, of learning_rate * weight_decay.
@@ -131,16 +121,7 @@ def adam_l2(
             moves by the learning rate, whatever weight_decay is. For weight decay, write `adamw`.
     Source: `torch.optim.Adam(lr, weight_decay=...)`, which agrees except for rounding; Kingma & Ba 2015.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `add_l2_to_grads`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `add_l2_to_grads`.
+    Args, Returns, Raises: as `sgd_l2`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
     Example:
 
@@ -176,19 +157,7 @@ def adamw(
             There is no default. Optax's is 1e-4, PyTorch's is 1e-2, and language models often use 0.1.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `decoupled_decay`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `decoupled_decay`.
-
-    Warns:
-        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
+    Args, Returns, Raises, Warns: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
     Example:
 

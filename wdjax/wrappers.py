@@ -1,13 +1,7 @@
-"""Wrappers around a finished optimizer: one adds weight decay, and one freezes parameters.
-
-`freeze` hides parameters from any optimizer, and keeps them bit for bit.
-
-`with_decoupled_decay` decays weights around an optimizer whose update already includes the learning rate.
+"""Wrappers around a finished optimizer: `with_decoupled_decay` adds weight decay, and `freeze` freezes parameters.
 
 Inside a chain, the user must put a decay in the right place. Around a finished optimizer, there is only one right
-place: after it, with the factor of the learning rate and the right sign. `with_decoupled_decay` adds both.
-
-Two kinds of optimizers need more than an added term, and get it:
+place: after it, with the factor of the learning rate and the right sign. Two kinds of optimizers need more than that:
 
 - Some do not step at every update: `optax.MultiSteps` while it accumulates or skips, `optax.apply_if_finite` at a
   NaN. The decay waits with them, and so does its step count.
@@ -36,8 +30,6 @@ from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
 from .paths import Rules
 
 PyTree = Any
-
-
 _SUBTRACTED = stateless(subtracted)
 
 
@@ -71,12 +63,9 @@ def with_decoupled_decay(
         optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
             `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. An optimizer that
             decays by itself goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
-        weight_decay: a number or 0-d array (may be traced) >= 0, a schedule, or a `by_path` table of these.
-        mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
+        weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: the number or schedule that the optimizer has. A schedule is called with the wrapper's own count
             of steps, from 0.
-        toward: None for zero; a tree like params, which may omit parameters that do not decay (it is a constant of the
-            compiled step); or "init" for the values at `init`, kept in the state.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
@@ -151,8 +140,7 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
-        mask: True for frozen parameters: `Rules` of booleans such as `only("encoder")`, a tree or prefix tree of
-            booleans, or a function of params that returns one.
+        mask: True for frozen parameters: `only("encoder")`, or any other mask of `decoupled_decay`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the other parameters. Its `update`
@@ -172,18 +160,17 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
         {'encoder': 2.0, 'head': 1.9}
     """
-    where = "freeze"
-    inner = checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
+    inner = checks.finished("freeze", optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
     if mask is None:
-        raise TypeError(f"{where}: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
+        raise TypeError("freeze: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
-        check_booleans(mask, where)
+        check_booleans(mask, "freeze")
 
     def init_fn(params: PyTree) -> Any:
         return inner.init(_Frozen(mask, params).hidden(params, is_params=True))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        checks.params_given(where, params)
+        checks.params_given("freeze", params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
         moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params, is_params=True), **extra_args)
@@ -231,10 +218,9 @@ class _Frozen:
 
         def update(new: Any, i: int) -> Any:
             flag, param = self.flags[i], self.leaves[i][1]
-            if flag is False:
-                return new
-            old = given[i] if flag is True else new
-            return _no_update(old, param) if flag is True else _where(flag, _no_update(old, param), new)
+            if flag is True:
+                return _no_update(given[i], param)
+            return new if flag is False else _where(flag, _no_update(new, param), new)
 
         return self._mapped(update, moved)
 
@@ -285,29 +271,29 @@ _UNDOING = (
     contrib.MechanicState,
     contrib.SAMState,
 )
+_OWN_STEPS = (*SKIPPING, contrib.ScheduleFreeState)
 
 
 def _refuse_what_undoes_it(state: Any) -> None:
-    inside = (
-        "Put the decay inside: replace optax.sgd(lr) with with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
+    write = (
+        "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr) in place of optax.sgd(lr)."
     )
     if nodes(state, (optax.ApplyEvery,)):
-        raise ValueError(
-            "with_decoupled_decay: the optimizer holds optax.apply_every, whose updates are zero in some calls. A "
-            "decay around it would act in those calls too. Write with_decoupled_decay(optax.MultiSteps(optimizer, k), "
-            "0.1, learning_rate=lr), which steps once for k gradients."
+        fault = "optimizer holds optax.apply_every, and a decay around it would also act in calls that do not step"
+        write = "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr)."
+    elif found := nodes(state, _UNDOING):
+        fault = (
+            f"optimizer holds a {type(found[0]).__name__}. It steps only in part or rewrites the weights from its own "
+            "state, so a decay added after it would be undone or repeated"
         )
-    for node in nodes(state, _UNDOING):
-        raise ValueError(
-            f"with_decoupled_decay: the optimizer holds a {type(node).__name__}. It steps only in part or rewrites the "
-            f"weights from its own state, so a decay added after it would be undone or repeated. {inside}"
+    elif found := [node for part in nodes(state, _PARTIAL) for node in nodes(tuple(part), _OWN_STEPS)]:
+        fault = (
+            f"optimizer holds a {type(found[0]).__name__} for a part of the parameters, inside optax.partition or "
+            "optax.masked, so the parameters do not step together"
         )
-    own = (*SKIPPING, contrib.ScheduleFreeState)
-    for node in (found for part in nodes(state, _PARTIAL) for found in nodes(tuple(part), own)):
-        raise ValueError(
-            f"with_decoupled_decay: a part of the parameters has its own {type(node).__name__}, inside "
-            f"optax.partition or optax.masked, so the parameters do not step together. {inside}"
-        )
+    else:
+        return
+    raise ValueError(f"with_decoupled_decay: the {fault}. {write}")
 
 
 def _is_schedule_free(node: Any) -> bool:
