@@ -5,8 +5,8 @@
 | SGD | `sgd_l2` | `sgdw` |
 | Adam | `adam_l2` | `adamw` |
 
-`mask` selects the parameters that decay. Without a mask everything decays, including biases. For the rules and units,
-see the transformations in the chain.
+`learning_rate` is a number or a schedule. `mask` selects the parameters that decay. Without a mask everything decays,
+including biases. For the rules and units, see the transformations in the chain.
 """
 
 from typing import Any
@@ -38,17 +38,7 @@ def sgd_l2(
     Units:  as `add_l2_to_grads`.
     Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening. They agree except for rounding.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `add_l2_to_grads`.
-        momentum: the decay of the momentum buffer; None for no momentum.
-        nesterov: whether to use Nesterov momentum.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `add_l2_to_grads`.
+    Args, Returns, Raises: as `add_l2_to_grads`; momentum is the decay of the momentum buffer, or None for no momentum.
 
     Example:
 
@@ -81,10 +71,7 @@ def sgdw(
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
             in timm's `SGDW`. They agree except for rounding.
 
-    Args, Returns, Raises: as `sgd_l2`; weight_decay, mask, toward and their errors as `decoupled_decay`.
-
-    Warns:
-        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
+    Args, Returns, Raises: as `sgd_l2`. `init` warns of learning_rate * weight_decay as `independent_decay` does.
 
     Example:
 
@@ -96,7 +83,7 @@ def sgdw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("sgdw", chain, learning_rate, weight_decay, mask)
+    return _watched("sgdw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 
 
 @checks.known_arguments
@@ -157,7 +144,7 @@ def adamw(
             There is no default. Optax's is 1e-4, PyTorch's is 1e-2, and language models often use 0.1.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
-    Args, Returns, Raises, Warns: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
+    Args, Returns, Raises, warnings: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
     Example:
 
@@ -169,14 +156,12 @@ def adamw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("adamw", chain, learning_rate, weight_decay, mask)
+    return _watched("adamw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 
 
-def _watched(
-    where: str, chain: Any, learning_rate: optax.ScalarOrSchedule, weight_decay: Rate, mask: Mask
-) -> optax.GradientTransformation:
+def _watched(where: str, chain: Any, rates: dict[str, Any], mask: Mask) -> optax.GradientTransformation:
     """The chain. Its `init` warns if learning_rate * weight_decay is known to do nothing or to overshoot."""
-    action = Action(where, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
+    action = Action(where, rates, mask)
 
     def init_fn(params: Any) -> Any:
         state = chain.init(params)

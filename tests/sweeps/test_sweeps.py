@@ -292,7 +292,7 @@ def test_results_of_other_names() -> None:
         ({"seeds": [1, 1]}, ValueError, r"seeds must be different and between 0 and 2\*\*32 - 1, got \[1, 1\]"),
         ({"seeds": [-1]}, ValueError, r"seeds must be different and between 0"),
         ({"chunk": 0}, ValueError, r"chunk must be an integer > 0, got 0\. Write chunk=8"),
-        ({"devices": []}, ValueError, r"at least one device, all of this process, got \[\]\. Write devices=jax.local"),
+        ({"devices": []}, ValueError, r"devices must be some of this process, got \[\]\. Write devices=jax.local"),
         ({"lr": [0.1]}, TypeError, r"training function cannot be called as train\(key, .*lr=\.\.\.\): .*'lr'"),
     ],
 )

@@ -9,7 +9,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,6 @@ from ._report import Finding as Finding
 from .findings import findings_of
 
 PyTree = Any
-K = TypeVar("K")
-R = TypeVar("R")
 _LONGEST_RUN = 8192  # Most steps for a test whether a decay survives rounding.
 _SMALL_MODEL = 2**24  # Models with at most this many parameters may be probed at full size even without full_size.
 
@@ -60,34 +58,33 @@ def audit(
 
     The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
     and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so a large model
-    costs little. Rules of wdjax decide on the copies as on the model itself. The values of `params` are not used.
+    costs little. Rules of wdjax decide on the copies as on the model itself.
 
-    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is measured
-    in the first real step with zero gradient. It is the part of that step that changes sign with the weight's distance
-    to the anchor, divided by that distance. Run the audit in a notebook or a unit test, before training.
+    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
+    of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
+    that distance.
 
     Args:
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
-        params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter.
+        params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
         expected: the rate that you expect for each parameter in the first real step: a number, a schedule or a
             `by_path` table. A difference is a finding.
-        mask: with `expected`: which parameters should decay, as the `mask` of any wdjax function.
+        mask: with `expected`: which parameters should decay.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
         frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
         steps: the counts at which rates are measured.
         extra_args: keyword arguments for `update`, the same for all probes: {"value": 1.0}.
-        full_size: whether to probe with arrays of full size, for rules of other libraries that depend on the size. This
-            costs as much as about twenty training steps.
+        full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
+            about twenty training steps.
 
     Returns:
         An `Audit`.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        TypeError, ValueError: for masks and expected rates, as `decoupled_decay` at `init`. Errors of the optimizer
-            itself are passed on.
+        TypeError, ValueError: if `optimizer` is not an optimizer; for masks and expected rates, as `decoupled_decay`;
+            and the errors of the optimizer itself.
 
     Example:
 
@@ -117,23 +114,26 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
         # What does not fit raises its error before anything is computed.
         action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
         action.init(params)
-        frozen_paths = _chosen(where, frozen, params, leaves)
+        if isinstance(frozen, Rules):
+            check_booleans(frozen, where)
+        frozen_flags = [False] * len(leaves) if frozen is None else flags(where, frozen, params, leaves)
+        frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
         state = jax.eval_shape(finished.init, params)
         jax.eval_shape(lambda *args: finished.update(*args, **extra_args), grads, state, params)
 
-        def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
+        def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
             with jax.enable_x64(True) if exact else contextlib.nullcontext():
                 probes = Probes(optimizer, params, extra_args, longest=longest, exact=exact)
-                first, calls = probes.rhythm()
-                return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
+                probes.find_rhythm()
+                return probes, measure(probes, steps)
 
         # Some optimizers do not run in float64. Optimizers that hold trees with full shapes do not run on small copies.
         size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if trees.is_decayable(leaf))
         sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
         kinds = [(longest, exact) for longest in sizes for exact in (True, False)]
         try:
-            probes, first, calls, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
+            probes, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
         except (TypeError, ValueError) as error:
             if sizes == (128,):
                 error.add_note("audit probes small copies of large arrays. Does audit(..., full_size=True) run?")
@@ -153,54 +153,35 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
             drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
             rows = {i: fact.row for i, fact in facts.items()}
-            return _kept(own, calls, rows, can_run=not (drift or no_number)), drift, no_number
+            return _kept(own, probes.calls, rows, can_run=not (drift or no_number)), drift, no_number
 
         # Thousands of steps are slow with large arrays, so small ones come first.
         kept, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
-        offset = max(first + 1 - calls, 0)
-        wanted = {} if expected is None else _expected(action, params, leaves, offset // calls)
+        calls, offset = probes.calls, probes.offset
+        wanted = {}
+        if expected is not None:
+            terms = action.terms(params, leaves, DecayState(jnp.asarray(offset // calls, jnp.int32)))
+            rates = [0.0 if term is None else term.known() for term in terms]
+            wanted = {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
         shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
         for i, fact in facts.items():
-            found = role(parameter_at(fact.row.path, shapes))
-            facts[i] = fact._replace(
-                row=fact.row._replace(
-                    scales_with_learning_rate=scales.get(i) if fact.row.decays else None,
-                    kept=kept[i],
-                    role=found.name if found else "",
-                ),
-                is_finite=fact.is_finite and i not in no_number,
-                tolerance=probes.tolerance,
-                expected=wanted.get(fact.row.path),
-                is_frozen=fact.row.path in frozen_paths,
-            )
+            path, found = fact.row.path, role(parameter_at(fact.row.path, shapes))
+            row = fact.row._replace(kept=kept[i], role=found.name if found else "")
+            if row.decays:
+                row = row._replace(scales_with_learning_rate=scales.get(i))
+            said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
+            facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
         findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
-        return Audit(tuple(fact.row for fact in facts.values()), findings, calls, first)
+        return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
 
 
-def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
+def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
     """The result for the first of these kinds with which it runs."""
     for kind in kinds[:-1]:
         with contextlib.suppress(TypeError, ValueError):
             return run(kind)
     return run(kinds[-1])
-
-
-def _expected(
-    action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]], count: int
-) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest expected rate of each parameter."""
-    terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
-    rates = {path: 0.0 if term is None else term.known() for (path, _), term in zip(leaves, terms, strict=True)}
-    return {path: (float(np.min(rate)), float(np.max(rate))) for path, rate in rates.items()}
-
-
-def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> set[str]:
-    if mask is None:
-        return set()
-    if isinstance(mask, Rules):
-        check_booleans(mask, where)
-    return {path for (path, _), flag in zip(leaves, flags(where, mask, params, leaves), strict=True) if flag is True}
 
 
 def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
@@ -223,33 +204,27 @@ def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
         is_lost = 0 < largest < smallest_fraction(row.dtype) and CompensatedState not in writers
         shares[i] = float(not is_lost)
+    # With a writer, a single step may change nothing, so low precision takes many. They are enough for four units in
+    # the last place of the narrowest dtype, but at most a few thousand.
     low = {i: row for i, row in rows.items() if row.decays and is_low(own.leaves[i])}
-    return shares | (_kept_by_many_steps(own, calls, low, bool(writers)) if can_run else dict.fromkeys(low, math.nan))
-
-
-def _kept_by_many_steps(own: Probes, calls: int, rows: dict[int, Audited], is_written: bool) -> dict[int, float]:
-    """The shares for parameters of low precision, over many steps: with a writer, a single step may change nothing."""
-    rates = [abs(row.rate) for row in rows.values() if row.rate]
-    if not rates:
-        return dict.fromkeys(rows, 1.0)
-    # Enough steps for four units in the last place of the narrowest dtype, but at most a few thousand.
-    narrowest = max(smallest_fraction(row.dtype) for row in rows.values())
+    rates = [abs(row.rate) for row in low.values() if row.rate]
+    if not can_run or not rates:
+        return shares | dict.fromkeys(low, 1.0 if can_run else math.nan)
+    narrowest = max(smallest_fraction(row.dtype) for row in low.values())
     length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(16 * narrowest / min(rates), 8))))
-    start, wide, ends = own.rounded_weights(), own.trajectory(length, wide=True), own.trajectory(length, wide=False)
-    shares = {}
-    for i, row in rows.items():
+    start = own.numbers(own.tree(own.weights, wide=False))
+    ends = [own.trajectory(length, wide=wide) for wide in (True, False)]
+    for i, row in low.items():
         # Summed over all weights, because rounding moves a single weight by more than the decay.
-        meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
+        meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in ends)
         is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
-        shares[i] = math.nan if is_written and not is_seen else moved / meant if meant else 1.0
+        shares[i] = math.nan if writers and not is_seen else moved / meant if meant else 1.0
     return shares
 
 
 def _drift(own: Probes) -> str:
     """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
-    state = own.init(own.weights, wide=False)
-    before = jax.eval_shape(lambda: state)
-    after = own.shapes_after(state)
+    before, after = own.shapes_of_states()
     if jax.tree.structure(after) != jax.tree.structure(before):
         return "the structure of the state changes with an update"
     pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)

@@ -5,7 +5,7 @@ The part that does not change sign comes from the anchor. With a gradient, the o
 same number, the decay is in the update. If not, the decay is scaled with the gradient, or the moments remember it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,72 +17,43 @@ from ._report import Audited
 
 
 class Facts(NamedTuple):
-    """What is known about one leaf.
-
-    Attributes:
-        row: what was measured of its decay.
-        moves: whether gradients move it.
-        is_raw: whether its update is its gradient.
-        is_finite: whether its updates are finite.
-        is_touched: whether anything moves it, gradients or not.
-        grows: whether the decay makes all weights grow.
-        is_repeated: whether it decays in more than one call of a step.
-        rescaled: whether, beside a gradient, the decay keeps its direction but not its size.
-        tolerance: by how much rates may differ, relatively.
-        expected: the smallest and the largest rate that the user expects; None if no rate was given.
-        is_frozen: whether the user says that it is frozen.
-    """
+    """What is known about one leaf. The last three facts do not come from measurements of it."""
 
     row: Audited
-    moves: bool
-    is_raw: bool
-    is_finite: bool
-    is_touched: bool
-    grows: bool = False
-    is_repeated: bool = False
-    rescaled: bool = False
-    tolerance: float = 0.0
-    expected: tuple[float, float] | None = None
-    is_frozen: bool = False
+    moves: bool  # Whether gradients move it.
+    is_raw: bool  # Whether its update is its gradient.
+    is_finite: bool  # Whether its updates are finite.
+    is_touched: bool  # Whether anything moves it, gradients or not.
+    grows: bool = False  # Whether the decay makes all weights grow.
+    is_repeated: bool = False  # Whether it decays in more than one call of a step.
+    rescaled: bool = False  # Whether, beside a gradient, the decay keeps its direction but not its size.
+    tolerance: float = 0.0  # By how much rates may differ, relatively.
+    expected: tuple[float, float] | None = None  # The smallest and the largest expected rate, if one was given.
+    is_frozen: bool = False  # Whether the user says that it is frozen.
 
 
-class _Runs(NamedTuple):
-    """Steps of the optimizer from different weights and states.
-
-    Attributes:
-        steps: "plus", "minus", "double", "tiny" and "still" from 1, -1, 2, 1e-6 and 0 times the probe weights, with
-            zero gradient. "plus_grad" and "minus_grad" from 1 and -1 times the probe weights, with a gradient.
-            "plus_second" from where "plus" ended, and "plus_fresh" from there with a new state at its count; the same
-            after "minus", and after "still", with a gradient. "foreign" from the probe weights with the state of
-            "still".
-        later: counts, and steps as "plus" and "minus" at these.
-    """
-
-    steps: dict[str, Step]
-    later: list[tuple[int, Step, Step]]
+Runs = tuple[dict[str, Step], list[tuple[int, Step, Step]]]
 
 
-def measure(probes: Probes, offset: int, calls: int, counts: tuple[int, ...]) -> dict[int, Facts]:
+def measure(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
     """The facts of every leaf that is a number."""
-
-    def run(**options: Any) -> _Runs:
-        return _run(probes, offset, calls, counts, **options)
-
-    runs = run()
-    if _is_nan_without_gradient(probes, runs):
-        runs = run(nudge=probes.gradients)
+    runs = _run(probes, counts)
+    bare, given = ([runs[0][name].total(i) for i in probes.indices] for name in ("plus", "plus_grad"))
+    # Some optimizers divide zero by zero if all gradients are zero.
+    if any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given):
+        runs = _run(probes, counts, nudge=probes.gradients)
         return {i: _facts(probes, runs, i, nudged=True) for i in probes.indices}
     facts = {i: _facts(probes, runs, i) for i in probes.indices}
     # Leaves that do not decay in the first step may decay later.
-    for count, *_ in runs.later:
+    for count, *_ in runs[1]:
         if late := [i for i, fact in facts.items() if not fact.row.decays and dict(fact.row.rates)[count]]:
-            runs = run(at_count=count)
+            runs = _run(probes, counts, at_count=count)
             facts |= {i: _facts(probes, runs, i) for i in late}
     if all(fact.row.decays for fact in facts.values()):
         return facts
     # The others do not decay to zero, but they may decay to where the optimizer was initialized. An optimizer that
     # keeps its own copy of the weights also goes back there, but by the whole distance. A decay takes a fraction.
-    moved = run(origin=probes.origin)
+    moved = _run(probes, counts, origin=probes.origin)
     for i, fact in facts.items():
         back = _facts(probes, moved, i, probes.origin)
         if not fact.row.decays and back.row.decays and back.row.rate < 0.5:
@@ -90,25 +61,18 @@ def measure(probes: Probes, offset: int, calls: int, counts: tuple[int, ...]) ->
     return facts
 
 
-def _is_nan_without_gradient(probes: Probes, runs: _Runs) -> bool:
-    """Whether the optimizer divides zero by zero if all gradients are zero."""
-    bare, given = ([runs.steps[name].total(i) for i in probes.indices] for name in ("plus", "plus_grad"))
-    return any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given)
-
-
 def _run(
-    probes: Probes,
-    offset: int,
-    calls: int,
-    counts: tuple[int, ...],
-    *,
-    origin: Arrays | None = None,
-    nudge: Arrays | None = None,
-    at_count: int | None = None,
-) -> _Runs:
-    """All steps. With an origin, the optimizer is initialized there and the weights are offsets from it.
+    probes: Probes, counts: Sequence[int], *, origin: Any = None, nudge: Any = None, at_count: int | None = None
+) -> Runs:
+    """Steps of the optimizer from different weights and states, by name; and counts, with two steps at each.
 
-    With a nudge, it replaces the zero gradient. With `at_count`, the first step is taken at that count.
+    "plus", "minus", "double", "tiny" and "still" start at 1, -1, 2, 1e-6 and 0 times the probe weights, with zero
+    gradient; "plus_grad" and "minus_grad" as the first two, with a gradient. "plus_second" starts where "plus" ended,
+    and "plus_fresh" there too, with a new state at its count; the same after "minus", and after "still" with a
+    gradient. "foreign" starts at the probe weights with the state of "still". At each count: as "plus" and "minus".
+
+    With an origin, the optimizer is initialized there and the weights are offsets from it. With a nudge, it replaces
+    the zero gradient. With `at_count`, the first step is taken at that count.
     """
     zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
     gradients = probes.gradients if nudge is None else probes.scaled(nudge, 2.0)
@@ -116,7 +80,7 @@ def _run(
 
     def at(factor: float) -> Arrays:
         weights = probes.scaled(probes.weights, factor)
-        return weights if origin is None else [w if o is None else w + o for w, o in zip(weights, origin, strict=True)]
+        return weights if origin is None else {i: w + origin[i] for i, w in weights.items()}
 
     def to(count: int | None) -> Callable[[Any], Any]:
         positions = [] if count is None else counters
@@ -125,13 +89,13 @@ def _run(
     def step(weights: Arrays, gradients: Arrays = zeros, to_count: Callable[[Any], Any] | None = None) -> Step:
         """The first real step from a new state."""
         state = probes.init(weights if origin is None else origin)
-        if offset:
-            before = probes.steps(weights, zeros, state, offset)
+        if probes.offset:
+            before = probes.step(weights, zeros, state, probes.offset)
             weights, state = before.end(), before.after
-        return probes.steps(weights, gradients, (to_count or to(at_count))(state), calls)
+        return probes.step(weights, gradients, (to_count or to(at_count))(state))
 
     first = step(at(1.0))  # It shows the counters, so it is not yet at a count.
-    counters += positions_of_counters(first.before, first.after, calls)
+    counters += positions_of_counters(first.before, first.after, probes.calls)
     plus, minus, still = (step(at(factor)) for factor in (1.0, -1.0, 0.0))
     counts_of_second = jax.tree.leaves(plus.after)
 
@@ -142,26 +106,27 @@ def _run(
     steps |= {"double": step(at(2.0)).bare(), "tiny": step(at(1e-6)).bare()}
     steps |= {"plus_grad": step(at(1.0), gradients).bare(), "minus_grad": step(at(-1.0), gradients).bare()}
     for name, one, given in (("plus", plus, zeros), ("minus", minus, zeros), ("still", still, probes.gradients)):
-        steps[f"{name}_second"] = probes.steps(one.end(), given, one.after, calls).bare()
+        steps[f"{name}_second"] = probes.step(one.end(), given, one.after).bare()
         steps[f"{name}_fresh"] = step(one.end(), given, to_second).bare()
-    steps["foreign"] = probes.steps(plus.start, zeros, still.after, calls).bare()
+    steps["foreign"] = probes.step(plus.start, zeros, still.after).bare()
     later = [
         (count, step(at(1.0), zeros, to(count)).bare(), step(at(-1.0), zeros, to(count)).bare())
         for count in (counts if counters else ())
     ]
-    return _Runs(steps, later)
+    return steps, later
 
 
-def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None = None, *, nudged: bool = False) -> Facts:
+def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, nudged: bool = False) -> Facts:
     leaf, w = probes.leaves[i], probes.weights[i]
-    total = {name: step.total(i) for name, step in runs.steps.items()}
+    steps, later = runs
+    total = {name: step.total(i) for name, step in steps.items()}
     plus, minus, plus_grad, minus_grad = (total[name] for name in ("plus", "minus", "plus_grad", "minus_grad"))
     odd, even, beside = (plus - minus) / 2, (plus + minus) / 2, (plus_grad - minus_grad) / 2
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i]))
     rounding = 8 * probes.eps * scale
     moves = nudged or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
-    later = ((count, (one.total(i) - other.total(i)) / 2) for count, one, other in runs.later)
-    rates = tuple((count, 0.0 if _is_noise(moved, w, rounding) else _rate(moved, w)) for count, moved in later)
+    moved = ((count, (one.total(i) - other.total(i)) / 2) for count, one, other in later)
+    rates = tuple((count, 0.0 if _is_noise(part, w, rounding) else _rate(part, w)) for count, part in moved)
     facts = Facts(
         Audited(leaf.path, leaf.shape, np.dtype(leaf.dtype).name, rates=rates),
         moves=moves,
@@ -174,8 +139,9 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None = None, *,
     kind = _kind(odd, total["double"] - even, w)
     noise = 64 * probes.eps * (np.abs(plus_grad) + scale) + 2 * probes.update_eps * np.abs(plus_grad)
     place, rescaled = "update", False
-    start = {name: step.start[i] for name, step in runs.steps.items()}
-    if kind != "L2" and _lands_on_zero(total["tiny"], start["tiny"]):
+    start, tiny = {name: step.start[i] for name, step in steps.items()}, total["tiny"]
+    # Weights next to zero, if they move at all, move exactly to zero.
+    if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
     elif not nudged and _is_remembered(total, start["plus"] - start["still"], 8 * rounding):
         place = "gradient"
@@ -183,7 +149,8 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None = None, *,
         if _same(2 * beside, odd, 2 * noise, probes.tolerance):
             kind = f"cautious {kind}"
         else:
-            place, rescaled = "gradient", _cosine(beside, odd) > 0.9
+            sizes = float(np.linalg.norm(beside) * np.linalg.norm(odd))
+            place, rescaled = "gradient", float(np.real(np.vdot(beside, odd))) > 0.9 * sizes
     is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + rounding)
     if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays, but noise changes.
         is_odd = not _same(total["plus_second"] - odd / w * (start["plus"] + plus), even, 8 * rounding, 0.05)
@@ -200,7 +167,7 @@ def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None = None, *,
     return facts._replace(
         row=row,
         grows=bool(np.all(ratios <= 0)),
-        is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in runs.steps["plus"].moved) > 1,
+        is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
         rescaled=rescaled,
     )
 
@@ -219,11 +186,6 @@ def _is_remembered(total: dict[str, np.ndarray], offset: np.ndarray, noise: Any)
     return not (_same(second, fresh, noise, 0.05) or _same(second, ratio * fresh, noise, 0.05))
 
 
-def _lands_on_zero(moved: np.ndarray, start: np.ndarray) -> bool:
-    """Whether weights next to zero, if they move at all, move exactly to zero."""
-    return bool(np.any(moved) and np.all((moved == 0) | (moved == -start)))
-
-
 def _rate(moved: np.ndarray, weights: np.ndarray) -> float:
     return float(np.median(-np.real(moved / weights)))
 
@@ -238,11 +200,6 @@ def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _same(a: np.ndarray, b: np.ndarray, noise: Any, tolerance: float = 2e-3) -> bool:
     return bool(np.all(np.abs(a - b) <= tolerance * np.minimum(np.abs(a), np.abs(b)) + noise))
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    norms = np.linalg.norm(a.ravel()) * np.linalg.norm(b.ravel())
-    return float(np.real(np.vdot(a, b)) / norms) if norms else 0.0
 
 
 def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:

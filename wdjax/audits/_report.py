@@ -86,9 +86,8 @@ class Audit:
     Attributes:
         parameters: a row for each parameter that is a number, in the order of the tree.
         findings: what is unexpected, the most harmful first.
-        calls_per_step: how many calls of `update` make one real step. It is more than 1 under `optax.MultiSteps`.
-        first_step: the first call, counted from 0, in which gradients moved anything. It is later than
-            calls_per_step - 1 if the learning rate warms up from zero.
+        calls_per_step: how many calls of `update` make one real step: more than 1 under `optax.MultiSteps`.
+        first_step: the first call, from 0, in which gradients moved anything: later if a learning rate warms up from 0.
     """
 
     parameters: tuple[Audited, ...]

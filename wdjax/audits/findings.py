@@ -1,7 +1,7 @@
 """Unexpected measurements, and what to write instead: one entry for each, the most harmful first."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -10,24 +10,15 @@ from ._measures import Facts
 from ._report import Finding
 
 
-class _Check(NamedTuple):
-    message: str
-    remedy: str
-    applies: Callable[[Facts], Any]
-
-
 def _is_times(facts: Facts, factor: float) -> bool:
     """Whether the rate is this many times the expected one."""
     rates, expected = (facts.row.least, facts.row.most), np.multiply(facts.expected or 0.0, factor)
     return 0 in facts.row.shape or bool(np.allclose(rates, expected, rtol=facts.tolerance, atol=1e-12))
 
 
-def _is_twice(facts: Facts) -> bool:
-    return facts.row.decays and facts.expected is not None and _is_times(facts, 2.0)
-
-
 def _is_other(facts: Facts) -> bool:
-    return facts.expected is not None and not (_is_twice(facts) or _is_times(facts, 1.0))
+    is_twice = facts.row.decays and _is_times(facts, 2.0)
+    return facts.expected is not None and not is_twice and not _is_times(facts, 1.0)
 
 
 def _compared(facts: Facts) -> str:
@@ -36,83 +27,82 @@ def _compared(facts: Facts) -> str:
     return f": it is {got} per step, not {want}"
 
 
-_WRONG = {
-    "not finite": _Check(
+# By name: what was measured, what to write instead, and whether it applies.
+_Checks = dict[str, tuple[str, str, Callable[[Facts], Any]]]
+_WRONG: _Checks = {
+    "not finite": (
         "finite weights get updates that are inf or NaN, with zero gradients or with nonzero ones",
         "Look at the learning rate, at eps and at the dtype. Some optimizers divide by a norm of the gradients.",
-        lambda facts: not facts.is_finite,
+        lambda f: not f.is_finite,
     ),
-    "raw gradients": _Check(
+    "raw gradients": (
         "the update is the gradient itself, so each step climbs the loss",
-        "optax.masked returns the raw gradients of parameters outside its mask. To keep these parameters fixed, write "
-        "freeze(optimizer, mask). To train them with another optimizer, use optax.partition.",
-        lambda facts: facts.is_raw,
+        "optax.masked returns raw gradients outside its mask. Write freeze(optimizer, mask), or use optax.partition.",
+        lambda f: f.is_raw,
     ),
-    "grows": _Check(
+    "grows": (
         "weights grow where they should decay",
-        "The decay is on the wrong side of the learning rate. Put decoupled_decay and optax.add_decayed_weights before "
-        "it, and independent_decay after it.",
-        lambda facts: facts.grows,
+        "Put decoupled_decay and optax.add_decayed_weights before the learning rate, and independent_decay after it.",
+        lambda f: f.grows,
     ),
-    "diverges": _Check(
+    "diverges": (
         "the rate is 2 or more per step, so weights never settle",
         "Is a factor missing, such as the learning rate?",
-        lambda facts: facts.row.most >= 2,
+        lambda f: f.row.most >= 2,
     ),
-    "decays frozen": _Check(
+    "decays frozen": (
         "a parameter moves although it is frozen, or decays although no gradient moves it",
         "Put freeze(optimizer, mask) around the whole optimizer. It keeps every bit.",
-        lambda facts: (
-            (facts.is_frozen and facts.is_touched) or (facts.row.decays and (facts.is_frozen or not facts.moves))
-        ),
+        lambda f: (f.is_frozen and f.is_touched) or (f.row.decays and (f.is_frozen or not f.moves)),
     ),
-    "rounds to nothing": _Check(
+    "rounds to nothing": (
         "the decay is lost in rounding to the parameter's dtype",
         "Keep float32 parameters, or write optax.chain(in_float32(optimizer), compensated()) with the decay inside.",
-        lambda facts: facts.row.decays and facts.row.kept < 0.5,
+        lambda f: f.row.decays and f.row.kept < 0.5,
     ),
-    "decays between steps": _Check(
+    "decays between steps": (
         "a step takes several calls of update, and the decay acts in each of them",
         "Put the decay inside the wrapper that accumulates the gradients, or with_decoupled_decay around it.",
-        lambda facts: facts.is_repeated,
+        lambda f: f.is_repeated,
     ),
-    "twice": _Check(
+    "twice": (
         "the decay is twice what is expected",
-        "Two decays act on it. Set weight_decay=0.0 in an optimizer that decays by itself, such as optax.adamw or "
-        "optax.lion.",
-        _is_twice,
+        "Set weight_decay=0.0 in an optimizer that decays by itself, such as optax.adamw or optax.lion.",
+        lambda f: f.row.decays and f.expected is not None and _is_times(f, 2.0),
     ),
-    "not as expected": _Check(
-        "the rate is not what is expected", "Check the mask, the rate and the learning rate.", _is_other
+    "not as expected": (
+        "the rate is not what is expected",
+        "Check the mask, the rate and the learning rate.",
+        _is_other,
     ),
 }
-_SUSPECT = {
-    "overshoots": _Check(
+_SUSPECT: _Checks = {
+    "overshoots": (
         "the rate is 1 or more per step, so weights land on zero or jump past it",
         "Lower the rate, or use continuous_decay or proximal_step(L2(), ...), which never overshoot.",
-        lambda facts: 1 <= facts.row.most < 2,
+        lambda f: 1 <= f.row.most < 2,
     ),
-    "decays non-weights": _Check(
+    "decays non-weights": (
         "the decay acts on a bias, a norm or another parameter that is not a layer's weight",
         "Write mask=weights_only(), or mask=weights_only().mask for Optax.",
-        lambda facts: facts.row.decays and facts.row.role not in ("", KERNEL, EMBEDDING, ADAPTER),
+        lambda f: f.row.decays and f.row.role not in ("", KERNEL, EMBEDDING, ADAPTER),
     ),
-    "seen by the moments": _Check(
+    "seen by the moments": (
         "the decay is scaled with the gradient: this is L2 regularization, not weight decay",
         "If you want weight decay, put decoupled_decay after the scaling, as adamw does.",
-        lambda facts: facts.row.place == "gradient" and not facts.rescaled,
+        lambda f: f.row.place == "gradient" and not f.rescaled,
     ),
-    "rescaled": _Check(
+    "rescaled": (
         "a norm rescales the decay together with the gradient, as a trust ratio does",
         "The decay of a step depends on the gradient. With zero gradient it may not depend on weight_decay at all.",
-        lambda facts: facts.rescaled,
+        lambda f: f.rescaled,
     ),
 }
-_NOTE = {
-    "not times the learning rate": _Check(
+_NOTE: _Checks = {
+    "not times the learning rate": (
         "the learning rate and its schedule do not scale the decay",
         "independent_decay does this. decoupled_decay scales with the learning rate.",
-        lambda facts: facts.row.decays and facts.row.scales_with_learning_rate is False,
+        lambda f: f.row.decays and f.row.scales_with_learning_rate is False,
     ),
 }
 _DRIFTS, _NARROW, _NOTHING = "state drifts", "lost beside gradients", "no decay"
@@ -123,10 +113,7 @@ def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> 
     """The findings: from each parameter, from changes in the types of the state, and from warnings of a writer."""
     found = []
     if drift:
-        remedy = (
-            "So the step is compiled again, and jax.lax.scan and checkpoints fail. With low precision, "
-            "in_float32(optimizer) keeps the state in float32 from the start."
-        )
+        remedy = "So jax.lax.scan and checkpoints fail. With low precision, write in_float32(optimizer)."
         found.append(Finding("wrong", _DRIFTS, drift, remedy))
     if narrow:
         message, _, remedy = narrow.partition(". ")

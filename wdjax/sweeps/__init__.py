@@ -3,11 +3,9 @@
 The compiled program trains a chunk of runs at a time on each device, and is called until all runs are done. So the
 chunk bounds the memory, progress can be shown between calls, and the devices share the runs without communication.
 
-The answer of a sweep is a set of settings, not one number. The best rate differs between seeds. From the validation
-losses of a few seeds, one can tell only which settings are worse than another one. The others may be the best (`Best`).
-
-Hypergradients need nothing from this module. If a training function can be swept, it can be differentiated with respect
-to its rates.
+The answer of a sweep is a set of settings, not one number: from the validation losses of a few seeds, one can tell only
+which settings are worse than another one. The others may be the best (`Best`). A training function that can be swept
+can also be differentiated with respect to its rates.
 """
 
 import functools
@@ -57,17 +55,15 @@ def sweep(
         devices: the devices of this process that share the runs; None for JAX's default device.
         progress: a wrapper for the loop over the calls of the program: `progress=tqdm.tqdm`.
         **values: a list of finite numbers for each argument of `train` that differs between runs. Arguments with the
-            names of rates in wdjax must not be negative. All combinations are run. If the settings are not a grid,
-            sweep over `trial=range(n)` and let `train` look up the rates.
+            names of rates in wdjax must not be negative. If the settings are not a grid, sweep over `trial=range(n)`
+            and let `train` look up the rates.
 
     Returns:
-        A `Sweep` with `.results` as NumPy arrays of shape (values of the first name, ..., seeds), `.best()` and
-        `.table()`.
+        A `Sweep` with `.results`, `.best()` and `.table()`.
 
     Raises:
         TypeError: if `train` cannot be called with these names, or returns neither a scalar nor a dictionary.
-        ValueError: for values that are missing, not numbers, not finite, negative rates or not one-dimensional; for no
-            seeds, no devices, devices of another process, or a chunk < 1.
+        ValueError: for values, seeds, devices or a chunk that are not as above.
 
     Example:
 
@@ -96,7 +92,10 @@ def sweep(
     except TypeError as error:
         raise TypeError(f"sweep: the training function cannot be called as {call}: {error}. Write {_WRITE}.") from None
     numbers = _checked_seeds(seeds)
-    shared = _checked_devices(devices)
+    shared = tuple(jnp.zeros([]).devices() if devices is None else devices)
+    if not shared or any(device.process_index != jax.process_index() for device in shared):
+        write = "Write devices=jax.local_devices(), and give each process its own values or seeds."
+        raise ValueError(f"sweep: devices must be some of this process, got {devices!r}. {write}")
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"sweep: chunk must be an integer > 0, got {chunk!r}. Write chunk=8, or leave it out.")
 
@@ -123,8 +122,7 @@ def sweep(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             each = size // len(shared)
-            write = f"Write sweep(..., chunk={max(1, each // 2)})."
-            error.add_note(f"sweep: each device trained {each} runs at once. {write}")
+            error.add_note(f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={each // 2 or 1}).")
         raise
 
     shape = (*map(len, tried.values()), len(numbers))
@@ -158,10 +156,7 @@ def _checked_values(name: str, given: Any) -> np.ndarray:
     except (TypeError, ValueError):
         values = np.empty(0)
     if values.ndim != 1 or not values.size:
-        raise ValueError(
-            f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}. Put values that all "
-            "runs share into train."
-        )
+        raise ValueError(f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}.")
     wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
     if wrong.size:
         raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
@@ -176,18 +171,6 @@ def _checked_seeds(seeds: Any) -> np.ndarray:
     if len(set(numbers.tolist())) < numbers.size or numbers.min() < 0 or numbers.max() >= 2**32:
         raise ValueError(f"sweep: seeds must be different and between 0 and 2**32 - 1, got {seeds!r}. Write seeds=5.")
     return numbers
-
-
-def _checked_devices(devices: Any) -> tuple[Any, ...]:
-    if devices is None:
-        return tuple(jnp.zeros([]).devices())
-    found = tuple(devices)
-    if not found or any(device.process_index != jax.process_index() for device in found):
-        raise ValueError(
-            f"sweep: devices must be a list of at least one device, all of this process, got {devices!r}. Write "
-            "devices=jax.local_devices(), and give each process its own values or seeds."
-        )
-    return found
 
 
 def _checked_result(result: Any) -> dict[str, Any]:
