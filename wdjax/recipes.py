@@ -68,8 +68,7 @@ def sgdw(
             (nesterov: momentum * m + g instead of m)
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
     Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
-    Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
-            in timm's `SGDW`. They agree except for rounding.
+    Source: Loshchilov & Hutter 2019. Deviation: the learning rate also multiplies the decay, as in timm's `SGDW`.
 
     Args, Returns, Raises: as `sgd_l2`. `init` warns of learning_rate * weight_decay as `independent_decay` does.
 

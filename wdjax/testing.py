@@ -30,7 +30,6 @@ from .audits.findings import NAMES
 from .plans import Plan
 from .plans.planned import show_rate
 
-PyTree = Any
 Floats = Any  # Anything that NumPy can convert to a float64 array.
 Sequenced = float | Sequence[float] | np.ndarray | Callable[[int], Any]
 
@@ -292,11 +291,14 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, term: Any) -> st
     worst = int(np.argmax(excess))
     if excess.flat[worst] > 0:
         got, want = move.flat[worst], wanted.flat[worst]
-        hint = ""
-        if got == 0:
-            hint = " Does it decay at all? Is the learning rate of the first step 0?"
-        elif np.real(got * np.conj(want)) < 0:
-            hint = " It grows. Is the decay on the wrong side of the learning rate?"
+        grows = np.real(got * np.conj(want)) < 0
+        hint = (
+            " Is the learning rate of the first step 0?"
+            if got == 0
+            else " It grows. Is the sign wrong?"
+            if grows
+            else ""
+        )
         return f"{must}, but the update of its element {worst}, {old.flat[worst]}, is {got} and not {want}.{hint}"
     fractions = np.broadcast_to(fraction, old.shape)
     for one in np.unique(fractions[fractions != 0]):

@@ -68,8 +68,7 @@ def with_decoupled_decay(
 
     Raises:
         TypeError, ValueError: for the optimizer; and for rates, masks and anchors, as `decoupled_decay`. At `init`: if
-            the optimizer undoes or repeats an added decay (lookahead, mechanize, COCOB, SAM, conditional steps), or if
-            part of the parameters has its own `MultiSteps`, `apply_if_finite` or schedule-free. `init` also warns of
+            the optimizer undoes or repeats an added decay, or if parts of it step on their own. `init` also warns of
             weight_decay * learning_rate as `independent_decay` does.
 
     Example:
@@ -127,11 +126,9 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
     parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
-    Place:  around the whole optimizer: the last thing before `optax.apply_updates`. A transformation after it may move
-            frozen parameters again.
+    Place:  around the whole optimizer: the last thing before `optax.apply_updates`.
     Units:  those of the optimizer.
-    Source: big_vision's `schedule=[(regex, None)]` does the same. Optax's `selective_transform` gives updates of +0.0,
-            which turn a weight of -0.0 into +0.0.
+    Source: big_vision's `schedule=[(regex, None)]`. Optax's `selective_transform` turns a weight of -0.0 into +0.0.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.

@@ -79,12 +79,8 @@ def audit(
         full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
             about twenty training steps.
 
-    Returns:
-        An `Audit`.
-
-    Raises:
-        TypeError, ValueError: if `optimizer` is not an optimizer; for masks and expected rates, as `decoupled_decay`;
-            and the errors of the optimizer itself.
+    Returns an `Audit`. Raises a TypeError or ValueError for what is not an optimizer, and for masks and rates that
+    `decoupled_decay` refuses. Errors of the optimizer itself are passed on.
 
     Example:
 

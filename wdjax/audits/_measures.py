@@ -213,8 +213,7 @@ def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
 
 def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
     """The kind of decay, by how it grows when the weights are doubled."""
-    turned = odd / w
-    is_real = bool(np.all(np.abs(np.imag(turned)) <= 1e-3 * np.abs(turned)))
+    is_real = np.all(np.abs(np.imag(odd / w)) <= 1e-3 * np.abs(odd / w))
     with np.errstate(divide="ignore", invalid="ignore"):
         growth = np.where(odd == 0, np.nan, np.abs(double) / np.abs(odd))
     growth = growth[np.isfinite(growth)]
@@ -224,7 +223,6 @@ def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
     if np.all(linear):
         return "L2"
     if np.all(constant):
-        sizes = np.abs(odd)
-        return "L1" if sizes.min() >= 0.98 * sizes.max() else "norm"
+        return "L1" if np.min(np.abs(odd)) >= 0.98 * np.max(np.abs(odd)) else "norm"
     between = (growth > 0.98) & (growth < 2.02)
     return "Huber" if linear.any() and constant.any() and between.all() else "other"

@@ -43,13 +43,11 @@ class Probes:
     """Small copies of the leaves of a tree, and an optimizer to run on them.
 
     Attributes:
-        leaves: descriptions of the leaves, with their true shapes and dtypes.
-        indices: the leaves that are numbers.
+        leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
         update: the optimizer's compiled update.
-        first, calls: the first call that makes a real step, counted from 0, and how many calls make one.
-        offset: how many calls come before the first real step.
+        first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
     def __init__(
@@ -74,8 +72,7 @@ class Probes:
             for arrays in (self.weights, self.origin):
                 arrays |= {i: arrays[i - half] for i in self.indices if i >= half}
         is_small = shapes != [leaf.shape for leaf in self.leaves]
-        true_shapes = {leaf.path: leaf.shape for leaf in self.leaves} if is_small else {}
-        asked_of_true_shapes = trees.shapes_taken_for(true_shapes)
+        asked_of_true_shapes = trees.shapes_taken_for({x.path: x.shape for x in self.leaves} if is_small else {})
         self._init = asked_of_true_shapes(optimizer.init)
         self._update = asked_of_true_shapes(lambda *args: optimizer.update(*args, **extra_args))
         self.update = jax.jit(self._update)
@@ -86,10 +83,7 @@ class Probes:
         return max(2e-3, 4 * self.update_eps)
 
     def tree(self, arrays: Arrays, *, wide: bool = True, zeros: bool = False) -> PyTree:
-        """A tree like params with these values, and zeros or what was given for the leaves that are not numbers.
-
-        With `wide`, it is in float64, or low precision becomes float32.
-        """
+        """A tree like params with these values. With `wide`, it is in float64, or low precision becomes float32."""
 
         def leaf(i: int, given: Any) -> Any:
             if i in arrays:

@@ -58,12 +58,8 @@ def sweep(
             names of rates in wdjax must not be negative. If the settings are not a grid, sweep over `trial=range(n)`
             and let `train` look up the rates.
 
-    Returns:
-        A `Sweep` with `.results`, `.best()` and `.table()`.
-
-    Raises:
-        TypeError: if `train` cannot be called with these names, or returns neither a scalar nor a dictionary.
-        ValueError: for values, seeds, devices or a chunk that are not as above.
+    Returns a `Sweep` with `.results`, `.best()` and `.table()`. Raises a TypeError if `train` cannot be called with
+    these names, or returns something else, and a ValueError for other arguments that are not as above.
 
     Example:
 
@@ -92,10 +88,7 @@ def sweep(
     except TypeError as error:
         raise TypeError(f"sweep: the training function cannot be called as {call}: {error}. Write {_WRITE}.") from None
     numbers = _checked_seeds(seeds)
-    shared = tuple(jnp.zeros([]).devices() if devices is None else devices)
-    if not shared or any(device.process_index != jax.process_index() for device in shared):
-        write = "Write devices=jax.local_devices(), and give each process its own values or seeds."
-        raise ValueError(f"sweep: devices must be some of this process, got {devices!r}. {write}")
+    shared = _checked_devices(devices)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"sweep: chunk must be an integer > 0, got {chunk!r}. Write chunk=8, or leave it out.")
 
@@ -171,6 +164,14 @@ def _checked_seeds(seeds: Any) -> np.ndarray:
     if len(set(numbers.tolist())) < numbers.size or numbers.min() < 0 or numbers.max() >= 2**32:
         raise ValueError(f"sweep: seeds must be different and between 0 and 2**32 - 1, got {seeds!r}. Write seeds=5.")
     return numbers
+
+
+def _checked_devices(devices: Any) -> tuple[Any, ...]:
+    found = tuple(jnp.zeros([]).devices() if devices is None else devices)
+    if not found or any(device.process_index != jax.process_index() for device in found):
+        write = "Write devices=jax.local_devices(), and give each process its own values or seeds."
+        raise ValueError(f"sweep: devices must be some of this process, got {devices!r}. {write}")
+    return found
 
 
 def _checked_result(result: Any) -> dict[str, Any]:
