@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], str]] = {
         optax.chain(optax.adam(0.1), wdjax.decoupled_decay(0.01)),
         (0.01,),
         {},
-        r"element 0, 1\.0, is 0\.009.* and not -0\.01.*It grows\. Is the sign wrong",
+        r"element 0, 1\.0, is 0\.009.* and not -0\.01.*It grows\. Is the decay on the wrong side",
     ),
     "twice": (wdjax.with_decoupled_decay(wdjax.adamw(0.1, 0.1), 0.1, learning_rate=0.1), (0.01,), {}, "must lose 0.01"),
     "toward zero, not init": (wdjax.adamw(0.1, 0.1), (0.01,), {"toward": FLOATS}, "must lose 0.01"),

@@ -51,8 +51,6 @@ def decayed_weights(
 
     Returns a float64 array like `weights`. Raises a ValueError if a sequence is shorter than `steps`.
 
-    Example:
-
         >>> from wdjax.testing import decayed_weights
         >>> decayed_weights([1.0, -2.0], learning_rate=0.5, weight_decay=0.2, steps=2).round(4).tolist()
         [0.81, -1.62]
@@ -78,8 +76,6 @@ def heavy_ball_weights(
     Units:  as `add_l2_to_grads`.
     Source: Polyak 1964.
 
-    Example:
-
         >>> from wdjax.testing import heavy_ball_weights
         >>> float(heavy_ball_weights(1.0, 0.1, 1.0, 0.9, steps=2).round(4))
         0.72
@@ -104,8 +100,6 @@ def ridge_solution(inputs: Floats, targets: Floats, weight_decay: float) -> np.n
 
     Returns a float64 array of shape (d,) or (d, k).
 
-    Example:
-
         >>> from wdjax.testing import ridge_solution
         >>> ridge_solution([[1.0], [1.0]], [2.0, 2.0], weight_decay=1.0).tolist()
         [1.0]
@@ -119,8 +113,6 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
 
     Rule:   sign(w) * max(|w| - threshold, 0)
     Source: Donoho & Johnstone 1994.
-
-    Example:
 
         >>> from wdjax.testing import soft_threshold
         >>> soft_threshold([3.0, -0.5], 1.0).tolist()
@@ -152,8 +144,6 @@ def assert_only_decays(
 
     Raises an AssertionError with the parameter, what was expected and what happened.
 
-    Example:
-
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> optimizer = wdjax.adamw(0.1, 0.01, wdjax.only("kernel"))
@@ -165,14 +155,13 @@ def assert_only_decays(
         return x + jnp.where(jnp.real(x) < 0, -1, 1).astype(jnp.asarray(x).dtype) if trees.is_decayable(x) else x
 
     probe = jax.tree.map(moved_from_zero, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
     state = optimizer.init(probe if toward is None else params)
-    updates, _ = optimizer.update(zeros, state, probe)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, probe)
     chex.assert_trees_all_equal_structs(updates, probe)
-    stepped = optax.apply_updates(probe, updates)
     leaves = trees.flatten_with_paths(probe)
     terms = action.terms(probe, leaves, DecayState(jnp.zeros([], jnp.int32)))
-    moves, results = ([leaf for _, leaf in trees.flatten_with_paths(tree)] for tree in (updates, stepped))
+    both = (updates, optax.apply_updates(probe, updates))
+    moves, results = ([leaf for _, leaf in trees.flatten_with_paths(tree)] for tree in both)
     for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
         if trees.is_hole(before) or jnp.size(before) == 0:
             continue
@@ -199,8 +188,6 @@ def assert_audit(
         **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
 
     Returns the audit. Raises an AssertionError with what was found.
-
-    Example:
 
         >>> import jax.numpy as jnp, optax, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -231,8 +218,6 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
 
     Raises an AssertionError with the differences and how to accept them, or a FileNotFoundError with the line that
     writes the file.
-
-    Example:
 
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -291,14 +276,11 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, term: Any) -> st
     worst = int(np.argmax(excess))
     if excess.flat[worst] > 0:
         got, want = move.flat[worst], wanted.flat[worst]
-        grows = np.real(got * np.conj(want)) < 0
-        hint = (
-            " Is the learning rate of the first step 0?"
-            if got == 0
-            else " It grows. Is the sign wrong?"
-            if grows
-            else ""
-        )
+        hint = ""
+        if got == 0:
+            hint = " Does it decay at all? Is the learning rate of the first step 0?"
+        elif np.real(got * np.conj(want)) < 0:
+            hint = " It grows. Is the decay on the wrong side of the learning rate?"
         return f"{must}, but the update of its element {worst}, {old.flat[worst]}, is {got} and not {want}.{hint}"
     fractions = np.broadcast_to(fraction, old.shape)
     for one in np.unique(fractions[fractions != 0]):

@@ -33,12 +33,7 @@ _SUBTRACTED = stateless(subtracted)
 
 
 class WithDecoupledDecayState(NamedTuple):
-    """The state of `with_decoupled_decay`.
-
-    Attributes:
-        decay: the count of real steps, and the anchor, if there is one.
-        inner_state: the state of the wrapped optimizer.
-    """
+    """The state of `with_decoupled_decay`: the count of real steps, any anchor, and the wrapped optimizer's state."""
 
     decay: DecayState
     inner_state: Any
@@ -54,8 +49,7 @@ def with_decoupled_decay(
     Place:  around the whole optimizer; the result is the last thing before `optax.apply_updates`.
     Units:  as `decoupled_decay`, per step of the optimizer: under `optax.MultiSteps` once per accumulated gradient. A
             step that `MultiSteps` or `apply_if_finite` skips does not decay.
-    Source: Loshchilov & Hutter 2019; for schedule-free, Defazio et al. 2024 with the decay at y, as
-            `optax.contrib.schedule_free_adamw` does.
+    Source: Loshchilov & Hutter 2019; for schedule-free Defazio et al. 2024 with the decay at y, as in Optax.
 
     Args:
         optimizer: an `optax.GradientTransformation` that ends with a learning rate, or an `optax.MultiSteps`. If it
@@ -90,9 +84,7 @@ def with_decoupled_decay(
         _refuse_what_undoes_it(state)
         return WithDecoupledDecayState(action.init(params), state)
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, WithDecoupledDecayState]:
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
@@ -254,22 +246,15 @@ _OWN_STEPS = (*SKIPPING, contrib.ScheduleFreeState)
 
 
 def _refuse_what_undoes_it(state: Any) -> None:
-    write = (
-        "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr) in place of optax.sgd(lr)."
-    )
+    write = "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr), not optax.sgd(lr)."
     if nodes(state, (optax.ApplyEvery,)):
         fault = "optimizer holds optax.apply_every, and a decay around it would also act in calls that do not step"
         write = "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr)."
     elif found := nodes(state, _UNDOING):
-        fault = (
-            f"optimizer holds a {type(found[0]).__name__}. It steps only in part or rewrites the weights from its own "
-            "state, so a decay added after it would be undone or repeated"
-        )
+        why = "which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
+        fault = f"optimizer holds a {type(found[0]).__name__}, {why}"
     elif found := [node for part in nodes(state, _PARTIAL) for node in nodes(tuple(part), _OWN_STEPS)]:
-        fault = (
-            f"optimizer holds a {type(found[0]).__name__} for a part of the parameters, inside optax.partition or "
-            "optax.masked, so the parameters do not step together"
-        )
+        fault = f"optimizer holds a {type(found[0]).__name__} for a part of the parameters, which step on their own"
     else:
         return
     raise ValueError(f"with_decoupled_decay: the {fault}. {write}")

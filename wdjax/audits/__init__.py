@@ -68,8 +68,7 @@ def audit(
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
         params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
-        expected: the rate that you expect for each parameter in the first real step: a number, a schedule or a
-            `by_path` table. A difference is a finding.
+        expected: the rate that you expect in the first real step: a number, a schedule or a `by_path` table.
         mask: with `expected`: which parameters should decay.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
@@ -200,8 +199,7 @@ def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
         is_lost = 0 < largest < smallest_fraction(row.dtype) and CompensatedState not in writers
         shares[i] = float(not is_lost)
-    # With a writer, a single step may change nothing, so low precision takes many. They are enough for four units in
-    # the last place of the narrowest dtype, but at most a few thousand.
+    # A writer may change nothing in one step, so low precision takes enough for four units in the last place.
     low = {i: row for i, row in rows.items() if row.decays and is_low(own.leaves[i])}
     rates = [abs(row.rate) for row in low.values() if row.rate]
     if not can_run or not rates:
@@ -223,10 +221,12 @@ def _drift(own: Probes) -> str:
     before, after = own.shapes_of_states()
     if jax.tree.structure(after) != jax.tree.structure(before):
         return "the structure of the state changes with an update"
-    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
-    types = [
-        (jax.tree_util.keystr(path), *(f"{x.dtype}{list(x.shape)}" for x in (old, new))) for (path, old), new in pairs
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    types = [[f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)] for tree in (before, after)]
+    changes = [
+        f"state{jax.tree_util.keystr(path)} is {old} before the first update and {new} after"
+        for (path, _), old, new in zip(leaves, *types, strict=True)
+        if old != new
     ]
-    changes = [f"state{p} is {old} before the first update and {new} after" for p, old, new in types if old != new]
     more = f" (and {len(changes) - 1} more changes)" if len(changes) > 1 else ""
     return changes[0] + more if changes else ""

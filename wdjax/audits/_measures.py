@@ -206,8 +206,7 @@ def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
     """Whether this is zero, or only the rounding of updates that are differences of weights."""
     if not np.any(odd):
         return True
-    ratios = odd / w
-    is_spread = np.std(ratios) > 0.1 * np.abs(np.mean(ratios))
+    is_spread = np.std(odd / w) > 0.1 * np.abs(np.mean(odd / w))
     return bool(is_spread and np.all(np.abs(odd) <= rounding))
 
 

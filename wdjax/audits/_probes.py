@@ -88,10 +88,14 @@ class Probes:
         def leaf(i: int, given: Any) -> Any:
             if i in arrays:
                 dtype = self.leaves[i].dtype if hasattr(given, "dtype") else jnp.float32
-                return jnp.asarray(arrays[i], self._wide(dtype) if wide else dtype)
+                if wide and self.exact:
+                    dtype = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+                elif wide and is_low(jax.ShapeDtypeStruct((), dtype)):
+                    dtype = jnp.float32
+                return jnp.asarray(arrays[i], dtype)
             if not isinstance(given, jax.ShapeDtypeStruct):
-                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is_key(given) else given
-            if _is_key(given):
+                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is(given, jax.dtypes.prng_key) else given
+            if _is(given, jax.dtypes.prng_key):
                 return jax.random.split(jax.random.key(0), given.shape)
             return jnp.zeros(given.shape, given.dtype)
 
@@ -101,11 +105,6 @@ class Probes:
         """A tree of gradients with these values."""
         tree = self.tree(arrays, wide=wide, zeros=True)
         return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
-
-    def _wide(self, dtype: Any) -> Any:
-        if not self.exact:
-            return jnp.float32 if is_low(jax.ShapeDtypeStruct((), dtype)) else dtype
-        return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
 
     def scaled(self, arrays: Arrays, factor: float) -> Arrays:
         """The arrays times a number."""
@@ -130,8 +129,8 @@ class Probes:
     def find_rhythm(self) -> None:
         """Finds the first call that makes a real step, and how many calls make one.
 
-        A real step reacts to gradients: with `optax.MultiSteps`, every k-th call does. Some calls react to gradients
-        but do nothing without one, such as the ascents of SAM. They form one step with the next call that decays.
+        A real step reacts to gradients: with `optax.MultiSteps`, every k-th call does. Calls that react to gradients
+        but do nothing without one, such as the ascents of SAM, form one step with the next call that decays.
         """
         params = self.tree(self.weights)
         kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
@@ -213,14 +212,15 @@ def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int
     if jax.tree.structure(before) != jax.tree.structure(after):
         return []
     pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
-    return [i for i, (old, new) in pairs if _is_integer(old) and int(new) - int(old) in (1, calls)]
+    scalars = [(i, old, new) for i, (old, new) in pairs if _is(old, jnp.integer) and jnp.ndim(old) == 0]
+    return [i for i, old, new in scalars if int(new) - int(old) in (1, calls)]
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
     """The leaves of a state that are random keys, typed or raw."""
-    leaves = [(getattr(leaf, "dtype", None), leaf) for leaf in jax.tree.leaves(state)]
-    are_raw = [dtype == jnp.uint32 and jnp.shape(leaf)[-1:] == (2,) for dtype, leaf in leaves]
-    return [i for i, (_, leaf) in enumerate(leaves) if are_raw[i] or _is_key(leaf)]
+    leaves = jax.tree.leaves(state)
+    are_raw = [_is(leaf, jnp.uint32) and jnp.shape(leaf)[-1:] == (2,) for leaf in leaves]
+    return [i for i, leaf in enumerate(leaves) if are_raw[i] or _is(leaf, jax.dtypes.prng_key)]
 
 
 def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], Any]) -> PyTree:
@@ -229,9 +229,5 @@ def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], 
     return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
 
 
-def _is_integer(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer) and jnp.ndim(leaf) == 0
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _is(leaf: Any, kind: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)

@@ -17,8 +17,7 @@ class Audited(NamedTuple):
     """What an optimizer does to one parameter.
 
     Attributes:
-        path: its canonical path.
-        shape, dtype: the shape and the name of the dtype of the parameter.
+        path, shape, dtype: its canonical path, its shape, and the name of its dtype.
         rate: the fraction of a weight that the first real step removes with zero gradient (the median over weights). If
             that step decays nothing, that at the first of `steps` that does. 0.0 for no decay, negative for growth.
         least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
@@ -62,8 +61,7 @@ class Finding(NamedTuple):
     Attributes:
         harm: "wrong": the training is not what the code says; "suspect": probably not what you want; "note".
         name: its name, which `assert_audit` can allow.
-        message: what was measured.
-        remedy: what to write instead.
+        message, remedy: what was measured, and what to write instead.
         paths: the parameters that it concerns; empty for all.
     """
 

@@ -113,7 +113,7 @@ def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> 
     """The findings: from each parameter, from changes in the types of the state, and from warnings of a writer."""
     found = []
     if drift:
-        remedy = "So jax.lax.scan and checkpoints fail. With low precision, write in_float32(optimizer)."
+        remedy = "So the step compiles again, and scan and checkpoints fail. For low precision, write in_float32(...)."
         found.append(Finding("wrong", _DRIFTS, drift, remedy))
     if narrow:
         message, _, remedy = narrow.partition(". ")

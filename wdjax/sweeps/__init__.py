@@ -3,9 +3,8 @@
 The compiled program trains a chunk of runs at a time on each device, and is called until all runs are done. So the
 chunk bounds the memory, progress can be shown between calls, and the devices share the runs without communication.
 
-The answer of a sweep is a set of settings, not one number: from the validation losses of a few seeds, one can tell only
-which settings are worse than another one. The others may be the best (`Best`). A training function that can be swept
-can also be differentiated with respect to its rates.
+The answer of a sweep is a set of settings, not one number: a few seeds tell only which settings are worse than another
+one. The others may be the best (`Best`). What can be swept can also be differentiated with respect to its rates.
 """
 
 import functools
@@ -41,10 +40,9 @@ def sweep(
         result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
 
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
-    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Every value is a traced
-    0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing,
-    and neither do more of them, as long as they fill whole chunks. Every setting gets the same keys, and so the same
-    initial weights and batches, if `train` draws them from its key.
+    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Values are traced 0-d
+    arrays of JAX's default float dtype, and seeds are traced keys, so others compile nothing, as long as they fill
+    whole chunks. Every setting gets the same keys, and so the same weights and batches if `train` draws them.
 
     Args:
         train: `train(key, **values)`, which returns a scalar loss, or a dictionary of the loss and other results, such

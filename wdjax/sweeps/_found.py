@@ -15,9 +15,8 @@ class Best:
 
     A setting is ruled out if another one is better in a paired one-sided t-test over the seeds, at a level of
     (1 - confidence) / (settings - 1). So the truly best setting remains with that confidence, if the differences
-    between settings are about normal over seeds. This is the screening of Nelson, Swann, Goldsman & Song 2001
-    (Operations Research 49): every setting has the same seeds, so what depends only on the seed cancels. With one seed,
-    nothing is ruled out.
+    between settings are about normal over seeds: the screening of Nelson, Swann, Goldsman & Song 2001 (Operations
+    Research 49). All settings have the same seeds, so what depends only on the seed cancels.
 
     Attributes:
         values: the setting, by name.
@@ -67,9 +66,8 @@ class Sweep:
 
         A setting with a run that ended in NaN or infinity is neither the best nor among these.
 
-        Raises:
-            KeyError: if `train` returned no scalar with this name.
-            ValueError: if no setting has finite results for all seeds, or `confidence` is not between 0 and 1.
+        Raises a KeyError if `train` returned no scalar with this name, and a ValueError if no setting has finite
+        results for all seeds, or if `confidence` is not between 0 and 1.
         """
         if not 0 < confidence < 1:
             raise ValueError(f"Sweep.best: confidence must be in (0, 1), got {confidence}. Write confidence=0.95.")
@@ -79,9 +77,8 @@ class Sweep:
             raise ValueError(f"Sweep.best: every setting has a run whose {name!r} is NaN or infinite. Try lower rates.")
         row = finite[losses[finite].mean(axis=1).argmin()]
         index = tuple(map(int, np.unravel_index(row, self._grid)))
-        alike = np.zeros(len(losses), bool)
-        alike[finite] = _may_be_best(losses[finite], 1 - confidence)
-        alike = alike.reshape(self._grid)
+        alike = np.zeros(self._grid, bool)
+        alike.flat[finite] = _may_be_best(losses[finite], 1 - confidence)
         values = {name: float(tried[i]) for (name, tried), i in zip(self.values.items(), index, strict=True)}
         among = {name: self.values[name][i] for name, i in zip(self.values, alike.nonzero(), strict=True)}
         ends = {name: (tried.min(), tried.max()) for name, tried in self.values.items() if tried.size > 1}
@@ -105,8 +102,7 @@ class Sweep:
         rows = []
         for i, (setting, row) in enumerate(zip(itertools.product(*self.values.values()), losses, strict=True)):
             finite = row[np.isfinite(row)]
-            failed = len(row) - len(finite)
-            mark = f"{failed} of {len(row)} failed" if failed else ""
+            mark = f"{len(row) - len(finite)} of {len(row)} failed" if len(finite) < len(row) else ""
             if best is not None and best.alike.flat[i]:
                 mark = "best" if i == np.ravel_multi_index(best.index, self._grid) else "may be the best"
             mean = f"{finite.mean():.4g}" if len(finite) else "-"
