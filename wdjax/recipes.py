@@ -5,9 +5,8 @@
 | SGD | `sgd_l2` | `sgdw` |
 | Adam | `adam_l2` | `adamw` |
 
-In every recipe, `learning_rate` is a number or a schedule, and `weight_decay` is a number, a schedule or a `by_path`
-table. `mask` selects the parameters that decay. Without a mask everything decays, including biases. For the rules and
-units, see the transformations in the chain.
+`learning_rate` is a number or a schedule. `mask` selects the parameters that decay. Without a mask everything decays,
+including biases. For the rules and units, see the transformations in the chain.
 """
 
 from typing import Any
@@ -39,19 +38,7 @@ def sgd_l2(
     Units:  as `add_l2_to_grads`.
     Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening. They agree except for rounding.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `add_l2_to_grads`.
-        momentum: the decay of the momentum buffer; None for no momentum.
-        nesterov: whether to use Nesterov momentum.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `add_l2_to_grads`.
-
-    Example:
+    Args, Returns, Raises: as `add_l2_to_grads`; momentum is the decay of the momentum buffer, or None for no momentum.
 
         >>> import wdjax
         >>> optimizer = wdjax.sgd_l2(0.1, 5e-4, wdjax.only("kernel"), momentum=0.9)
@@ -79,24 +66,9 @@ def sgdw(
             (nesterov: momentum * m + g instead of m)
     Place:  a whole optimizer: the last transformation before `optax.apply_updates`.
     Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
-    Source: Loshchilov & Hutter 2019. Deviation: the learning rate is outside the buffer and multiplies the decay, as
-            in timm's `SGDW`. They agree except for rounding.
+    Source: Loshchilov & Hutter 2019. Deviation: the learning rate also multiplies the decay, as in timm's `SGDW`.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `decoupled_decay`.
-        momentum, nesterov: as `sgd_l2`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `decoupled_decay`.
-
-    Warns:
-        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
-
-    Example:
+    Args, Returns, Raises: as `sgd_l2`. `init` warns of learning_rate * weight_decay as `independent_decay` does.
 
         >>> import wdjax
         >>> optimizer = wdjax.sgdw(0.1, 5e-3, wdjax.only("kernel"), momentum=0.9)
@@ -106,7 +78,7 @@ def sgdw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("sgdw", chain, learning_rate, weight_decay, mask)
+    return _watched("sgdw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 
 
 @checks.known_arguments
@@ -131,18 +103,7 @@ def adam_l2(
             moves by the learning rate, whatever weight_decay is. For weight decay, write `adamw`.
     Source: `torch.optim.Adam(lr, weight_decay=...)`, which agrees except for rounding; Kingma & Ba 2015.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `add_l2_to_grads`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `add_l2_to_grads`.
-
-    Example:
+    Args, Returns, Raises: as `sgd_l2`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
         >>> import wdjax
         >>> optimizer = wdjax.adam_l2(1e-3, 1e-4, wdjax.only("kernel"))
@@ -176,21 +137,7 @@ def adamw(
             There is no default. Optax's is 1e-4, PyTorch's is 1e-2, and language models often use 0.1.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay, mask, toward: as `decoupled_decay`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
-
-    Returns:
-        An `optax.GradientTransformation`.
-
-    Raises:
-        TypeError, ValueError: as `decoupled_decay`.
-
-    Warns:
-        UserWarning: as `independent_decay`, of learning_rate * weight_decay.
-
-    Example:
+    Args, Returns, Raises, warnings: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
         >>> import wdjax
         >>> optimizer = wdjax.adamw(3e-4, 0.1, wdjax.all_but("bias", "LayerNorm_*"))
@@ -200,14 +147,12 @@ def adamw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("adamw", chain, learning_rate, weight_decay, mask)
+    return _watched("adamw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
 
 
-def _watched(
-    where: str, chain: Any, learning_rate: optax.ScalarOrSchedule, weight_decay: Rate, mask: Mask
-) -> optax.GradientTransformation:
+def _watched(where: str, chain: Any, rates: dict[str, Any], mask: Mask) -> optax.GradientTransformation:
     """The chain. Its `init` warns if learning_rate * weight_decay is known to do nothing or to overshoot."""
-    action = Action(where, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
+    action = Action(where, rates, mask)
 
     def init_fn(params: Any) -> Any:
         state = chain.init(params)

@@ -1,7 +1,6 @@
 """For your own unit tests: closed forms of weight decay, and assertions that an optimizer follows them.
 
-The closed forms use NumPy in float64 and no JAX. The assertions use chex, so this module needs the extra
-`wdjax[testing]`. The rest of the package does not.
+The closed forms use NumPy in float64 and no JAX. The assertions use chex, so this module needs `wdjax[testing]`.
 """
 
 import os
@@ -31,7 +30,6 @@ from .audits.findings import NAMES
 from .plans import Plan
 from .plans.table import show_rate
 
-PyTree = Any
 Floats = Any  # Anything that NumPy can convert to a float64 array.
 Sequenced = float | Sequence[float] | np.ndarray | Callable[[int], Any]
 
@@ -51,13 +49,7 @@ def decayed_weights(
         steps: how many steps.
         toward: the anchor a.
 
-    Returns:
-        A float64 array like `weights`.
-
-    Raises:
-        ValueError: if a sequence is shorter than `steps`.
-
-    Example:
+    Returns a float64 array like `weights`. Raises a ValueError if a sequence is shorter than `steps`.
 
         >>> from wdjax.testing import decayed_weights
         >>> decayed_weights([1.0, -2.0], learning_rate=0.5, weight_decay=0.2, steps=2).round(4).tolist()
@@ -68,6 +60,13 @@ def decayed_weights(
     return anchor + (np.asarray(weights, np.float64) - anchor) * np.prod(factors)
 
 
+def _each_step(name: str, value: Sequenced, steps: int) -> np.ndarray:
+    values = np.asarray([value(step) for step in range(steps)] if callable(value) else value, np.float64)
+    if values.ndim and len(values) < steps:
+        raise ValueError(f"decayed_weights: {name} has {len(values)} values for {steps} steps. Write one for each.")
+    return values[:steps] if values.ndim else np.full(steps, values)
+
+
 def heavy_ball_weights(
     weights: Floats, learning_rate: float, weight_decay: float, momentum: float, steps: int
 ) -> np.ndarray:
@@ -76,8 +75,6 @@ def heavy_ball_weights(
     Rule:   w_{t+1} = (1 + m - learning_rate * weight_decay) * w_t - m * w_{t-1}, with w_{-1} = w_0
     Units:  as `add_l2_to_grads`.
     Source: Polyak 1964.
-
-    Example:
 
         >>> from wdjax.testing import heavy_ball_weights
         >>> float(heavy_ball_weights(1.0, 0.1, 1.0, 0.9, steps=2).round(4))
@@ -101,10 +98,7 @@ def ridge_solution(inputs: Floats, targets: Floats, weight_decay: float) -> np.n
         targets: y, of shape (n,) or (n, k).
         weight_decay: the rate of `l2_penalty` or `add_l2_to_grads`.
 
-    Returns:
-        A float64 array of shape (d,) or (d, k).
-
-    Example:
+    Returns a float64 array of shape (d,) or (d, k).
 
         >>> from wdjax.testing import ridge_solution
         >>> ridge_solution([[1.0], [1.0]], [2.0, 2.0], weight_decay=1.0).tolist()
@@ -120,8 +114,6 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
     Rule:   sign(w) * max(|w| - threshold, 0)
     Source: Donoho & Johnstone 1994.
 
-    Example:
-
         >>> from wdjax.testing import soft_threshold
         >>> soft_threshold([3.0, -0.5], 1.0).tolist()
         [2.0, -0.0]
@@ -132,35 +124,25 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
 
 @checks.known_arguments
 def assert_only_decays(
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    expected: Rate,
-    mask: Mask = None,
-    *,
-    toward: Anchor = None,
+    optimizer: optax.GradientTransformation, params: Params, expected: Rate, mask: Mask = None, *, toward: Anchor = None
 ) -> None:
     """Asserts that, with zero gradients, one step removes the fraction `expected` of each weight, and nothing else.
 
-    The optimizer takes one step from a probe: `params` with every number moved away from zero by one. So a decay also
-    shows on biases that start at zero. The optimizer is initialized at the probe, or with `toward` at `params`. The
-    update must be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight (2.4e-7 of it,
-    for an optimizer that computes the update as a difference of weights). After `optax.apply_updates`, some bit must
-    have changed. If `expected` is 0, none may change. Only the first step is tested. A learning rate that warms up from
-    0 does nothing there, so test the optimizer with a constant one. `assert_audit` also covers later steps, gradients,
-    `MultiSteps`, and chains that end in `stochastic_rounding` or `compensated`, which move weights once in many steps.
+    The optimizer takes one step from a probe: `params` with every number moved away from zero by one, so that a decay
+    also shows on biases that start at zero. It is initialized at the probe, or with `toward` at `params`. The update
+    must be -expected * (p - toward), up to a few roundings of its own and one of a float32 weight, and change some bit,
+    or none if `expected` is 0. Only the first step is tested, so no learning rate may warm up from 0. `assert_audit`
+    also covers later steps, gradients, `MultiSteps`, and chains that end in `stochastic_rounding` or `compensated`.
 
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
-        params: a tree of parameters. Structure, shapes and dtypes matter.
-        expected: the fraction of a weight that one step removes: learning_rate * weight_decay for decoupled decay,
-            weight_decay for independent decay. A number >= 0, or a `by_path` table.
-        mask: which parameters should decay, as the `mask` of any wdjax function.
+        params: a tree of parameters.
+        expected: the fraction of a weight that one step removes, such as learning_rate * weight_decay for decoupled
+            decay: a number >= 0, or a `by_path` table.
+        mask: which parameters should decay.
         toward: the anchor: None for zero, or a tree like params (`params` itself for `toward="init"`).
 
-    Raises:
-        AssertionError: with the parameter, what was expected and what happened.
-
-    Example:
+    Raises an AssertionError with the parameter, what was expected and what happened.
 
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -168,23 +150,23 @@ def assert_only_decays(
         >>> wdjax.testing.assert_only_decays(optimizer, params, 0.1 * 0.01, wdjax.only("kernel"))
     """
     action = Action("assert_only_decays", {"expected": expected}, mask, toward)
-    probe = jax.tree.map(_moved_from_zero, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def moved_from_zero(x: Any) -> Any:
+        return x + jnp.where(jnp.real(x) < 0, -1, 1).astype(jnp.asarray(x).dtype) if trees.is_decayable(x) else x
+
+    probe = jax.tree.map(moved_from_zero, params)
     state = optimizer.init(probe if toward is None else params)
-    updates, _ = optimizer.update(zeros, state, probe)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, probe)
     chex.assert_trees_all_equal_structs(updates, probe)
-    stepped = optax.apply_updates(probe, updates)
     leaves = trees.flatten_with_paths(probe)
     terms = action.terms(probe, leaves, DecayState(jnp.zeros([], jnp.int32)))
-    moves, results = ([leaf for _, leaf in trees.flatten_with_paths(tree)] for tree in (updates, stepped))
+    both = (updates, optax.apply_updates(probe, updates))
+    moves, results = ([leaf for _, leaf in trees.flatten_with_paths(tree)] for tree in both)
     for (path, before), update, after, term in zip(leaves, moves, results, terms, strict=True):
         if trees.is_hole(before) or jnp.size(before) == 0:
             continue
-        fraction = 0.0 if term is None else term.known()
-        if term is None or not np.any(fraction):
-            fault = _fault_if_touched(before, after)
-        else:
-            fault = _fault_unless_decayed(before, update, after, fraction, 0.0 if term.anchor is None else term.anchor)
+        is_still = term is None or not np.any(term.known())
+        fault = _fault_if_touched(before, after) if is_still else _fault_unless_decayed(before, update, after, term)
         if fault:
             raise AssertionError(f"assert_only_decays: {path!r} {fault}")
 
@@ -205,10 +187,7 @@ def assert_audit(
         allow: names of findings that you accept: ["seen by the moments"] for L2 regularization.
         **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
 
-    Raises:
-        AssertionError: with what was found.
-
-    Example:
+    Returns the audit. Raises an AssertionError with what was found.
 
         >>> import jax.numpy as jnp, optax, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -218,19 +197,14 @@ def assert_audit(
         ('update', 'L2', 'zero')
     """
     __tracebackhide__ = True  # So pytest shows the audit and not this function.
-    known = sorted(NAMES)
-    for name in allow:
-        if name not in known:
-            raise ValueError(
-                f"assert_audit: no finding is named {name!r}. The names are: {', '.join(map(repr, known))}."
-            )
+    if unknown := [name for name in allow if name not in NAMES]:
+        known = ", ".join(map(repr, sorted(NAMES)))
+        raise ValueError(f"assert_audit: no finding is named {unknown[0]!r}. The names are: {known}.")
     report = audit(optimizer, params, expected, mask, **options)
     faults = [finding for finding in report.findings if finding.harm != "note" and finding.name not in allow]
     if faults:
-        listed = "\n  ".join(map(str, faults))
-        raise AssertionError(
-            f"assert_audit:\n  {listed}\nTo accept a finding, write its name into allow=[...].\n\n{report.table()}"
-        )
+        accept = "To accept a finding, write its name into allow=[...]."
+        raise AssertionError("\n  ".join(("assert_audit:", *map(str, faults))) + f"\n{accept}\n\n{report.table()}")
     return report
 
 
@@ -242,11 +216,8 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         golden: the path of a text file with a rate, a tab and a path in each line, as `plan.text()` writes it. Or a
             dictionary from every canonical path to its rate, or to True or False for whether it decays.
 
-    Raises:
-        AssertionError: with the differences, and how to accept them.
-        FileNotFoundError: if the file does not exist yet, with the line that writes it.
-
-    Example:
+    Raises an AssertionError with the differences and how to accept them, or a FileNotFoundError with the line that
+    writes the file.
 
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -254,10 +225,8 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
     """
     __tracebackhide__ = True  # So pytest shows the plan and not this function.
     if not isinstance(plan, Plan):
-        raise TypeError(
-            f"assert_plan: plan must be a Plan, got a {type(plan).__name__}. "
-            "Write assert_plan(wdjax.plan(params), file)."
-        )
+        got = type(plan).__name__
+        raise TypeError(f"assert_plan: plan must be a Plan, got a {got}. Write assert_plan(wdjax.plan(params), file).")
     if isinstance(golden, Mapping):
         wanted, accept = dict(golden), "change the dictionary"
     else:
@@ -269,25 +238,21 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         wanted = {path: rate for rate, _, path in rows}
     changed, new = [], []
     for planned in plan.parameters:
-        rate = show_rate(planned.rate)
-        if planned.path not in wanted:
-            new.append(f"{planned.path!r} is new, with the rate {rate}")
+        path, rate = planned.path, show_rate(planned.rate)
+        if path not in wanted:
+            new.append(f"{path!r} is new, with the rate {rate}")
             continue
-        want = wanted.pop(planned.path)
+        want = wanted.pop(path)
         if isinstance(want, (bool, np.bool_)):
             if planned.decays != want:
-                changed.append(
-                    f"{planned.path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}"
-                )
+                changed.append(f"{path!r} {'decays' if planned.decays else 'does not decay'}, by {planned.rule}")
         elif rate != (want if isinstance(want, str) else show_rate(np.float64(want).tolist())):
-            changed.append(f"{planned.path!r} has the rate {rate}, not {want}, by {planned.rule}")
+            changed.append(f"{path!r} has the rate {rate}, not {want}, by {planned.rule}")
     faults = [*changed, *(f"{path!r} is missing" for path in wanted), *new]
     if faults:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
-        listed = "\n  ".join((*faults[:20], *more))
-        raise AssertionError(
-            f"assert_plan: the plan differs from the golden one:\n  {listed}\nIf this is intended, {accept}."
-        )
+        listed = "\n  ".join(("the plan differs from the golden one:", *faults[:20], *more))
+        raise AssertionError(f"assert_plan: {listed}\nIf this is intended, {accept}.")
 
 
 def _fault_if_touched(before: Any, after: Any) -> str | None:
@@ -297,16 +262,19 @@ def _fault_if_touched(before: Any, after: Any) -> str | None:
     return f"must stay bit-identical with zero gradients, but one step moved it from {old.flat[0]} to {new.flat[0]}."
 
 
-def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, anchor: Any) -> str | None:
-    old, move, to = (_as_float64(x) for x in (before, update, anchor))
+def _fault_unless_decayed(before: Any, update: Any, after: Any, term: Any) -> str | None:
+    fraction, anchor = term.known(), 0.0 if term.anchor is None else term.anchor
+    arrays = [whole(x) for x in (before, update, after, anchor)]
+    old, move, new, to = (x.astype(np.complex128 if np.iscomplexobj(x) else np.float64) for x in arrays)
     wanted = -fraction * (old - to)
     shown = ", ".join(f"{one:g}" for one in np.ravel(fraction))
     must = f"must lose {shown} of its distance to the anchor in one step"
     allowed = 4 * float(jnp.finfo(update.dtype).eps) * np.abs(wanted)
     allowed += 2 * float(jnp.finfo(compute_dtype(before)).eps) * np.abs(old)
     excess = np.abs(move - wanted) - allowed
-    worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
-    if np.isnan(excess.flat[worst]) or excess.flat[worst] > 0:
+    excess = np.where(np.isnan(excess), np.inf, excess)
+    worst = int(np.argmax(excess))
+    if excess.flat[worst] > 0:
         got, want = move.flat[worst], wanted.flat[worst]
         hint = ""
         if got == 0:
@@ -314,31 +282,9 @@ def _fault_unless_decayed(before: Any, update: Any, after: Any, fraction: Any, a
         elif np.real(got * np.conj(want)) < 0:
             hint = " It grows. Is the decay on the wrong side of the learning rate?"
         return f"{must}, but the update of its element {worst}, {old.flat[worst]}, is {got} and not {want}.{hint}"
-    fractions, stuck = np.broadcast_to(fraction, old.shape), old == _as_float64(after)
+    fractions = np.broadcast_to(fraction, old.shape)
     for one in np.unique(fractions[fractions != 0]):
-        if np.all(stuck[fractions == one]):
+        if np.all((old == new)[fractions == one]):
             part = "it" if np.ndim(fraction) == 0 else f"the part that must lose {one:g}"
             return f"{must}, but no bit of {part} changed. Such a small step rounds to nothing in {before.dtype}."
     return None
-
-
-def _as_float64(x: Any) -> np.ndarray:
-    array = whole(x)
-    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
-
-
-def _moved_from_zero(param: Any) -> Any:
-    if not trees.is_decayable(param):
-        return param
-    return param + jnp.where(jnp.real(param) < 0, -1, 1).astype(jnp.asarray(param).dtype)
-
-
-def _each_step(name: str, value: Sequenced, steps: int) -> np.ndarray:
-    if callable(value):
-        return np.array([value(step) for step in range(steps)], np.float64)
-    values = np.asarray(value, np.float64)
-    if values.ndim and len(values) < steps:
-        raise ValueError(
-            f"decayed_weights: {name} has {len(values)} values for {steps} steps. Write one value for each step."
-        )
-    return values[:steps] if values.ndim else np.full(steps, values)

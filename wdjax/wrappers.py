@@ -1,21 +1,14 @@
-"""Wrappers around a finished optimizer: one adds weight decay, and one freezes parameters.
+"""Wrappers around a finished optimizer: `with_decoupled_decay` adds weight decay, and `freeze` freezes parameters.
 
-`freeze` hides parameters from any optimizer, and keeps them bit for bit.
-
-`with_decoupled_decay` decays weights around an optimizer whose update already includes the learning rate.
-
-Inside a chain, the user must put a decay in the right place. Around a finished optimizer, there is only one right
-place: after it, with the factor of the learning rate and the right sign. `with_decoupled_decay` adds both.
-
-Two kinds of optimizers need more than an added term, and get it:
+Around a finished optimizer, there is only one right place for a decay: after it, with the factor of the learning rate
+and the right sign. Two kinds of optimizers need more than that:
 
 - Some do not step at every update: `optax.MultiSteps` while it accumulates or skips, `optax.apply_if_finite` at a
   NaN. The decay waits with them, and so does its step count.
 - Schedule-free holds the iterate that it really steps in its state. The decay goes into that iterate, and through its
   averaging into the weights, as if it were in the base optimizer.
 
-Optimizers that rewrite the weights from their own state, or that step only in part, raise an error. With them, the
-decay belongs inside.
+Optimizers that rewrite the weights from their own state, or that step only in part, raise an error.
 """
 
 from typing import Any, NamedTuple
@@ -36,18 +29,11 @@ from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
 from .paths import Rules
 
 PyTree = Any
-
-
 _SUBTRACTED = stateless(subtracted)
 
 
 class WithDecoupledDecayState(NamedTuple):
-    """The state of `with_decoupled_decay`.
-
-    Attributes:
-        decay: the count of real steps, and the anchor, if there is one.
-        inner_state: the state of the wrapped optimizer.
-    """
+    """The state of `with_decoupled_decay`: the count of real steps, any anchor, and the wrapped optimizer's state."""
 
     decay: DecayState
     inner_state: Any
@@ -61,33 +47,23 @@ def with_decoupled_decay(
 
     Rule:   u <- optimizer's u - learning_rate * weight_decay * (p - toward)
     Place:  around the whole optimizer; the result is the last thing before `optax.apply_updates`.
-    Units:  as `decoupled_decay`: per step and per unit of learning rate. A step is a step of the optimizer. Under
-            `optax.MultiSteps` the decay acts once per accumulated gradient. A step that `MultiSteps` or
-            `apply_if_finite` skips does not decay.
-    Source: Loshchilov & Hutter 2019; for schedule-free, Defazio et al. 2024 with the decay at y, as
-            `optax.contrib.schedule_free_adamw` does.
+    Units:  as `decoupled_decay`, per step of the optimizer: under `optax.MultiSteps` once per accumulated gradient. A
+            step that `MultiSteps` or `apply_if_finite` skips does not decay.
+    Source: Loshchilov & Hutter 2019; for schedule-free Defazio et al. 2024 with the decay at y, as in Optax.
 
     Args:
-        optimizer: an `optax.GradientTransformation` that ends with a learning rate: `optax.adam(lr)`, a chain,
-            `optax.contrib.muon(lr)`, `optax.contrib.schedule_free(...)`; or an `optax.MultiSteps`. An optimizer that
-            decays by itself goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
-        weight_decay, mask: as `decoupled_decay`.
-        learning_rate: the number or schedule that the optimizer has. A schedule is called with the wrapper's own count
-            of steps, from 0.
-        toward: None for zero; a tree like params, which may omit parameters that do not decay (it is a constant of the
-            compiled step); or "init" for the values at `init`, kept in the state.
+        optimizer: an `optax.GradientTransformation` that ends with a learning rate, or an `optax.MultiSteps`. If it
+            decays by itself, it goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        learning_rate: the number or schedule that the optimizer has, called with the wrapper's own count of steps.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init`: if the optimizer undoes or
-            repeats an added decay (lookahead, mechanize, COCOB, SAM, conditional steps), or if part of the parameters
-            has its own `MultiSteps`, `apply_if_finite` or schedule-free.
-
-    Warns:
-        UserWarning: as `independent_decay`, of weight_decay * learning_rate.
+        TypeError, ValueError: for the optimizer; and for rates, masks and anchors, as `decoupled_decay`. At `init`: if
+            the optimizer undoes or repeats an added decay, or if parts of it step on their own. `init` also warns of
+            weight_decay * learning_rate as `independent_decay` does.
 
     Example:
 
@@ -108,9 +84,7 @@ def with_decoupled_decay(
         _refuse_what_undoes_it(state)
         return WithDecoupledDecayState(action.init(params), state)
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, WithDecoupledDecayState]:
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
@@ -120,11 +94,14 @@ def with_decoupled_decay(
         def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
             return action.run(_SUBTRACTED, tree, state.decay, params, gates=factors)[0]
 
+        def is_free(node: Any) -> bool:
+            return isinstance(node, contrib.ScheduleFreeState)
+
         def subtract_from_iterate(node: Any) -> Any:
-            return node._replace(z=subtract(node.z, *real)) if _is_schedule_free(node) else node
+            return node._replace(z=subtract(node.z, *real)) if is_free(node) else node
 
         if shares:
-            after = jax.tree.map(subtract_from_iterate, after, is_leaf=_is_schedule_free)
+            after = jax.tree.map(subtract_from_iterate, after, is_leaf=is_free)
         updates = subtract(updates, *real, *shares)
         count = state.decay.count
         next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
@@ -137,30 +114,24 @@ def with_decoupled_decay(
 def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtraArgs:
     """Keeps the parameters of a mask bit for bit. It goes around the optimizer, not into a chain as `optax.freeze`.
 
-    Zero updates within a chain can be undone by later transformations, for example by a decay. The mask of a decay
-    does not stop the gradient. Here the optimizer never sees a frozen parameter. It has no state for the parameter, and
-    no global norm includes its gradient. Whatever is chained or wrapped inside, the resulting update changes no bit.
+    Later transformations in a chain, such as a decay, can undo zero updates. Here the optimizer never sees a frozen
+    parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
-    Place:  around the whole optimizer: the last thing before `optax.apply_updates`. A transformation after it may move
-            frozen parameters again.
+    Place:  around the whole optimizer: the last thing before `optax.apply_updates`.
     Units:  those of the optimizer.
-    Source: big_vision's `schedule=[(regex, None)]` does the same. Optax's `selective_transform` gives updates of +0.0,
-            which turn a weight of -0.0 into +0.0.
+    Source: big_vision's `schedule=[(regex, None)]`. Optax's `selective_transform` turns a weight of -0.0 into +0.0.
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
-        mask: True for frozen parameters: `Rules` of booleans such as `only("encoder")`, a tree or prefix tree of
-            booleans, or a function of params that returns one.
+        mask: True for frozen parameters: `only("encoder")`, or any other mask of `decoupled_decay`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the other parameters. Its `update`
-        needs `params`. Rules inside may still name frozen parameters, and decide on the others as without freezing. To
-        unfreeze, make a new state, because the old one has no place for frozen parameters.
+        needs `params`. Rules inside may still name frozen parameters. To unfreeze, make a new state.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer, or `mask` is not a mask.
-        ValueError: at `init` and `update`: for a mask that does not fit params, or missing params.
+        TypeError, ValueError: for the optimizer; and for the mask or missing params, as `decoupled_decay`.
 
     Example:
 
@@ -171,18 +142,17 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         >>> {name: round(float(new[0]), 6) for name, new in optax.apply_updates(params, updates).items()}
         {'encoder': 2.0, 'head': 1.9}
     """
-    where = "freeze"
-    inner = checks.finished(where, optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
+    inner = checks.finished("freeze", optimizer, "freeze(optax.adam(1e-3), only('encoder'))")
     if mask is None:
-        raise TypeError(f"{where}: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
+        raise TypeError("freeze: the mask is None. Select the frozen parameters: freeze(optimizer, only('encoder')).")
     if isinstance(mask, Rules):
-        check_booleans(mask, where)
+        check_booleans(mask, "freeze")
 
     def init_fn(params: PyTree) -> Any:
         return inner.init(_Frozen(mask, params).hidden(params, is_params=True))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        checks.params_given(where, params)
+        checks.params_given("freeze", params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
         moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params, is_params=True), **extra_args)
@@ -254,24 +224,19 @@ def _where(flag: Any, if_frozen: Any, if_not: Any) -> jax.Array:
 
 
 def _no_update(update: Any, param: Any) -> Any:
-    """The update that keeps every bit of a parameter, with the dtype and sharding of its own update."""
-    if trees.is_decayable(update):
-        return _minus_zero(update, param)
-    if trees.is_hole(update):
-        return _minus_zero(param, param) if trees.is_decayable(param) else update
-    # The gradient of an integer may have the dtype float0, which has no bits. Nothing can be added to a key.
-    dtype = getattr(update, "dtype", type(update))
-    is_integer = dtype != jax.dtypes.float0 and (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
-    return jnp.zeros_like(update) if is_integer else update
-
-
-def _minus_zero(update: Any, param: Any) -> jax.Array:
-    """-0.0 in the shape, dtype and sharding of an update.
+    """The update that keeps every bit of a parameter, with the dtype and sharding of its own update: -0.0.
 
     On one device it is a constant, and XLA omits its addition. On several devices, a constant that is returned from jit
     would be replicated on all of them, unless its type has the explicit axes of a mesh. So there a `select` that XLA
     cannot simplify ties it to the parameter. If it were tied to the update, the frozen gradient would be computed.
     """
+    if trees.is_hole(update):
+        return _no_update(param, param) if trees.is_decayable(param) else update
+    if not trees.is_decayable(update):
+        # The gradient of an integer may have the dtype float0, which has no bits. Nothing can be added to a key.
+        dtype = getattr(update, "dtype", type(update))
+        has_bits = dtype != jax.dtypes.float0 and any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
+        return jnp.zeros_like(update) if has_bits else update
     zeros = -jnp.zeros_like(update)
     if is_traced(param) and may_be_split(param) and explicit_axes(zeros) == explicit_axes(param):
         return jax.lax.select(jax.lax.optimization_barrier(False), param.astype(zeros.dtype), zeros)
@@ -279,41 +244,24 @@ def _minus_zero(update: Any, param: Any) -> jax.Array:
 
 
 _PARTIAL = (optax.PartitionState, optax.MaskedState)
-_UNDOING = (
-    optax.LookaheadState,
-    optax.ConditionallyMaskState,
-    optax.ConditionallyTransformState,
-    contrib.COCOBState,
-    contrib.MechanicState,
-    contrib.SAMState,
-)
+_UNDOING = (optax.LookaheadState, optax.ConditionallyMaskState, optax.ConditionallyTransformState)
+_UNDOING += (contrib.COCOBState, contrib.MechanicState, contrib.SAMState)
+_OWN_STEPS = (*SKIPPING, contrib.ScheduleFreeState)
 
 
 def _refuse_what_undoes_it(state: Any) -> None:
-    inside = (
-        "Put the decay inside: replace optax.sgd(lr) with with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr)."
-    )
+    write = "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr), not optax.sgd(lr)."
     if nodes(state, (optax.ApplyEvery,)):
-        raise ValueError(
-            "with_decoupled_decay: the optimizer holds optax.apply_every, whose updates are zero in some calls. A "
-            "decay around it would act in those calls too. Write with_decoupled_decay(optax.MultiSteps(optimizer, k), "
-            "0.1, learning_rate=lr), which steps once for k gradients."
-        )
-    for node in nodes(state, _UNDOING):
-        raise ValueError(
-            f"with_decoupled_decay: the optimizer holds a {type(node).__name__}. It steps only in part or rewrites the "
-            f"weights from its own state, so a decay added after it would be undone or repeated. {inside}"
-        )
-    own = (*SKIPPING, contrib.ScheduleFreeState)
-    for node in (found for part in nodes(state, _PARTIAL) for found in nodes(tuple(part), own)):
-        raise ValueError(
-            f"with_decoupled_decay: a part of the parameters has its own {type(node).__name__}, inside "
-            f"optax.partition or optax.masked, so the parameters do not step together. {inside}"
-        )
-
-
-def _is_schedule_free(node: Any) -> bool:
-    return isinstance(node, contrib.ScheduleFreeState)
+        fault = "optimizer holds optax.apply_every, and a decay around it would also act in calls that do not step"
+        write = "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr)."
+    elif found := nodes(state, _UNDOING):
+        why = "which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
+        fault = f"optimizer holds a {type(found[0]).__name__}, {why}"
+    elif found := [node for part in nodes(state, _PARTIAL) for node in nodes(tuple(part), _OWN_STEPS)]:
+        fault = f"optimizer holds a {type(found[0]).__name__} for a part of the parameters, which step on their own"
+    else:
+        return
+    raise ValueError(f"with_decoupled_decay: the {fault}. {write}")
 
 
 def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:

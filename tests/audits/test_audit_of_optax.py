@@ -34,7 +34,9 @@ def expected(row: Row, path: str) -> float:
         rate = row.second_step(LEARNING_RATE, SHAPES[path])
     if np.isnan(rate) and row.walk is not None:
         zeros = jax.tree.map(np.zeros_like, probe())
-        weights = Probes(optax.with_extra_args_support(optax.identity()), zeros, {}, longest=None, exact=True).weights
+        weights = Probes(
+            optax.with_extra_args_support(optax.identity()), zeros, {}, longest=None, exact=True
+        ).weights.values()
         tree = {"Dense_0": dict(zip(("bias", "kernel"), weights, strict=True))}
         (after,) = row.walk(LEARNING_RATE, tree, 1)
         before, now = (each["Dense_0"][path.partition("/")[2]] for each in (tree, after))

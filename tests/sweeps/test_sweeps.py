@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import wdjax
 from wdjax import sweeps
-from wdjax.sweeps import _found
 
 DECAYS, RATES, SEEDS = [0.0, 0.03, 0.3], [0.05, 0.2], [0, 7, 4]
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
@@ -184,12 +183,6 @@ def of_losses(losses: Any, **values: Any) -> wdjax.sweeps.Sweep:
     )
 
 
-@pytest.mark.parametrize("freedom", range(1, 12))
-def test_the_tail_of_students_t(freedom: int) -> None:
-    t = np.array([-np.inf, -4.0, -0.3, 0.0, 0.5, 2.0, 9.0, np.inf])
-    np.testing.assert_allclose(_found.upper_tail_of_t(t, freedom), stats.t.sf(t, freedom), rtol=1e-9, atol=1e-15)
-
-
 def test_best_and_what_may_be_as_good() -> None:
     rng = np.random.default_rng(3)
     quality = np.array([[0.5, 0.30, 0.31], [0.9, 0.302, 0.6]])
@@ -274,7 +267,7 @@ def test_results_of_other_names() -> None:
     for name in ("los", "curve", "weights"):
         with pytest.raises(KeyError, match=rf"no scalar named '{name}'\. It returned the scalars \['loss'\]"):
             swept().best(name)
-    with pytest.raises(ValueError, match=r"confidence must be between 0 and 1, got 95\. Write confidence=0\.95"):
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95\. Write confidence=0\.95"):
         swept().best(confidence=95)
 
 
@@ -288,7 +281,7 @@ def test_results_of_other_names() -> None:
             ValueError,
             r"at least one number, got 0\.1\. Write weight_decay=\[0\.0, 0\.01, 0\.1\]",
         ),
-        ({"weight_decay": "much"}, ValueError, r"must be a list of numbers, got 'much'"),
+        ({"weight_decay": "much"}, ValueError, r"must be a list of at least one number, got 'much'"),
         ({"weight_decay": [0.1, None]}, ValueError, r"must be finite .* got nan"),
         ({"weight_decay": [0.1, -0.1]}, ValueError, r"weight_decay must be finite and not negative, got -0\.1"),
         ({"learning_rate": [np.inf]}, ValueError, r"learning_rate must be finite and not negative, got inf"),
@@ -299,7 +292,7 @@ def test_results_of_other_names() -> None:
         ({"seeds": [1, 1]}, ValueError, r"seeds must be different and between 0 and 2\*\*32 - 1, got \[1, 1\]"),
         ({"seeds": [-1]}, ValueError, r"seeds must be different and between 0"),
         ({"chunk": 0}, ValueError, r"chunk must be an integer > 0, got 0\. Write chunk=8"),
-        ({"devices": []}, ValueError, r"at least one device, all of this process, got \[\]\. Write devices=jax.local"),
+        ({"devices": []}, ValueError, r"devices must be some of this process, got \[\]\. Write devices=jax.local"),
         ({"lr": [0.1]}, TypeError, r"training function cannot be called as train\(key, .*lr=\.\.\.\): .*'lr'"),
     ],
 )
@@ -329,9 +322,7 @@ def test_what_a_training_function_must_not_return(result: Callable[[], Any], wor
         TypeError, match=f"train must return a scalar, or a dictionary of arrays by name, but it {words}"
     ):
         wdjax.sweep(lambda key, weight_decay: result(), weight_decay=[0.1])
-    with pytest.raises(
-        TypeError, match=r"train must be a function that can be called as train\(key, a=\.\.\.\), got 3"
-    ):
+    with pytest.raises(TypeError, match=r"cannot be called as train\(key, a=\.\.\.\): 3 is not .*Write sweep\(train, "):
         wdjax.sweep(3, a=[0.1])
 
 

@@ -210,7 +210,7 @@ def test_what_steps_in_part_is_refused(name: str) -> None:
     ):
         optimizer = wdjax.with_decoupled_decay(part, RATE, learning_rate=0.1)
         with pytest.raises(
-            ValueError, match=rf"a part of the parameters has its own {name}State\b.*Put the decay inside"
+            ValueError, match=rf"holds a {name}State for a part of the parameters.*Put the decay inside"
         ):
             optimizer.init(make_params())
 

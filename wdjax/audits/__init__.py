@@ -9,7 +9,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from .._engine.types import Mask, Optimizer, Params, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low
 from ..low_precision.writers import NARROW_UPDATES
-from ..paths import Leaf, Rules
+from ..paths import Rules
 from ..paths.roles import role
 from ..paths.standard import parameter_at
 from ._measures import Facts, measure
@@ -34,11 +34,9 @@ from ._probes import Probes
 from ._report import Audit as Audit
 from ._report import Audited as Audited
 from ._report import Finding as Finding
-from .findings import Context, findings_of
+from .findings import findings_of
 
 PyTree = Any
-K = TypeVar("K")
-R = TypeVar("R")
 _LONGEST_RUN = 8192  # Most steps for a test whether a decay survives rounding.
 _SMALL_MODEL = 2**24  # Models with at most this many parameters may be probed at full size even without full_size.
 
@@ -60,34 +58,28 @@ def audit(
 
     The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
     and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so a large model
-    costs little. Rules of wdjax decide on the copies as on the model itself. The values of `params` are not used.
+    costs little. Rules of wdjax decide on the copies as on the model itself.
 
-    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is measured
-    in the first real step with zero gradient. It is the part of that step that changes sign with the weight's distance
-    to the anchor, divided by that distance. Run the audit in a notebook or a unit test, before training.
+    A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
+    of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
+    that distance.
 
     Args:
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
-        params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter.
-        expected: the rate that you expect for each parameter in the first real step: a number, a schedule or a
-            `by_path` table. A difference is a finding.
-        mask: with `expected`: which parameters should decay, as the `mask` of any wdjax function.
+        params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
+        expected: the rate that you expect in the first real step: a number, a schedule or a `by_path` table.
+        mask: with `expected`: which parameters should decay.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
         frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
         steps: the counts at which rates are measured.
         extra_args: keyword arguments for `update`, the same for all probes: {"value": 1.0}.
-        full_size: whether to probe with arrays of full size, for rules of other libraries that depend on the size. This
-            costs as much as about twenty training steps.
+        full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
+            about twenty training steps.
 
-    Returns:
-        An `Audit`.
-
-    Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        TypeError, ValueError: for masks and expected rates, as `decoupled_decay` at `init`. Errors of the optimizer
-            itself are passed on.
+    Returns an `Audit`. Raises a TypeError or ValueError for what is not an optimizer, and for masks and rates that
+    `decoupled_decay` refuses. Errors of the optimizer itself are passed on.
 
     Example:
 
@@ -102,121 +94,84 @@ def audit(
         suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that is not a layer's \
 weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # The audit reports vanishing rates and the like itself.
-        return _audit(
-            caught, optimizer, params, expected, mask, learning_rate, frozen, steps, extra_args or {}, full_size
-        )
-
-
-def _audit(
-    caught: Sequence[warnings.WarningMessage],
-    optimizer: Any,
-    params: PyTree,
-    expected: Any,
-    mask: Any,
-    learning_rate: Any,
-    frozen: Any,
-    steps: Sequence[int],
-    extra_args: Mapping[str, Any],
-    full_size: bool,
-) -> Audit:
-    where = "audit"
+    where, write, extra_args = "audit", "audit(optax.adamw(1e-3), params)", extra_args or {}
     is_function = not isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)) and callable(optimizer)
+    build: Any = optimizer if is_function else lambda _: optimizer
     if is_function and learning_rate is None:
         learning_rate = 1e-3
-    if learning_rate is not None:
-        learning_rate = checks.rate(where, "learning_rate", learning_rate)
-    rate: Any = learning_rate
-    build: Any = optimizer if is_function else lambda _: optimizer
-    finished = checks.finished(where, build(learning_rate), "audit(optax.adamw(1e-3), params)")
-    leaves = trees.flatten_with_paths(params)
-    action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
-    action.init(params)  # Raises an error at once if something does not fit.
-    kept_still = _chosen(where, frozen, params, leaves)
-    _try_shapes(optax.with_extra_args_support(finished), params, extra_args)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # The audit reports vanishing rates and the like itself.
+        rate: Any = learning_rate
+        if learning_rate is not None:
+            rate = checks.rate(where, "learning_rate", learning_rate)
+        finished = checks.finished(where, build(rate), write)
+        leaves = trees.flatten_with_paths(params)
+        # What does not fit raises its error before anything is computed.
+        action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
+        action.init(params)
+        if isinstance(frozen, Rules):
+            check_booleans(frozen, where)
+        frozen_flags = [False] * len(leaves) if frozen is None else flags(where, frozen, params, leaves)
+        frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
+        grads = params.fast if isinstance(params, optax.LookaheadParams) else params
+        state = jax.eval_shape(finished.init, params)
+        jax.eval_shape(lambda *args: finished.update(*args, **extra_args), grads, state, params)
 
-    def probed(transformation: Any, longest: int | None, exact: bool) -> tuple[Probes, int, int, dict[int, Facts]]:
-        transformation = optax.with_extra_args_support(transformation)
-        with jax.enable_x64(True) if exact else contextlib.nullcontext():
-            probes = Probes(transformation, params, extra_args, longest=longest, exact=exact)
-            first, calls = probes.rhythm()
-            return probes, first, calls, measure(probes, max(first + 1 - calls, 0), calls, tuple(steps))
+        def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
+            with jax.enable_x64(True) if exact else contextlib.nullcontext():
+                probes = Probes(optimizer, params, extra_args, longest=longest, exact=exact)
+                probes.find_rhythm()
+                return probes, measure(probes, steps)
 
-    # Some optimizers do not run in float64. Optimizers that contain trees with full shapes do not run on small copies.
-    size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if trees.is_decayable(leaf))
-    sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
-    try:
+        # Some optimizers do not run in float64. Optimizers that hold trees with full shapes do not run on small copies.
+        size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves if trees.is_decayable(leaf))
+        sizes = (None,) if full_size else (128, None) if size <= _SMALL_MODEL else (128,)
         kinds = [(longest, exact) for longest in sizes for exact in (True, False)]
-        probes, first, calls, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
-    except (TypeError, ValueError) as error:
-        if sizes == (128,):
-            error.add_note(
-                "audit probes large arrays with small copies. If that is the cause, write audit(..., full_size=True)."
-            )
-        raise
-    scales: dict[int, bool | None] = dict.fromkeys(facts)
-    if is_function:
-        halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
-        others = probed(build(halved), probes.longest, probes.exact)[3]
-        scales = {i: not np.isclose(facts[i].rate, others[i].rate, rtol=1e-2, atol=0) for i in facts}
-    elif callable(learning_rate):
-        values = [float(rate(step)) for step in steps]
-        scales = {i: _follows(fact.rates, values) for i, fact in facts.items()}
-    shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
-    rows = [_row(probes.leaves[i], shapes, fact, steps, scales[i]) for i, fact in facts.items()]
+        try:
+            probes, facts = _first_that_runs(lambda kind: probed(finished, *kind), kinds)
+        except (TypeError, ValueError) as error:
+            if sizes == (128,):
+                error.add_note("audit probes small copies of large arrays. Does audit(..., full_size=True) run?")
+            raise
 
-    def in_own_dtypes(longest: int | None) -> tuple[list[Audited], str, set[int]]:
-        transformation = optax.with_extra_args_support(finished)
-        own = Probes(transformation, params, extra_args, longest=longest, exact=False)
-        is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
-        drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
-        return _with_kept(own, calls, rows, can_run=not (drift or no_number)), drift, no_number
+        scales: dict[int, bool | None] = {}
+        if is_function:
+            halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
+            others = probed(checks.finished(where, build(halved), write), probes.longest, probes.exact)[-1]
+            scales = {i: not np.isclose(facts[i].row.rate, others[i].row.rate, rtol=1e-2, atol=0) for i in facts}
+        elif callable(learning_rate):
+            values = {count: float(rate(count)) for count in steps}
+            scales = {i: _follows([(one, values[count]) for count, one in facts[i].row.rates]) for i in facts}
 
-    # Thousands of steps are slow with large arrays, so small ones come first.
-    rows, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
-    facts |= {i: facts[i]._replace(is_finite=False) for i in no_number}
-    offset = max(first + 1 - calls, 0)
-    wanted = None if expected is None else _expected(action, params, leaves, offset // calls)
-    contexts = (
-        Context(fact, None if wanted is None else wanted[row.path], row.path in kept_still, probes.tolerance)
-        for row, fact in zip(rows, facts.values(), strict=True)
-    )
-    narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
-    findings = findings_of(list(zip(rows, contexts, strict=True)), drift, narrow, offset + calls)
-    return Audit(tuple(rows), findings, calls, first)
+        def in_own_dtypes(longest: int | None) -> tuple[dict[int, float], str, set[int]]:
+            own = Probes(finished, params, extra_args, longest=longest, exact=False)
+            is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
+            drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
+            rows = {i: fact.row for i, fact in facts.items()}
+            return _kept(own, probes.calls, rows, can_run=not (drift or no_number)), drift, no_number
 
-
-def _try_shapes(transformation: Any, params: PyTree, extra_args: Mapping[str, Any]) -> None:
-    """Raises the errors of the optimizer for these parameters, before anything is computed."""
-    grads = params.fast if isinstance(params, optax.LookaheadParams) else params
-    state = jax.eval_shape(transformation.init, params)
-    jax.eval_shape(lambda *args: transformation.update(*args, **extra_args), grads, state, params)
+        # Thousands of steps are slow with large arrays, so small ones come first.
+        kept, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
+        calls, offset = probes.calls, probes.offset
+        wanted = {}
+        if expected is not None:
+            terms = action.terms(params, leaves, DecayState(jnp.asarray(offset // calls, jnp.int32)))
+            rates = [0.0 if term is None else term.known() for term in terms]
+            wanted = {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
+        shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
+        for i, fact in facts.items():
+            path, found = fact.row.path, role(parameter_at(fact.row.path, shapes))
+            row = fact.row._replace(kept=kept[i], role=found.name if found else "")
+            if row.decays:
+                row = row._replace(scales_with_learning_rate=scales.get(i))
+            said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
+            facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
+        narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
+        findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
+        return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
 
 
-def _row(
-    leaf: Leaf, shapes: Mapping[str, tuple[int, ...]], fact: Facts, steps: Sequence[int], scales: bool | None
-) -> Audited:
-    found = role(parameter_at(leaf.path, shapes))
-    return Audited(
-        leaf.path,
-        leaf.shape,
-        np.dtype(leaf.dtype).name,
-        fact.rate,
-        fact.least,
-        fact.most,
-        tuple(zip(steps, fact.rates, strict=False)),
-        fact.beside_gradient,
-        fact.place,
-        fact.kind,
-        fact.toward,
-        scales if fact.kind != "none" else None,
-        1.0,
-        found.name if found else "",
-    )
-
-
-def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
+def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
     """The result for the first of these kinds with which it runs."""
     for kind in kinds[:-1]:
         with contextlib.suppress(TypeError, ValueError):
@@ -224,29 +179,11 @@ def _first_that_runs(run: Callable[[K], R], kinds: Sequence[K]) -> R:
     return run(kinds[-1])
 
 
-def _expected(
-    action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]], count: int
-) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest expected rate of each parameter."""
-    terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
-    rates = {}
-    for (path, _), term in zip(leaves, terms, strict=True):
-        rate = 0.0 if term is None else term.known()
-        rates[path] = float(np.min(rate)), float(np.max(rate))
-    return rates
-
-
-def _chosen(where: str, mask: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> set[str]:
-    if mask is None:
-        return set()
-    if isinstance(mask, Rules):
-        check_booleans(mask, where)
-    return {path for (path, _), flag in zip(leaves, flags(where, mask, params, leaves), strict=True) if flag is True}
-
-
-def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | None:
-    pairs = [(rate, lr) for rate, lr in zip(rates, learning_rates, strict=False) if lr > 1e-3 * max(learning_rates)]
-    if not pairs or max(lr for _, lr in pairs) < 1.01 * min(lr for _, lr in pairs):
+def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
+    """Whether rates follow a schedule, from pairs of a rate and a learning rate; None if the pairs can't tell."""
+    largest = max((lr for _, lr in pairs), default=0.0)
+    pairs = [(rate, lr) for rate, lr in pairs if lr > 1e-3 * largest]
+    if not pairs or largest < 1.01 * min(lr for _, lr in pairs):
         return None
     ratios = [rate / lr for rate, lr in pairs]
     if np.allclose(ratios, ratios[0], rtol=1e-2):
@@ -254,56 +191,42 @@ def _follows(rates: Sequence[float], learning_rates: Sequence[float]) -> bool | 
     return False if np.allclose([rate for rate, _ in pairs], pairs[0][0], rtol=1e-2) else None
 
 
-def _with_kept(own: Probes, calls: int, rows: list[Audited], *, can_run: bool) -> list[Audited]:
-    """The rows with the share of the decay that survives rounding."""
-    state = own.init(own.weights, wide=False)
-    writers = {type(node) for node in nodes(state, WRITERS)}
-    low = [i for i, row in zip(own.indices, rows, strict=True) if row.decays and is_low(own.leaves[i])]
-    seen = _kept_by_many_steps(own, calls, [rows[own.indices.index(i)] for i in low], bool(writers)) if can_run else []
-    shares = dict(zip(low, seen, strict=True)) if can_run else dict.fromkeys(low, math.nan)
-    for i, row in zip(own.indices, rows, strict=True):
+def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -> dict[int, float]:
+    """The share of each parameter's decay that survives rounding."""
+    writers = {type(node) for node in nodes(own.init(own.weights, wide=False), WRITERS)}
+    shares = {}
+    for i, row in rows.items():
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
         is_lost = 0 < largest < smallest_fraction(row.dtype) and CompensatedState not in writers
-        shares.setdefault(i, float(not is_lost))
-    return [row._replace(kept=shares[i]) for i, row in zip(own.indices, rows, strict=True)]
-
-
-def _kept_by_many_steps(own: Probes, calls: int, rows: Sequence[Audited], is_written: bool) -> list[float]:
-    """The shares for parameters of low precision, over many steps: with a writer, a single step may change nothing."""
-    rates = [abs(row.rate) for row in rows if row.rate]
-    if not rates:
-        return [1.0] * len(rows)
-    # Enough steps for four units in the last place of the narrowest dtype, but at most a few thousand.
-    narrowest = max(smallest_fraction(row.dtype) for row in rows)
+        shares[i] = float(not is_lost)
+    # A writer may change nothing in one step, so low precision takes enough for four units in the last place.
+    low = {i: row for i, row in rows.items() if row.decays and is_low(own.leaves[i])}
+    rates = [abs(row.rate) for row in low.values() if row.rate]
+    if not can_run or not rates:
+        return shares | dict.fromkeys(low, 1.0 if can_run else math.nan)
+    narrowest = max(smallest_fraction(row.dtype) for row in low.values())
     length = calls * min(_LONGEST_RUN, 2 ** math.ceil(math.log2(max(16 * narrowest / min(rates), 8))))
-    wide, ends = (own.trajectory(length, wide=wide) for wide in (True, False))
-    start, places = own.rounded_weights(), {own.leaves[i].path: i for i in own.indices}
-    shares = []
-    for row in rows:
-        i = places[row.path]
+    start = own.numbers(own.tree(own.weights, wide=False))
+    ends = [own.trajectory(length, wide=wide) for wide in (True, False)]
+    for i, row in low.items():
         # Summed over all weights, because rounding moves a single weight by more than the decay.
-        meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in (wide, ends))
+        meant, moved = (float(np.sum(np.sign(start[i]) * (start[i] - end[i]))) for end in ends)
         is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
-        shares.append(math.nan if is_written and not is_seen else moved / meant if meant else 1.0)
+        shares[i] = math.nan if writers and not is_seen else moved / meant if meant else 1.0
     return shares
 
 
 def _drift(own: Probes) -> str:
     """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
-    state = own.init(own.weights, wide=False)
-    before = jax.eval_shape(lambda: state)
-    after = own.shapes_after(state)
+    before, after = own.shapes_of_states()
     if jax.tree.structure(after) != jax.tree.structure(before):
         return "the structure of the state changes with an update"
-    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    types = [[f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)] for tree in (before, after)]
     changes = [
-        f"state{jax.tree_util.keystr(path)} is {_type(old)} before the first update and {_type(new)} after"
-        for (path, old), new in pairs
-        if _type(old) != _type(new)
+        f"state{jax.tree_util.keystr(path)} is {old} before the first update and {new} after"
+        for (path, _), old, new in zip(leaves, *types, strict=True)
+        if old != new
     ]
     more = f" (and {len(changes) - 1} more changes)" if len(changes) > 1 else ""
     return changes[0] + more if changes else ""
-
-
-def _type(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -5,262 +5,188 @@ The part that does not change sign comes from the anchor. With a gradient, the o
 same number, the decay is in the update. If not, the decay is scaled with the gradient, or the moments remember it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ._probes import Arrays, Probes, Step, positions_of_counters, positions_of_keys, with_counters_at, with_counters_of
+from ._probes import Arrays, Probes, Step, positions_of_counters, positions_of_keys, replaced
+from ._report import Audited
 
 
 class Facts(NamedTuple):
-    """What was measured for one leaf.
+    """What is known about one leaf. The last three facts do not come from measurements of it."""
 
-    Attributes:
-        rate: the fraction of a weight that the first real step removes, as the median over the weights.
-        least, most: the smallest and the largest fraction, if the step is proportional to the weight.
-        rates: the same at other counts.
-        beside_gradient: the same when there is a gradient.
-        kind, place, toward: as in `Audited`.
-        moves: whether gradients move it.
-        is_raw: whether its update is its gradient.
-        is_finite: whether its updates are finite.
-        is_touched: whether anything moves it, gradients or not.
-        grows: whether the decay makes all weights grow.
-        is_repeated: whether it decays in more than one call of a step.
-        rescaled: whether, beside a gradient, the decay keeps its direction but not its size.
-    """
-
-    rate: float
-    least: float
-    most: float
-    rates: tuple[float, ...]
-    beside_gradient: float
-    kind: str
-    place: str
-    toward: str
-    moves: bool
-    is_raw: bool
-    is_finite: bool
-    is_touched: bool
-    grows: bool
-    is_repeated: bool
-    rescaled: bool
+    row: Audited
+    moves: bool  # Whether gradients move it.
+    is_raw: bool  # Whether its update is its gradient.
+    is_finite: bool  # Whether its updates are finite.
+    is_touched: bool  # Whether anything moves it, gradients or not.
+    grows: bool = False  # Whether the decay makes all weights grow.
+    is_repeated: bool = False  # Whether it decays in more than one call of a step.
+    rescaled: bool = False  # Whether, beside a gradient, the decay keeps its direction but not its size.
+    tolerance: float = 0.0  # By how much rates may differ, relatively.
+    expected: tuple[float, float] | None = None  # The smallest and the largest expected rate, if one was given.
+    is_frozen: bool = False  # Whether the user says that it is frozen.
 
 
-class _Runs(NamedTuple):
-    """Steps of the optimizer from different weights and states.
-
-    Attributes:
-        plus, minus, double, tiny, still: from 1, -1, 2, 1e-6 and 0 times the probe weights, with zero gradient.
-        plus_grad, minus_grad: from 1 and -1 times the probe weights, with a gradient.
-        second, fresh: from where `plus` ended, with zero gradient: with its state, and with a new state at its count.
-        minus_second, minus_fresh, still_second, still_fresh: the same after `minus` and `still`; the last two with a
-            gradient.
-        foreign: from the probe weights, with zero gradient and the state of `still`.
-        later: as `plus` and `minus`, at other counts.
-    """
-
-    plus: Step
-    minus: Step
-    double: Step
-    tiny: Step
-    still: Step
-    plus_grad: Step
-    minus_grad: Step
-    second: Step
-    fresh: Step
-    minus_second: Step
-    minus_fresh: Step
-    still_second: Step
-    still_fresh: Step
-    foreign: Step
-    later: list[tuple[Step, Step]]
+Runs = tuple[dict[str, Step], list[tuple[int, Step, Step]]]
 
 
-def measure(probes: Probes, offset: int, calls: int, steps: tuple[int, ...]) -> dict[int, Facts]:
+def measure(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
     """The facts of every leaf that is a number."""
-    runs = _run(probes, offset, calls, steps)
-    if _is_nan_without_gradient(probes, runs):
-        runs = _run(probes, offset, calls, steps, nudge=probes.gradients)
-        return {i: _facts(probes, runs, i, None, nudged=True) for i in probes.indices}
-    facts = {i: _facts(probes, runs, i, None) for i in probes.indices}
+    runs = _run(probes, counts)
+    bare, given = ([runs[0][name].total(i) for i in probes.indices] for name in ("plus", "plus_grad"))
+    # Some optimizers divide zero by zero if all gradients are zero.
+    if any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given):
+        runs = _run(probes, counts, nudge=probes.gradients)
+        return {i: _facts(probes, runs, i, nudged=True) for i in probes.indices}
+    facts = {i: _facts(probes, runs, i) for i in probes.indices}
     # Leaves that do not decay in the first step may decay later.
-    for at_count in steps if runs.later else ():
-        late = [i for i in facts if facts[i].kind == "none" and dict(zip(steps, facts[i].rates, strict=True))[at_count]]
-        if late:
-            runs = _run(probes, offset, calls, steps, at_count=at_count)
-            facts |= {i: _facts(probes, runs, i, None) for i in late}
-    if all(each.kind != "none" for each in facts.values()):
+    for count, *_ in runs[1]:
+        if late := [i for i, fact in facts.items() if not fact.row.decays and dict(fact.row.rates)[count]]:
+            runs = _run(probes, counts, at_count=count)
+            facts |= {i: _facts(probes, runs, i) for i in late}
+    if all(fact.row.decays for fact in facts.values()):
         return facts
     # The others do not decay to zero, but they may decay to where the optimizer was initialized. An optimizer that
     # keeps its own copy of the weights also goes back there, but by the whole distance. A decay takes a fraction.
-    moved = _run(probes, offset, calls, steps, origin=probes.origin)
+    moved = _run(probes, counts, origin=probes.origin)
     for i, fact in facts.items():
         back = _facts(probes, moved, i, probes.origin)
-        if fact.kind == "none" and back.kind != "none" and back.rate < 0.5:
+        if not fact.row.decays and back.row.decays and back.row.rate < 0.5:
             facts[i] = back
     return facts
 
 
-def _is_nan_without_gradient(probes: Probes, runs: _Runs) -> bool:
-    """Whether the optimizer divides zero by zero if all gradients are zero."""
-    bare, given = ([step.total(i) for i in probes.indices] for step in (runs.plus, runs.plus_grad))
-    return any(np.any(np.isnan(x)) for x in bare) and all(np.all(np.isfinite(x)) for x in given)
-
-
 def _run(
-    probes: Probes,
-    offset: int,
-    calls: int,
-    steps: tuple[int, ...],
-    *,
-    origin: Arrays | None = None,
-    nudge: Arrays | None = None,
-    at_count: int | None = None,
-) -> _Runs:
-    """All steps. With an origin, the optimizer is initialized there and the weights are offsets from it.
+    probes: Probes, counts: Sequence[int], *, origin: Any = None, nudge: Any = None, at_count: int | None = None
+) -> Runs:
+    """Steps of the optimizer from different weights and states, by name; and counts, with two steps at each.
 
-    With a nudge, it replaces the zero gradient. With `at_count`, the first step is taken at that count.
+    "plus", "minus", "double", "tiny" and "still" start at 1, -1, 2, 1e-6 and 0 times the probe weights, with zero
+    gradient; "plus_grad" and "minus_grad" as the first two, with a gradient. "plus_second" starts where "plus" ended,
+    and "plus_fresh" there too, with a new state at its count; the same after "minus", and after "still" with a
+    gradient. "foreign" starts at the probe weights with the state of "still". At each count: as "plus" and "minus".
+
+    With an origin, the optimizer is initialized there and the weights are offsets from it. With a nudge, it replaces
+    the zero gradient. With `at_count`, the first step is taken at that count.
     """
     zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
     gradients = probes.gradients if nudge is None else probes.scaled(nudge, 2.0)
+    counters: list[int] = []
 
     def at(factor: float) -> Arrays:
         weights = probes.scaled(probes.weights, factor)
-        return weights if origin is None else _sum(weights, origin)
+        return weights if origin is None else {i: w + origin[i] for i, w in weights.items()}
+
+    def to(count: int | None) -> Callable[[Any], Any]:
+        positions = [] if count is None else counters
+        return lambda state: replaced(state, positions, lambda _, leaf: jnp.asarray(count, leaf.dtype))
 
     def step(weights: Arrays, gradients: Arrays = zeros, to_count: Callable[[Any], Any] | None = None) -> Step:
         """The first real step from a new state."""
         state = probes.init(weights if origin is None else origin)
-        if offset:
-            before = probes.steps(weights, zeros, state, offset)
+        if probes.offset:
+            before = probes.step(weights, zeros, state, probes.offset)
             weights, state = before.end(), before.after
-        if to_count is None and at_count is not None:
-            state = with_counters_at(state, counters, at_count)
-        return probes.steps(weights, gradients, state if to_count is None else to_count(state), calls)
+        return probes.step(weights, gradients, (to_count or to(at_count))(state))
 
-    counters: list[int] = []
-    first = step(at(1.0))
-    counters += positions_of_counters(first.before, first.after, calls)
+    first = step(at(1.0))  # It shows the counters, so it is not yet at a count.
+    counters += positions_of_counters(first.before, first.after, probes.calls)
     plus, minus, still = (step(at(factor)) for factor in (1.0, -1.0, 0.0))
+    counts_of_second = jax.tree.leaves(plus.after)
 
     def to_second(state: Any) -> Any:
-        return with_counters_of(state, plus.after, [*counters, *positions_of_keys(state)])
+        return replaced(state, [*counters, *positions_of_keys(state)], lambda i, _: counts_of_second[i])
 
-    def later(factor: float, count: int) -> Step:
-        return step(at(factor), to_count=lambda state: with_counters_at(state, counters, count)).bare()
-
-    return _Runs(
-        plus.bare(),
-        minus.bare(),
-        double=step(at(2.0)).bare(),
-        tiny=step(at(1e-6)).bare(),
-        still=still.bare(),
-        plus_grad=step(at(1.0), gradients).bare(),
-        minus_grad=step(at(-1.0), gradients).bare(),
-        second=probes.steps(plus.end(), zeros, plus.after, calls).bare(),
-        fresh=step(plus.end(), to_count=to_second).bare(),
-        minus_second=probes.steps(minus.end(), zeros, minus.after, calls).bare(),
-        minus_fresh=step(minus.end(), to_count=to_second).bare(),
-        still_second=probes.steps(still.end(), probes.gradients, still.after, calls).bare(),
-        still_fresh=step(still.end(), probes.gradients, to_second).bare(),
-        foreign=probes.steps(plus.start, zeros, still.after, calls).bare(),
-        later=[(later(1.0, count), later(-1.0, count)) for count in (steps if counters else ())],
-    )
+    steps = {"plus": plus.bare(), "minus": minus.bare(), "still": still.bare()}
+    steps |= {"double": step(at(2.0)).bare(), "tiny": step(at(1e-6)).bare()}
+    steps |= {"plus_grad": step(at(1.0), gradients).bare(), "minus_grad": step(at(-1.0), gradients).bare()}
+    for name, one, given in (("plus", plus, zeros), ("minus", minus, zeros), ("still", still, probes.gradients)):
+        steps[f"{name}_second"] = probes.step(one.end(), given, one.after).bare()
+        steps[f"{name}_fresh"] = step(one.end(), given, to_second).bare()
+    steps["foreign"] = probes.step(plus.start, zeros, still.after).bare()
+    later = [
+        (count, step(at(1.0), zeros, to(count)).bare(), step(at(-1.0), zeros, to(count)).bare())
+        for count in (counts if counters else ())
+    ]
+    return steps, later
 
 
-def _sum(a: Arrays, b: Arrays) -> Arrays:
-    return [None if x is None or y is None else x + y for x, y in zip(a, b, strict=True)]
-
-
-def _facts(probes: Probes, runs: _Runs, i: int, origin: Arrays | None, *, nudged: bool = False) -> Facts:
-    w = probes.weights[i]
-    plus, minus, plus_grad, minus_grad = (
-        step.total(i) for step in (runs.plus, runs.minus, runs.plus_grad, runs.minus_grad)
-    )
-    moves = nudged or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
-    rest = {
-        "moves": moves,
-        "is_raw": moves and not nudged and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
-        "is_touched": bool(np.any(plus != 0) or np.any(plus_grad != 0)),
-        "is_finite": bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
-    }
-    odd, even = (plus - minus) / 2, (plus + minus) / 2
+def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, nudged: bool = False) -> Facts:
+    leaf, w = probes.leaves[i], probes.weights[i]
+    steps, later = runs
+    total = {name: step.total(i) for name, step in steps.items()}
+    plus, minus, plus_grad, minus_grad = (total[name] for name in ("plus", "minus", "plus_grad", "minus_grad"))
+    odd, even, beside = (plus - minus) / 2, (plus + minus) / 2, (plus_grad - minus_grad) / 2
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i]))
-    later = tuple(_late_rate(pair, i, w, 8 * probes.eps * scale) for pair in runs.later)
-    if w.size == 0 or not np.all(np.isfinite(plus)) or _is_noise(odd, w, 8 * probes.eps * scale):
-        return Facts(
-            0.0, 0.0, 0.0, later, 0.0, "none", "none", "", **rest, grows=False, is_repeated=False, rescaled=False
-        )
-    beside = (plus_grad - minus_grad) / 2
-    kind = _kind(odd, runs.double.total(i) - even, w)
+    rounding = 8 * probes.eps * scale
+    moves = nudged or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
+    moved = ((count, (one.total(i) - other.total(i)) / 2) for count, one, other in later)
+    rates = tuple((count, 0.0 if _is_noise(part, w, rounding) else _rate(part, w)) for count, part in moved)
+    facts = Facts(
+        Audited(leaf.path, leaf.shape, np.dtype(leaf.dtype).name, rates=rates),
+        moves=moves,
+        is_raw=moves and not nudged and np.allclose(plus_grad - plus, probes.gradients[i], rtol=1e-5, atol=0),
+        is_finite=bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
+        is_touched=bool(np.any(plus != 0) or np.any(plus_grad != 0)),
+    )
+    if not np.all(np.isfinite(plus)) or _is_noise(odd, w, rounding):
+        return facts
+    kind = _kind(odd, total["double"] - even, w)
     noise = 64 * probes.eps * (np.abs(plus_grad) + scale) + 2 * probes.update_eps * np.abs(plus_grad)
     place, rescaled = "update", False
-    if kind != "L2" and _lands_on_zero(runs.tiny, i):
+    start, tiny = {name: step.start[i] for name, step in steps.items()}, total["tiny"]
+    # Weights next to zero, if they move at all, move exactly to zero.
+    if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
-    elif not nudged and _is_remembered(runs, i, 64 * probes.eps * scale):
+    elif not nudged and _is_remembered(total, start["plus"] - start["still"], 8 * rounding):
         place = "gradient"
     elif not _same(beside - _along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance):
         if _same(2 * beside, odd, 2 * noise, probes.tolerance):
             kind = f"cautious {kind}"
         else:
-            place, rescaled = "gradient", _cosine(beside, odd) > 0.9
-    is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + 8 * probes.eps * scale)
+            sizes = float(np.linalg.norm(beside) * np.linalg.norm(odd))
+            place, rescaled = "gradient", float(np.real(np.vdot(beside, odd))) > 0.9 * sizes
+    is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + rounding)
     if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays, but noise changes.
-        is_odd = not _same(runs.second.total(i) - odd / w * runs.plus.end()[i], even, 64 * probes.eps * scale, 0.05)
-    toward = "init" if origin is not None else "zero" if is_odd else "a tree" if kind.endswith("L2") else ""
+        is_odd = not _same(total["plus_second"] - odd / w * (start["plus"] + plus), even, 8 * rounding, 0.05)
     rate, ratios = _rate(odd, w), -np.real(odd / w)
-    least, most = (np.min(ratios), np.max(ratios)) if kind.endswith("L2") else (rate, rate)
-    return Facts(
-        rate,
-        float(least),
-        float(most),
-        later,
-        _rate(beside, w, mean=True),
-        kind,
-        place,
-        toward,
-        **rest,
+    row = facts.row._replace(
+        rate=rate,
+        least=float(np.min(ratios)) if kind.endswith("L2") else rate,
+        most=float(np.max(ratios)) if kind.endswith("L2") else rate,
+        beside_gradient=-float(np.real(np.vdot(w, beside))) / float(np.real(np.vdot(w, w))),
+        place=place,
+        kind=kind,
+        toward="init" if origin is not None else "zero" if is_odd else "a tree" if kind.endswith("L2") else "",
+    )
+    return facts._replace(
+        row=row,
         grows=bool(np.all(ratios <= 0)),
-        is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in runs.plus.moved) > 1,
+        is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
         rescaled=rescaled,
     )
 
 
-def _is_remembered(runs: _Runs, i: int, noise: Any) -> bool:
+def _is_remembered(total: dict[str, np.ndarray], offset: np.ndarray, noise: Any) -> bool:
     """Whether a decay comes back in the next step, so that a state that saw it steps differently from a new one."""
+    second, fresh = ((total[f"plus_{name}"] - total[f"minus_{name}"]) / 2 for name in ("second", "fresh"))
     # An optimizer with its own copy of the weights goes all the way back to it from anywhere. That is not a memory.
-    own = _rate(runs.foreign.total(i), runs.plus.start[i] - runs.still.start[i])
-    if 0.5 < own < 1.5:
-        return False
-    second = (runs.second.total(i) - runs.minus_second.total(i)) / 2
-    fresh = (runs.fresh.total(i) - runs.minus_fresh.total(i)) / 2
-    if not np.all(np.isfinite(second)):
+    if 0.5 < _rate(total["foreign"], offset) < 1.5 or not np.all(np.isfinite(second)):
         return False
     # If the step size itself changed, steps with a gradient change by the same ratio.
-    moved, moved_fresh = runs.still_second.total(i), runs.still_fresh.total(i)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = moved / moved_fresh
+        ratios = total["still_second"] / total["still_fresh"]
     ratio = np.median(ratios[np.isfinite(ratios)]) if np.any(np.isfinite(ratios)) else 1.0
     # A real memory brings back a tenth or more. Estimated step sizes drift by less.
     return not (_same(second, fresh, noise, 0.05) or _same(second, ratio * fresh, noise, 0.05))
 
 
-def _lands_on_zero(tiny: Step, i: int) -> bool:
-    """Whether weights next to zero, if they move at all, move exactly to zero."""
-    moved = tiny.total(i)
-    return bool(np.any(moved) and np.all((moved == 0) | (moved == -tiny.start[i])))
-
-
-def _late_rate(pair: tuple[Step, Step], i: int, w: np.ndarray, rounding: np.ndarray) -> float:
-    odd = (pair[0].total(i) - pair[1].total(i)) / 2
-    return 0.0 if w.size == 0 or _is_noise(odd, w, rounding) else _rate(odd, w)
-
-
-def _rate(moved: np.ndarray, weights: np.ndarray, *, mean: bool = False) -> float:
-    if mean:
-        return -float(np.real(np.vdot(weights, moved))) / float(np.real(np.vdot(weights, weights)))
+def _rate(moved: np.ndarray, weights: np.ndarray) -> float:
     return float(np.median(-np.real(moved / weights)))
 
 
@@ -276,24 +202,17 @@ def _same(a: np.ndarray, b: np.ndarray, noise: Any, tolerance: float = 2e-3) -> 
     return bool(np.all(np.abs(a - b) <= tolerance * np.minimum(np.abs(a), np.abs(b)) + noise))
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    norms = np.linalg.norm(a.ravel()) * np.linalg.norm(b.ravel())
-    return float(np.real(np.vdot(a, b)) / norms) if norms else 0.0
-
-
 def _is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
     """Whether this is zero, or only the rounding of updates that are differences of weights."""
     if not np.any(odd):
         return True
-    ratios = odd / w
-    is_spread = np.std(ratios) > 0.1 * np.abs(np.mean(ratios))
+    is_spread = np.std(odd / w) > 0.1 * np.abs(np.mean(odd / w))
     return bool(is_spread and np.all(np.abs(odd) <= rounding))
 
 
 def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
     """The kind of decay, by how it grows when the weights are doubled."""
-    turned = odd / w
-    is_real = bool(np.all(np.abs(np.imag(turned)) <= 1e-3 * np.abs(turned)))
+    is_real = np.all(np.abs(np.imag(odd / w)) <= 1e-3 * np.abs(odd / w))
     with np.errstate(divide="ignore", invalid="ignore"):
         growth = np.where(odd == 0, np.nan, np.abs(double) / np.abs(odd))
     growth = growth[np.isfinite(growth)]
@@ -303,7 +222,6 @@ def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
     if np.all(linear):
         return "L2"
     if np.all(constant):
-        sizes = np.abs(odd)
-        return "L1" if sizes.min() >= 0.98 * sizes.max() else "norm"
+        return "L1" if np.min(np.abs(odd)) >= 0.98 * np.max(np.abs(odd)) else "norm"
     between = (growth > 0.98) & (growth < 2.02)
     return "Huber" if linear.any() and constant.any() and between.all() else "other"

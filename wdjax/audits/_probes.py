@@ -1,8 +1,7 @@
 """Probe weights and gradients, and the optimizer's steps on them. `_measures` interprets the steps."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,24 +14,17 @@ from ..low_precision import apply_updates
 from ..low_precision.rounding import is_low
 
 PyTree = Any
-Arrays = list[Any]  # A NumPy array for each leaf, None for leaves that are not numbers.
-
+Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
 class Step(NamedTuple):
-    """One real step of an optimizer, which takes as many calls of `update` as it needs to react to gradients.
+    """One real step of an optimizer, which takes as many calls of `update` as it needs to react to gradients."""
 
-    Attributes:
-        start: the weights before the step.
-        moved: what each call added to the weights.
-        before, after: the state before and after the step.
-    """
-
-    start: Arrays
-    moved: list[Arrays]
-    before: PyTree
-    after: PyTree
+    start: Arrays  # The weights before the step.
+    moved: list[Arrays]  # What each call added to the weights.
+    before: PyTree  # The state before the step.
+    after: PyTree  # The state after it.
 
     def total(self, i: int) -> np.ndarray:
         """What the step added to a leaf."""
@@ -44,55 +36,46 @@ class Step(NamedTuple):
 
     def end(self) -> Arrays:
         """The weights after the step."""
-        return [None if start is None else start + self.total(i) for i, start in enumerate(self.start)]
+        return {i: start + self.total(i) for i, start in self.start.items()}
 
 
 class Probes:
     """Small copies of the leaves of a tree, and an optimizer to run on them.
 
     Attributes:
-        leaves: descriptions of the leaves, with their true shapes and dtypes.
-        indices: the leaves that are numbers.
+        leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
-        eps: the relative rounding error of the measurements.
-        update_eps: the relative rounding error of the updates, in their own dtype.
+        eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
+        update: the optimizer's compiled update.
+        first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
     def __init__(
-        self,
-        optimizer: optax.GradientTransformationExtraArgs,
-        params: PyTree,
-        extra_args: Mapping[str, Any],
-        *,
-        longest: int | None,
-        exact: bool,
+        self, optimizer: Any, params: PyTree, extra_args: Mapping[str, Any], *, longest: int | None, exact: bool
     ):
-        self.optimizer = optimizer
-        self.extra_args = extra_args
         found = trees.flatten_with_paths(params)
         self.leaves = [trees.describe(path, leaf) for path, leaf in found]
         self.indices = [i for i, (_, leaf) in enumerate(found) if trees.is_decayable(leaf)]
-        self._treedef = trees.structure(params)
-        self._given = [leaf for _, leaf in found]
-        self.longest = longest
-        self.exact = exact
-        self.eps = 2.0 ** (-52 if exact else -23)
-        self.update_eps = 0.0
+        self.longest, self.exact = longest, exact
+        self.eps, self.update_eps = 2.0 ** (-52 if exact else -23), 0.0
+        self.first, self.calls, self.offset = 0, 1, 0
+        self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
         shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
-        self._true_shapes = {leaf.path: leaf.shape for leaf in self.leaves}
-        self.is_small = any(shape != leaf.shape for shape, leaf in zip(shapes, self.leaves, strict=True))
         rng = np.random.default_rng(0)
 
         def drawn(least: float, most: float) -> Arrays:
-            leaves = enumerate(zip(shapes, self.leaves, strict=True))
-            return [_values(rng, s, leaf.dtype, least, most) if i in self.indices else None for i, (s, leaf) in leaves]
+            return {i: _values(rng, shapes[i], self.leaves[i].dtype, least, most) for i in self.indices}
 
         self.weights, self.origin, self.gradients = drawn(0.1, 2.0), drawn(0.1, 2.0), drawn(2.0, 4.0)
         if isinstance(params, optax.LookaheadParams):  # Otherwise the synchronization of the two looks like a decay.
             half = len(found) // 2
             for arrays in (self.weights, self.origin):
-                arrays[half:] = arrays[:half]
-        self._jitted = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params, **extra_args))
+                arrays |= {i: arrays[i - half] for i in self.indices if i >= half}
+        is_small = shapes != [leaf.shape for leaf in self.leaves]
+        asked_of_true_shapes = trees.shapes_taken_for({x.path: x.shape for x in self.leaves} if is_small else {})
+        self._init = asked_of_true_shapes(optimizer.init)
+        self._update = asked_of_true_shapes(lambda *args: optimizer.update(*args, **extra_args))
+        self.update = jax.jit(self._update)
 
     @property
     def tolerance(self) -> float:
@@ -103,140 +86,109 @@ class Probes:
         """A tree like params with these values. With `wide`, it is in float64, or low precision becomes float32."""
 
         def leaf(i: int, given: Any) -> Any:
-            array = arrays[i]
-            if array is not None:
+            if i in arrays:
                 dtype = self.leaves[i].dtype if hasattr(given, "dtype") else jnp.float32
-                return jnp.asarray(array, self._wide(dtype) if wide else dtype)
+                if wide and self.exact:
+                    dtype = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+                elif wide and is_low(jax.ShapeDtypeStruct((), dtype)):
+                    dtype = jnp.float32
+                return jnp.asarray(arrays[i], dtype)
             if not isinstance(given, jax.ShapeDtypeStruct):
-                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is_key(given) else given
-            if _is_key(given):
+                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is(given, jax.dtypes.prng_key) else given
+            if _is(given, jax.dtypes.prng_key):
                 return jax.random.split(jax.random.key(0), given.shape)
             return jnp.zeros(given.shape, given.dtype)
 
         return jax.tree.unflatten(self._treedef, [leaf(i, given) for i, given in enumerate(self._given)])
 
-    def _wide(self, dtype: Any) -> Any:
-        if not self.exact:
-            return jnp.float32 if is_low(jax.ShapeDtypeStruct((), dtype)) else dtype
-        return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+    def gradients_of(self, arrays: Arrays, *, wide: bool = True) -> PyTree:
+        """A tree of gradients with these values."""
+        tree = self.tree(arrays, wide=wide, zeros=True)
+        return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
 
     def scaled(self, arrays: Arrays, factor: float) -> Arrays:
         """The arrays times a number."""
-        return [None if array is None else factor * array for array in arrays]
+        return {i: factor * array for i, array in arrays.items()}
 
     def init(self, weights: Arrays, *, wide: bool = True) -> PyTree:
         """The optimizer's state for these weights."""
-        with self._asked_of_true_shapes():
-            return self.optimizer.init(self.tree(weights, wide=wide))
+        return self._init(self.tree(weights, wide=wide))
 
-    def update(self, gradients: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        """The optimizer's compiled update."""
-        with self._asked_of_true_shapes():
-            return self._jitted(gradients, state, params)
-
-    def steps(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int) -> Step:
-        """Runs the calls of one real step from a state."""
-        params, grads = self.tree(weights), _gradients(self.tree(gradients, zeros=True))
-        start, before, moved = self._numbers(params), state, []
-        for _ in range(calls):
+    def step(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int | None = None) -> Step:
+        """Runs the calls of one real step from a state, or this many."""
+        params, grads = self.tree(weights), self.gradients_of(gradients)
+        start, before, moved = self.numbers(params), state, []
+        for _ in range(self.calls if calls is None else calls):
             updates, state = self.update(grads, state, params)
             dtypes = (x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x))
             self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
-            moved.append(self._numbers(updates))
+            moved.append(self.numbers(updates))
             params = apply_updates(params, updates)
         return Step(start, moved, before, state)
 
-    def rhythm(self) -> tuple[int, int]:
-        """The first call that makes a real step, counted from 0, and how many calls make one.
+    def find_rhythm(self) -> None:
+        """Finds the first call that makes a real step, and how many calls make one.
 
-        A real step reacts to gradients: with `optax.MultiSteps`, every k-th call does. Some calls react to gradients
-        but do nothing without one, such as the ascents of SAM. They form one step with the next call that decays.
+        A real step reacts to gradients: with `optax.MultiSteps`, every k-th call does. Calls that react to gradients
+        but do nothing without one, such as the ascents of SAM, form one step with the next call that decays.
         """
         params = self.tree(self.weights)
-        kinds = [
-            _gradients(self.tree(arrays, zeros=True)) for arrays in (self.gradients, self.scaled(self.gradients, 0.0))
-        ]
+        kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
         states = [self.init(self.weights)] * 2
-        reacting: list[int] = []
-        moving: list[int] = []
+        reacting, moving = [], []
         for call in range(_MOST_CALLS):
             results = [self.update(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             states = [state for _, state in results]
-            with_gradients, without = (self._numbers(updates) for updates, _ in results)
+            with_gradients, without = (self.numbers(updates) for updates, _ in results)
             if any(not np.array_equal(with_gradients[i], without[i]) for i in self.indices):
                 reacting.append(call)
             if any(np.any(without[i] != 0) for i in self.indices):
                 moving.append(call)
-            enough = len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8)
-            if enough:
+            if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
                 break
         rhythms = [(found[1] - found[0], found[0]) for found in (reacting, moving) if len(found) > 1]
-        calls, first = max(rhythms, default=(1, (reacting or [0])[0]))
-        return first, calls
+        self.calls, self.first = max(rhythms, default=(1, (reacting or [0])[0]))
+        self.offset = max(self.first + 1 - self.calls, 0)
 
     def trajectory(self, steps: int, *, wide: bool) -> Arrays:
         """The probe weights after many calls with zero gradients, in their own dtypes or in wide ones."""
-        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=wide, zeros=True))
-        params = self.tree(self.weights, wide=wide)
+        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=wide)
+        start = self.tree(self.weights, wide=wide), self.init(self.weights, wide=wide)
 
         def call(carry: Any, _: Any) -> Any:
             params, state = carry
-            updates, state = self.optimizer.update(grads, state, params, **self.extra_args)
+            updates, state = self._update(grads, state, params)
             return (apply_updates(params, updates), state), None
 
-        with self._asked_of_true_shapes():
-            (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(
-                (params, self.optimizer.init(params))
-            )
-        return self._numbers(params)
+        (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(start)
+        return self.numbers(params)
 
-    def shapes_after(self, state: PyTree) -> PyTree:
-        """The shapes and dtypes of the state after an update in the parameters' own dtypes."""
-        params = self.tree(self.weights, wide=False)
-        grads = _gradients(self.tree(self.scaled(self.weights, 0.0), wide=False, zeros=True))
-        with self._asked_of_true_shapes():
-            return jax.eval_shape(lambda: self.optimizer.update(grads, state, params, **self.extra_args)[1])
+    def shapes_of_states(self) -> tuple[PyTree, PyTree]:
+        """The shapes and dtypes of the state before and after an update in the parameters' own dtypes."""
+        params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
+        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=False)
+        return jax.eval_shape(lambda: (state, self._update(grads, state, params)[1]))
 
     def without_a_number(self) -> set[int]:
         """Leaves whose updates are not finite in their own dtypes, with zero or nonzero gradients."""
         params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
         found: set[int] = set()
         for factor in (0.0, 1.0):
-            grads = _gradients(self.tree(self.scaled(self.gradients, factor), wide=False, zeros=True))
-            moved = self._numbers(self.update(grads, state, params)[0])
+            grads = self.gradients_of(self.scaled(self.gradients, factor), wide=False)
+            moved = self.numbers(self.update(grads, state, params)[0])
             found |= {i for i in self.indices if not np.all(np.isfinite(moved[i]))}
         return found
 
-    def rounded_weights(self) -> Arrays:
-        """The probe weights in their own dtypes."""
-        return self._numbers(self.tree(self.weights, wide=False))
-
-    def _numbers(self, tree: PyTree) -> Arrays:
+    def numbers(self, tree: PyTree) -> Arrays:
+        """The leaves of a tree that are numbers, in double precision."""
         found = dict(trees.flatten_with_paths(tree))
-        arrays: Arrays = [None] * len(self.leaves)
-        for i in self.indices:
+
+        def number(i: int) -> np.ndarray:
             value = found.get(self.leaves[i].path)
-            shape = self.weights[i].shape
-            if trees.is_hole(value):
-                arrays[i] = np.zeros(shape)
-                continue
-            array = np.asarray(value)
-            arrays[i] = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
-        return arrays
+            array = np.zeros(self.weights[i].shape) if trees.is_hole(value) else np.asarray(value)
+            return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
-    @contextlib.contextmanager
-    def _asked_of_true_shapes(self) -> Iterator[None]:
-        with trees.shapes_taken_for(self._true_shapes if self.is_small else {}):
-            yield
-
-
-def _gradients(tree: PyTree) -> PyTree:
-    return tree.fast if isinstance(tree, optax.LookaheadParams) else tree
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        return {i: number(i) for i in self.indices}
 
 
 def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
@@ -257,37 +209,25 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
 
 def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
     """The leaves of a state that are integers and that a step raised by one, or by its number of calls."""
-    found = []
     if jax.tree.structure(before) != jax.tree.structure(after):
-        return found
-    for i, (old, new) in enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)):
-        is_integer = hasattr(old, "dtype") and jnp.issubdtype(old.dtype, jnp.integer) and jnp.ndim(old) == 0
-        if is_integer and int(new) - int(old) in (1, calls):
-            found.append(i)
-    return found
+        return []
+    pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    scalars = [(i, old, new) for i, (old, new) in pairs if _is(old, jnp.integer) and jnp.ndim(old) == 0]
+    return [i for i, old, new in scalars if int(new) - int(old) in (1, calls)]
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
     """The leaves of a state that are random keys, typed or raw."""
-    return [
-        i
-        for i, leaf in enumerate(jax.tree.leaves(state))
-        if _is_key(leaf) or (getattr(leaf, "dtype", None) == jnp.uint32 and jnp.shape(leaf)[-1:] == (2,))
-    ]
+    leaves = jax.tree.leaves(state)
+    are_raw = [_is(leaf, jnp.uint32) and jnp.shape(leaf)[-1:] == (2,) for leaf in leaves]
+    return [i for i, leaf in enumerate(leaves) if are_raw[i] or _is(leaf, jax.dtypes.prng_key)]
 
 
-def with_counters_at(state: PyTree, positions: Sequence[int], count: int) -> PyTree:
-    """The state with its counters set to a count."""
+def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], Any]) -> PyTree:
+    """The state with `new(i, leaf)` for the leaves at these positions."""
     leaves, treedef = jax.tree.flatten(state)
-    for i in positions:
-        leaves[i] = jnp.asarray(count, leaves[i].dtype)
-    return jax.tree.unflatten(treedef, leaves)
+    return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
 
 
-def with_counters_of(state: PyTree, other: PyTree, positions: Sequence[int]) -> PyTree:
-    """The state with the leaves at these positions taken from another state."""
-    leaves, treedef = jax.tree.flatten(state)
-    others = jax.tree.leaves(other)
-    for i in positions:
-        leaves[i] = others[i]
-    return jax.tree.unflatten(treedef, leaves)
+def _is(leaf: Any, kind: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)

@@ -17,11 +17,9 @@ class Audited(NamedTuple):
     """What an optimizer does to one parameter.
 
     Attributes:
-        path: its canonical path.
-        shape, dtype: the shape and the name of the dtype of the parameter.
-        rate: the fraction of a weight that the first real step removes with zero gradient (the median if it differs
-            between weights). If that step decays nothing, the fraction at the first of `steps` that does. 0.0 if
-            nothing decays, negative if weights grow.
+        path, shape, dtype: its canonical path, its shape, and the name of its dtype.
+        rate: the fraction of a weight that the first real step removes with zero gradient (the median over weights). If
+            that step decays nothing, that at the first of `steps` that does. 0.0 for no decay, negative for growth.
         least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
         rates: pairs of a count and the rate at that count; empty for an optimizer without a count.
         beside_gradient: the same fraction when there is a gradient.
@@ -31,27 +29,25 @@ class Audited(NamedTuple):
             divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "none".
         toward: "zero"; "init": the weights at the optimizer's `init`; "a tree": others; "" for no decay.
         scales_with_learning_rate: whether the rate changes with the learning rate; None if the audit can't tell.
-        kept: the share of the decay that remains after rounding to the parameter's dtype; 1.0 if all of it remains. NaN
-            if it can't be measured: the state changes its dtypes, updates are not finite, or a writer would need more
-            steps than were run.
-        role: what the parameter is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if
-            unknown.
+        kept: the share of the decay that remains after rounding to the parameter's dtype. NaN if it can't be measured:
+            the state changes its dtypes, updates are not finite, or a writer would need more steps than were run.
+        role: what it is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if unknown.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
-    rate: float
-    least: float
-    most: float
-    rates: tuple[tuple[int, float], ...]
-    beside_gradient: float
-    place: str
-    kind: str
-    toward: str
-    scales_with_learning_rate: bool | None
-    kept: float
-    role: str
+    rate: float = 0.0
+    least: float = 0.0
+    most: float = 0.0
+    rates: tuple[tuple[int, float], ...] = ()
+    beside_gradient: float = 0.0
+    place: str = "none"
+    kind: str = "none"
+    toward: str = ""
+    scales_with_learning_rate: bool | None = None
+    kept: float = 1.0
+    role: str = ""
 
     @property
     def decays(self) -> bool:
@@ -65,8 +61,7 @@ class Finding(NamedTuple):
     Attributes:
         harm: "wrong": the training is not what the code says; "suspect": probably not what you want; "note".
         name: its name, which `assert_audit` can allow.
-        message: what was measured.
-        remedy: what to write instead.
+        message, remedy: what was measured, and what to write instead.
         paths: the parameters that it concerns; empty for all.
     """
 
@@ -77,10 +72,8 @@ class Finding(NamedTuple):
     paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = ""
-        if self.paths:
-            more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
-            where = f" ({', '.join(map(repr, self.paths[:3]))}{more})"
+        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
+        where = f" ({', '.join(map(repr, self.paths[:3]))}{more})" if self.paths else ""
         return f"{self.harm} [{self.name}]: {self.message}{where}. {self.remedy}".rstrip()
 
 
@@ -91,9 +84,8 @@ class Audit:
     Attributes:
         parameters: a row for each parameter that is a number, in the order of the tree.
         findings: what is unexpected, the most harmful first.
-        calls_per_step: how many calls of `update` make one real step. It is more than 1 under `optax.MultiSteps`.
-        first_step: the first call, counted from 0, in which gradients moved anything. It is later than
-            calls_per_step - 1 if the learning rate warms up from zero.
+        calls_per_step: how many calls of `update` make one real step: more than 1 under `optax.MultiSteps`.
+        first_step: the first call, from 0, in which gradients moved anything: later if a learning rate warms up from 0.
     """
 
     parameters: tuple[Audited, ...]
@@ -118,8 +110,9 @@ class Audit:
     def table(self) -> str:
         """The rows alone; repeated blocks are one line."""
         lines = table.in_columns(_HEADER, _lines(self.parameters), ("arrays", "shape", "dtype", "rate", "kept"))
-        steps = [f"\none real step every {self.calls_per_step} calls of update"] if self.calls_per_step > 1 else []
-        return "\n".join((*lines, *steps))
+        if self.calls_per_step > 1:
+            lines += ["", f"one real step every {self.calls_per_step} calls of update"]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return "\n".join((self.table(), "", *map(str, self.findings or ("nothing unexpected",))))
@@ -131,8 +124,7 @@ def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
     """One line for all parameters whose paths differ only in their numbers."""
     groups: dict[object, list[Audited]] = collections.defaultdict(list)
     for row in rows:
-        cells = _cells(row)
-        groups[tuple(re.split(r"\d+", row.path)), cells].append(row)
+        groups[tuple(re.split(r"\d+", row.path)), _cells(row)].append(row)
     return [
         (table.merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
         for group in groups.values()

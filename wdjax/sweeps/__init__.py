@@ -1,14 +1,10 @@
 """Many runs with different weight decay and learning rate, compiled once: which rate is best, and how certain is that?
 
-The rates are arguments of the compiled program, so one compilation serves every run. The program trains a chunk of runs
-at a time on each device, and is called until all runs are done. So the chunk bounds the memory, progress can be shown
-between calls, and the devices share the runs without communication.
+The compiled program trains a chunk of runs at a time on each device, and is called until all runs are done. So the
+chunk bounds the memory, progress can be shown between calls, and the devices share the runs without communication.
 
-The answer of a sweep is a set of settings, not one number. The best rate differs between seeds. From the validation
-losses of a few seeds, one can tell only which settings are worse than another one. The others may be the best (`Best`).
-
-Hypergradients need nothing from this module. If a training function can be swept, it can be differentiated with respect
-to its rates.
+The answer of a sweep is a set of settings, not one number: a few seeds tell only which settings are worse than another
+one. The others may be the best (`Best`). What can be swept can also be differentiated with respect to its rates.
 """
 
 import functools
@@ -44,34 +40,24 @@ def sweep(
         result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
 
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
-    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Every value is a traced
-    0-d array of JAX's default float dtype, and every seed is a traced key. So other values and seeds compile nothing,
-    and neither do more of them, as long as they fill whole chunks. For the uncertainty of the best setting see `Best`.
-
-    Every setting gets the same seeds. If `train` draws its initial weights and batches from its key, these are the same
-    in every setting, and the comparison is fair.
+    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Values are traced 0-d
+    arrays of JAX's default float dtype, and seeds are traced keys, so others compile nothing, as long as they fill
+    whole chunks. Every setting gets the same keys, and so the same weights and batches if `train` draws them.
 
     Args:
         train: `train(key, **values)`, which returns a scalar loss, or a dictionary of the loss and other results, such
             as scalars, curves and parameters. The same function is not compiled again.
         seeds: the number of seeds, counted from 0, or the seeds themselves.
         chunk: how many runs each device trains at once, under `jax.vmap`. None means all runs on GPUs and TPUs, and one
-            on CPUs, where each run then gives the same bits as alone. Memory grows with it. On CPUs, small networks
-            also gain from 4 or 8, and large ones lose.
+            on CPUs, where each run then gives the same bits as alone. On CPUs, only small networks gain from 4 or 8.
         devices: the devices of this process that share the runs; None for JAX's default device.
         progress: a wrapper for the loop over the calls of the program: `progress=tqdm.tqdm`.
         **values: a list of finite numbers for each argument of `train` that differs between runs. Arguments with the
-            names of rates in wdjax must not be negative. All combinations are run. If the settings are not a grid,
-            sweep over `trial=range(n)` and let `train` look up the rates.
+            names of rates in wdjax must not be negative. If the settings are not a grid, sweep over `trial=range(n)`
+            and let `train` look up the rates.
 
-    Returns:
-        A `Sweep` with `.results` as NumPy arrays of shape (values of the first name, ..., seeds), `.best()` and
-        `.table()`.
-
-    Raises:
-        TypeError: if `train` cannot be called with these names, or returns neither a scalar nor a dictionary.
-        ValueError: for values that are missing, not numbers, not finite, negative rates or not one-dimensional; for no
-            seeds, no devices, devices of another process, or a chunk < 1.
+    Returns a `Sweep` with `.results`, `.best()` and `.table()`. Raises a TypeError if `train` cannot be called with
+    these names, or returns something else, and a ValueError for other arguments that are not as above.
 
     Example:
 
@@ -94,7 +80,11 @@ def sweep(
     tried = {name: _checked_values(name, given) for name, given in values.items()}
     if not tried:
         raise ValueError(f"sweep: no values were given. Write {_WRITE}.")
-    _check_call(train, tried)
+    call = f"train(key, {', '.join(f'{name}=...' for name in tried)})"
+    try:
+        inspect.signature(train).bind(None, **tried)
+    except TypeError as error:
+        raise TypeError(f"sweep: the training function cannot be called as {call}: {error}. Write {_WRITE}.") from None
     numbers = _checked_seeds(seeds)
     shared = _checked_devices(devices)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
@@ -123,9 +113,7 @@ def sweep(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             each = size // len(shared)
-            error.add_note(
-                f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={max(1, each // 2)})."
-            )
+            error.add_note(f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={each // 2 or 1}).")
         raise
 
     shape = (*map(len, tried.values()), len(numbers))
@@ -155,28 +143,15 @@ def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]
 def _checked_values(name: str, given: Any) -> np.ndarray:
     write = f"{name}=[0.0, 0.01, 0.1]" if name in _RATES else f"{name}=[0.0, 1.0]"
     try:
-        values = np.asarray(list(given) if isinstance(given, range) else given).astype(np.float64)
+        values = np.asarray(given).astype(np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"sweep: {name} must be a list of numbers, got {given!r}. Write {write}.") from None
+        values = np.empty(0)
     if values.ndim != 1 or not values.size:
-        raise ValueError(
-            f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}. Put values that all "
-            "runs share into train."
-        )
+        raise ValueError(f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}.")
     wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
     if wrong.size:
         raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
     return values
-
-
-def _check_call(train: Any, values: dict[str, np.ndarray]) -> None:
-    call = f"train(key, {', '.join(f'{name}=...' for name in values)})"
-    if not callable(train):
-        raise TypeError(f"sweep: train must be a function that can be called as {call}, got {train!r}. Write {_WRITE}.")
-    try:
-        inspect.signature(train).bind(None, **values)
-    except TypeError as error:
-        raise TypeError(f"sweep: the training function cannot be called as {call}: {error}.") from None
 
 
 def _checked_seeds(seeds: Any) -> np.ndarray:
@@ -190,14 +165,10 @@ def _checked_seeds(seeds: Any) -> np.ndarray:
 
 
 def _checked_devices(devices: Any) -> tuple[Any, ...]:
-    if devices is None:
-        return tuple(jnp.zeros([]).devices())
-    found = tuple(devices)
+    found = tuple(jnp.zeros([]).devices() if devices is None else devices)
     if not found or any(device.process_index != jax.process_index() for device in found):
-        raise ValueError(
-            f"sweep: devices must be a list of at least one device, all of this process, got {devices!r}. Write "
-            "devices=jax.local_devices(), and give each process its own values or seeds."
-        )
+        write = "Write devices=jax.local_devices(), and give each process its own values or seeds."
+        raise ValueError(f"sweep: devices must be some of this process, got {devices!r}. {write}")
     return found
 
 
