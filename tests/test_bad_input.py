@@ -279,3 +279,9 @@ def test_cautious_of_what_is_no_decay(decay: Any) -> None:
         TypeError, match=r"cautious: decay must be a gradient transformation, got .*decoupled_decay\(0\.1"
     ):
         wdjax.cautious(decay)
+
+
+def test_the_learning_rate_of_a_recipe_is_one_number() -> None:
+    for recipe in (wdjax.adamw, wdjax.sgdw):
+        with pytest.raises(TypeError, match=rf"^{recipe.__name__}: learning_rate must be a number"):
+            recipe({"kernel": 0.1}, 0.1)

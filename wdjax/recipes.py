@@ -73,6 +73,7 @@ def sgdw(
         >>> import wdjax
         >>> optimizer = wdjax.sgdw(0.1, 5e-3, wdjax.only("kernel"), momentum=0.9)
     """
+    checks.rate("sgdw", "learning_rate", learning_rate)
     chain = optax.chain(
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),
@@ -142,6 +143,7 @@ def adamw(
         >>> import wdjax
         >>> optimizer = wdjax.adamw(3e-4, 0.1, wdjax.all_but("bias", "LayerNorm_*"))
     """
+    checks.rate("adamw", "learning_rate", learning_rate)
     chain = optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),

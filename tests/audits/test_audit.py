@@ -562,3 +562,17 @@ def test_bad_input() -> None:
         wdjax.audit(SGD, params, learning_rate=-1.0)
     with pytest.raises(ValueError, match=r"decoupled_decay: the pattern 'kernle' matches no parameter"):
         wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("kernle")), params)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("first", [3, 6])
+def test_rows_that_do_not_decay_do_not_hide_those_that_do(first: int) -> None:
+    params = {"w": jnp.ones((8, 4))}
+    rows = {"w": np.arange(8).reshape(8, 1) >= first}
+    found = wdjax.audit(lambda lr: wdjax.adamw(lr, 0.1, rows), params, learning_rate=0.1)["w"]
+    np.testing.assert_allclose([found.rate, found.most, found.least], [0.01, 0.01, 0.0], rtol=1e-5)
+    assert (found.place, found.kind, found.scales_with_learning_rate) == ("update", "L2", True)
+    assert not str(found.least).startswith("-")
+    in_gradient = wdjax.audit(lambda lr: wdjax.adam_l2(lr, 0.1, rows), params, learning_rate=0.1)["w"]
+    assert in_gradient.place == "gradient"
+    assert in_gradient.rate > 0

@@ -523,8 +523,8 @@ MUTATIONS = [
     Mutation(
         "an audit measures half the rate",
         "audits/_measures.py",
-        "    return float(np.median(-np.real(moved / weights)))\n",
-        "    return 0.5 * float(np.median(-np.real(moved / weights)))\n",
+        "return float(np.median(-np.real(moved[moves] / weights[moves])))",
+        "return 0.5 * float(np.median(-np.real(moved[moves] / weights[moves])))",
         (AUDIT,),
     ),
     Mutation(

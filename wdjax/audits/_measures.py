@@ -154,7 +154,7 @@ def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, 
     is_odd = nudged or _same(even, 0 * even, 1e-3 * np.abs(odd) + rounding)
     if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays, but noise changes.
         is_odd = not _same(total["plus_second"] - odd / w * (start["plus"] + plus), even, 8 * rounding, 0.05)
-    rate, ratios = _rate(odd, w), -np.real(odd / w)
+    rate, ratios = _rate(odd, w), 0.0 - np.real(odd / w)
     row = facts.row._replace(
         rate=rate,
         least=float(np.min(ratios)) if kind.endswith("L2") else rate,
@@ -187,7 +187,9 @@ def _is_remembered(total: dict[str, np.ndarray], offset: np.ndarray, noise: Any)
 
 
 def _rate(moved: np.ndarray, weights: np.ndarray) -> float:
-    return float(np.median(-np.real(moved / weights)))
+    """The fraction by which weights move, the median of those that do: only some rows may decay."""
+    moves = moved != 0
+    return float(np.median(-np.real(moved[moves] / weights[moves]))) if np.any(moves) else 0.0
 
 
 def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -222,6 +224,6 @@ def _kind(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
     if np.all(linear):
         return "L2"
     if np.all(constant):
-        return "L1" if np.min(np.abs(odd)) >= 0.98 * np.max(np.abs(odd)) else "norm"
+        return "L1" if np.min(np.abs(odd[odd != 0])) >= 0.98 * np.max(np.abs(odd)) else "norm"
     between = (growth > 0.98) & (growth < 2.02)
     return "Huber" if linear.any() and constant.any() and between.all() else "other"
