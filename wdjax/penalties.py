@@ -223,7 +223,10 @@ class GroupLasso:
         try:
             axis = tuple(map(operator.index, self.axis)) if isinstance(self.axis, tuple) else operator.index(self.axis)
         except TypeError:
-            raise TypeError(f"GroupLasso: axis must be an integer, tuple or None, got {self.axis!r}. Write axis=0.") from None
+            raise TypeError(
+                f"GroupLasso: axis must be an integer, a tuple of integers or None, got {self.axis!r}. "
+                "Write GroupLasso(axis=0)."
+            ) from None
         object.__setattr__(self, "axis", axis)
 
     def axes(self, ndim: int) -> tuple[int, ...]:
