@@ -114,8 +114,7 @@ def continuous_decay(
     Args, Returns, Raises: as `decoupled_decay`; learning_rate is the optimizer's number or schedule. A schedule is
     called with this transformation's own count of updates, which starts at 0.
 
-    Warns:
-        UserWarning: at `init`, if learning_rate * weight_decay is known to round to nothing.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay is known to round to nothing.
 
     Example:
 
@@ -153,14 +152,9 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
             of exactly 0 every t is a tie, so the derivative with respect to the rate is that of the plain decay.
     Source: Cautious Weight Decay, arXiv 2510.12402 (the tie as in the paper: u * p >= 0).
 
-    Args:
-        decay: `decoupled_decay(...)` or `independent_decay(...)`; not a whole optimizer.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with the state of `decay`.
-
-    Raises:
-        TypeError: if `decay` is not a gradient transformation; at `init`, if it is an optimizer or a chain.
+    Args: decay: `decoupled_decay(...)` or `independent_decay(...)`; not a whole optimizer.
+    Returns: an `optax.GradientTransformationExtraArgs` with the state of `decay`.
+    Raises: TypeError if `decay` is not a gradient transformation; at `init`, if it is an optimizer or a chain.
 
     Example:
 

@@ -170,9 +170,7 @@ class ElasticNet:
     Args:
         l1_ratio: the share of L1, from 0 (`L2()`) to 1 (`L1()`).
 
-    Raises:
-        ValueError: if `l1_ratio` is not a number in [0, 1].
-
+    Raises: ValueError if `l1_ratio` is not a number in [0, 1].
     Source: Zou & Hastie 2005.
     """
 
@@ -209,10 +207,7 @@ class GroupLasso:
             check_vma=False nothing is known, and every array counts as split. Under `jit` leave it out: there a norm
             always covers the whole array.
 
-    Raises:
-        TypeError: for an invalid axis or axis name.
-        ValueError: on use, if an array lacks the axis, or for an unknown mesh axis.
-
+    Raises: TypeError for an invalid axis or axis name; ValueError on use, if an array or the mesh lacks the axis.
     Units:  of a weight; not scaled by the square root of the group size. The gradient of a zero group is zero.
     Source: Yuan & Lin 2006. The norm is computed at three scales, as in Blue 1978, so that it never overflows or
             underflows.
@@ -266,9 +261,7 @@ class Huber:
     Args:
         delta: the size, in units of a weight, where the quadratic becomes linear.
 
-    Raises:
-        ValueError: if `delta` is not a positive finite number.
-
+    Raises: ValueError if `delta` is not a positive finite number.
     Source: Huber 1964; as a decay, AdamHD (arXiv 2511.14721).
     """
 

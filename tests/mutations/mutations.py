@@ -84,8 +84,8 @@ MUTATIONS = [
     Mutation(
         "bfloat16 is decayed in bfloat16",
         "_engine/arithmetic.py",
-        "    dtype = compute_dtype(update, param)\n    strength",
-        "    dtype = jnp.result_type(update)\n    strength",
+        "dtype = compute_dtype(update, param)\n",
+        "dtype = jnp.result_type(update)\n",
     ),
     Mutation(
         "an update comes back in another dtype",
@@ -114,15 +114,15 @@ MUTATIONS = [
     Mutation(
         "a stack has one norm",
         "_engine/arithmetic.py",
-        "            new, kept = for_each_layer(on_layer, layers)(u, p, a, strength.value, state)",
-        "            new, kept = on_layer(u, p, a, strength.value, state)",
+        "_on_layers(rule, apply, stack, ",
+        "_on_layers(rule, apply, (), ",
         (LOOP, ARRAYS, SCALES),
     ),
     Mutation(
         "a stack has one norm in the loss",
         "_engine/arithmetic.py",
-        "            parts = for_each_layer(on_layer, layers, is_reduced=True)(u, p, a, strength.value, None)",
-        "            parts = on_layer(u, p, a, strength.value, None)",
+        "_on_layers(rule, reduce, stack, ",
+        "_on_layers(rule, reduce, (), ",
         (ARRAYS, SCALES),
     ),
     # The loop over parameters.
@@ -174,8 +174,8 @@ MUTATIONS = [
     Mutation(
         "a rate of 0 is not permanently off",
         "_engine/loop.py",
-        "            is_off = self.zero_is_off and any(map(_is_zero, values))\n",
-        "            is_off = False\n",
+        " and not (self.zero_is_off and any(map(_is_zero, term.factors)))\n",
+        "\n",
     ),
     Mutation(
         "a radius of 0 is off",
@@ -187,8 +187,8 @@ MUTATIONS = [
     Mutation(
         "gates are forgotten",
         "_engine/loop.py",
-        "number, (*arrays, *gates), own, totals)",
-        "number, arrays, own, totals)",
+        "Term((number, *arrays, *gates), ",
+        "Term((number, *arrays), ",
         (STEPS, "wrappers/"),
     ),
     Mutation(
@@ -257,15 +257,15 @@ MUTATIONS = [
     Mutation(
         "a negative rate is accepted",
         "_engine/checks.py",
-        "    if not math.isfinite(number) or number < 0:\n",
-        "    if not math.isfinite(number):\n",
+        "~(np.isfinite(numbers) & (numbers >= 0))",
+        "~np.isfinite(numbers)",
         ("test_bad_input.py",),
     ),
     Mutation(
         "a NaN rate is accepted",
         "_engine/checks.py",
-        "    if not math.isfinite(number) or number < 0:\n",
-        "    if number < 0:\n",
+        "~(np.isfinite(numbers) & (numbers >= 0))",
+        "numbers < 0",
         ("test_bad_input.py",),
     ),
     Mutation(

@@ -555,7 +555,7 @@ def test_what_else_may_be_meant() -> None:
         TypeError,
     )
     fails(
-        r"decoupled_decay: the mask is the function weights_only itself\. Call it: mask=weights_only\(\.\.\.\)",
+        r"decoupled_decay: the mask is the function weights_only\. Call it: mask=weights_only\(\.\.\.\)",
         lambda: wdjax.decoupled_decay(0.1, wdjax.weights_only).init(PARAMS),
         TypeError,
     )

@@ -81,15 +81,18 @@ class _Stateless:
 
 
 class Term(NamedTuple):
-    """The decay of one parameter in this step.
+    """The decay of one parameter.
 
     Attributes:
-        factors: the factors of its rate: floats, 0-d arrays, and arrays of the parameter's rank.
+        factors: the factors of its rate: floats, 0-d arrays, arrays of the parameter's rank, and schedules until the
+            loop has called them. As an argument of `act`, the first one is a number, and it is not zero.
+        names: the argument that each factor comes from.
         anchor: the value that the decay pulls toward; None for zero.
         stack: the axes that stack layers.
     """
 
     factors: tuple[Any, ...]
+    names: tuple[str, ...] = ()
     anchor: Any = None
     stack: tuple[int, ...] = ()
 
@@ -123,81 +126,65 @@ def _product(number: Scalar, arrays: Iterable[Any]) -> Strength:
 
 
 def act(
-    rule: LeafRule,
-    stack: tuple[int, ...],
-    update: jax.Array,
-    param: jax.Array,
-    anchor: jax.Array | None,
-    number: Scalar,
-    arrays: Sequence[jax.Array],
-    state: Any,
-    totals: Any,
+    rule: LeafRule, stack: tuple[int, ...], update: Any, param: Any, anchor: Any, factors: Any, state: Any, totals: Any
 ) -> tuple[jax.Array, Any]:
-    """Applies a rule to one parameter: the new update, in the dtype of the old one, and the new state.
+    """Applies a rule to one parameter: the new update, in the dtype of the old one, and the new state."""
 
-    Args:
-        rule: the place's rule.
-        stack: the axes that stack layers.
-        update, param, anchor: arrays of one shape; the anchor is None for zero.
-        number, arrays: the factors of the rate. The number is not zero.
-        state: the rule's state for this parameter, or an input in its place.
-        totals: the totals of `rule.reduce`.
-    """
-    assert rule.apply is not None
-    apply = rule.apply
+    def on_arrays(update: Any, param: Any, anchor: Any, factors: Any, state: Any, totals: Any) -> Any:
+        def apply(u: Any, p: Any, a: Any, strength: Strength, state: Any) -> Any:
+            assert rule.apply is not None
+            return rule.apply(u, p, a, strength, state, totals)
 
-    def on_arrays(update: Any, param: Any, anchor: Any, number: Any, arrays: Any, state: Any, totals: Any) -> Any:
-        # We have cast everything already. Only a real rate times complex weights still needs promotion.
-        with jax.numpy_dtype_promotion("standard"):
-            u, p, a, strength = _arguments(rule, update, param, anchor, number, arrays)
-
-            def on_layer(u: Any, p: Any, a: Any, value: Any, state: Any) -> Any:
-                return apply(u, p, a, strength._replace(value=value), state, totals)
-
-            layers = () if rule.is_elementwise else stack
-            new, kept = for_each_layer(on_layer, layers)(u, p, a, strength.value, state)
+        new, kept = _on_layers(rule, apply, stack, update, param, anchor, factors, state)
         return (new if rule.is_raw else narrowed(new, update)), (None if rule.init is None else kept)
 
-    arguments = update, param, anchor, number, arrays, state, totals
+    arguments = update, param, anchor, factors, state, totals
     return automatic(on_arrays, arguments, like=(update, None if rule.init is None else state))
 
 
 jitted_act = jax.jit(act, static_argnums=(0, 1))
 
 
-def reduced(
-    rule: LeafRule,
-    stack: tuple[int, ...],
-    update: jax.Array,
-    param: jax.Array,
-    anchor: jax.Array | None,
-    number: Scalar,
-    arrays: Sequence[jax.Array],
-) -> Any:
+def reduced(rule: LeafRule, stack: tuple[int, ...], update: Any, param: Any, anchor: Any, factors: Any) -> Any:
     """The partial sums of one parameter. The arguments are as for `act`."""
-    assert rule.reduce is not None
-    reduce = rule.reduce
 
-    def on_arrays(update: Any, param: Any, anchor: Any, number: Any, arrays: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            u, p, a, strength = _arguments(rule, update, param, anchor, number, arrays)
+    def reduce(u: Any, p: Any, a: Any, strength: Strength, _: Any) -> Any:
+        assert rule.reduce is not None
+        return rule.reduce(u, p, a, strength)
 
-            def on_layer(u: Any, p: Any, a: Any, value: Any, _: Any) -> Any:
-                return reduce(u, p, a, strength._replace(value=value))
+    def on_arrays(update: Any, param: Any, anchor: Any, factors: Any) -> Any:
+        parts = _on_layers(rule, reduce, stack, update, param, anchor, factors, None, is_reduced=True)
+        return jax.tree.map(lambda part: jnp.sum(part, range(len(stack))), parts)
 
-            layers = () if rule.is_elementwise else stack
-            parts = for_each_layer(on_layer, layers, is_reduced=True)(u, p, a, strength.value, None)
-            return jax.tree.map(lambda part: jnp.sum(part, range(len(layers))), parts)
-
-    return automatic(on_arrays, (update, param, anchor, number, arrays), like=None)
+    return automatic(on_arrays, (update, param, anchor, factors), like=None)
 
 
-def _arguments(rule: LeafRule, update: Any, param: Any, anchor: Any, number: Any, arrays: Any) -> tuple[Any, ...]:
-    dtype = compute_dtype(update, param)
-    strength = _product(cast(number, jnp.finfo(dtype).dtype), arrays)
-    if rule.is_raw:
-        return update, param, anchor, strength
-    return *(None if x is None else cast(x, dtype) for x in (update, param, anchor)), strength
+def _on_layers(
+    rule: LeafRule,
+    function: Callable[..., Any],
+    stack: tuple[int, ...],
+    update: Any,
+    param: Any,
+    anchor: Any,
+    factors: Any,
+    state: Any,
+    *,
+    is_reduced: bool = False,
+) -> Any:
+    """A function of (update, param, anchor, strength, state) for each layer, on arrays in safe dtypes."""
+    # We cast everything. Only a real rate times complex weights still needs promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = compute_dtype(update, param)
+        number, *arrays = factors
+        strength = _product(cast(number, jnp.finfo(dtype).dtype), arrays)
+        if not rule.is_raw:
+            update, param, anchor = (None if x is None else cast(x, dtype) for x in (update, param, anchor))
+
+        def on_layer(u: Any, p: Any, a: Any, value: Any, state: Any) -> Any:
+            return function(u, p, a, strength._replace(value=value), state)
+
+        of_all = for_each_layer(on_layer, stack, is_reduced=is_reduced)
+        return of_all(update, param, anchor, strength.value, state)
 
 
 def for_each_layer(on_layer: Callable[..., Any], stack: Sequence[int], *, is_reduced: bool = False) -> Any:

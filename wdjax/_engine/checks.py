@@ -33,14 +33,8 @@ _ALSO_CALLED = {
 def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
     """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule. Numbers are returned as Python floats.
 
-    For a traced array, which has no value yet, it checks only the shape and dtype.
-
-    Args:
-        where: the function to name in the error.
-        name: the argument of that function.
-        value: the rate.
-        write: the call to show in the error; by default `where(name=0.1)`.
-        may_be_array: whether arrays with axes are allowed.
+    The errors name the function `where` and its argument `name`, and show the call `write`. For a traced array, which
+    has no value yet, it checks only the shape and dtype.
     """
     write = write or f"{where}({name}=0.1)"
     if callable(value) and not isinstance(value, type):
@@ -54,29 +48,22 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         )
     if jnp.shape(value) != () and not may_be_array:
         raise ValueError(
-            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. Give an array "
-            "that broadcasts against a parameter by path, by_path({'embedding': array}, default=0.1), or in a tree "
-            "like params."
+            f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. Give arrays "
+            "by path, by_path({'embedding': array}, default=0.1), or in a tree like params."
         )
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
-    if jnp.shape(value) != ():
-        wrong = np.asarray(value)[~(np.isfinite(value) & (np.asarray(value) >= 0))]
-        if wrong.size:
-            raise ValueError(
-                f"{where}: {name} must be finite and not negative, got an array with {wrong[0]}. Write {write}."
-            )
-        return value
-    number = _as_float(value)
-    if not math.isfinite(number) or number < 0:
+    numbers = np.asarray(value if jnp.shape(value) else _as_float(value))
+    wrong = numbers[~(np.isfinite(numbers) & (numbers >= 0))]
+    if wrong.size:
         raise ValueError(
-            f"{where}: {name} must be finite and not negative, got {number}. Write {write}: a positive rate shrinks "
-            "weights, in every place."
+            f"{where}: {name} must be finite and not negative, got {'an array with ' * (numbers.ndim > 0)}{wrong[0]}. "
+            f"Write {write}: a positive rate shrinks weights, in every place."
         )
-    return value if isinstance(value, jax.Array) else number
+    return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 
 
 def _as_float(value: Any) -> float:
@@ -124,11 +111,8 @@ def same_shape(where: str, path: str, update: Any, param: Any) -> None:
 def warn(message: str) -> None:
     """Issues a warning at the caller's line: the nearest frame outside wdjax, Optax and JAX."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "wdjax",
-        "optax",
-        "jax",
-    ):
+    inside = ("wdjax", "optax", "jax")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

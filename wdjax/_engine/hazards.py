@@ -12,14 +12,10 @@ from .arithmetic import Term
 
 
 def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Term]], *, can_overshoot: bool) -> None:
-    """Warns of fractions per step that round to nothing, and of those that overshoot or diverge.
+    """Warns of fractions per step that round to nothing, and of those that overshoot, unless no large rate can.
 
-    Args:
-        where: the function to name in the warning.
-        argument: the arguments whose product the fraction is, for the message.
-        decays: for each parameter that decays, its path, its dtype and its fraction per step. A fraction that has no
-            value yet (a schedule, a traced rate) is skipped; `audit` sees it.
-        can_overshoot: whether a large rate moves weights past their anchor.
+    `decays` holds a path, a dtype and the fraction, the product of `argument`. A fraction that has no value yet (a
+    schedule, a traced rate) is skipped; `audit` sees it.
     """
     lost: dict[tuple[str, float], list[str]] = {}
     beyond: dict[float, list[str]] = {}

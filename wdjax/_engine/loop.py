@@ -29,6 +29,8 @@ from .rules import PerLayer, Rules, check_booleans, decisions, rate_or_rules, ra
 from .unstable import as_arguments
 
 PyTree = Any
+Leaves = Sequence[tuple[str, Any]]  # Canonical paths and leaves.
+Terms = list[Term | None]  # One for each leaf; None where nothing decays.
 
 
 class DecayState(NamedTuple):
@@ -43,22 +45,6 @@ class DecayState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     anchor: PyTree = None
     leaf: PyTree = None
-
-
-class _Row(NamedTuple):
-    """The decay of one parameter before this step: named factors, with unevaluated schedules, and the stacked axes."""
-
-    factors: tuple[tuple[str, Any], ...]
-    stack: tuple[int, ...]
-
-
-class _Argument(NamedTuple):
-    """The decay of one parameter in this step, as arguments of `act`."""
-
-    stack: tuple[int, ...]
-    anchor: Any
-    number: Any
-    arrays: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,18 +106,13 @@ class Action:
         trees.warn_of_aliases(self.where, acted_on)
         if self.is_per_step:
             self._warn_of_rates(leaves, rows)
-        kept = None if rule is None or rule.init is None else self._init_leaves(rule, params, leaves)
+        kept = None
+        if rule is not None and rule.init is not None:
+            # The mask and the rate do not matter here, so that a state can be restored under other ones.
+            pairs = zip(self._stacks(leaves), leaves, strict=True)
+            stacks = iter([self._checked_stack(*leaf, stack) for stack, leaf in pairs if rule.acts_on(leaf[1])])
+            kept = trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(stacks), p))
         return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
-
-    def _init_leaves(self, rule: LeafRule, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> PyTree:
-        # The mask and the rate do not matter here, so that a state can be restored under other ones.
-        stacks = []
-        for stack, (path, leaf) in zip(self._stacks(leaves), leaves, strict=True):
-            if rule.acts_on(leaf):
-                self._check_stack(path, leaf, stack)
-                stacks.append(stack)
-        found = iter(stacks)
-        return trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(found), p))
 
     def run(
         self,
@@ -148,8 +129,6 @@ class Action:
 
         Args:
             rule: the rule for all parameters; or one stateless rule for each parameter, None for no rule.
-            updates, params: trees of one structure.
-            state: the state from `init`.
             gates: additional factors of every rate.
             inputs: for a stateless rule, the input it gets instead of a state, for each parameter.
             axis_name: the mesh axes to sum totals over.
@@ -158,13 +137,14 @@ class Action:
         leaves = trees.flatten_with_paths(params)
         found, rebuilt = trees.beside(self.where, updates, params, [path for path, _ in leaves])
         rules = [rule] * len(leaves) if isinstance(rule, LeafRule) else rule
-        arguments = self._arguments(rules, found, leaves, self.terms(params, leaves, state))
+        terms = self._parted(rules, found, leaves, self.terms(params, leaves, state), gates)
         totals = None
         if isinstance(rule, LeafRule) and rule.reduce is not None:
-            totals = self._totals(rule, found, leaves, arguments, axis_name, gates)
+            totals = self._totals(rule, found, leaves, terms, axis_name)
         kept = dict(trees.flatten_with_paths(state.leaf))
-        for i, ((path, param), each, argument) in enumerate(zip(leaves, rules, arguments, strict=True)):
-            if each is None or argument is None:
+        order = list(kept)
+        for i, ((path, param), each, term) in enumerate(zip(leaves, rules, terms, strict=True)):
+            if each is None or term is None:
                 continue
             if each.init is not None and trees.is_hole(kept.get(path)):
                 raise ValueError(
@@ -172,64 +152,58 @@ class Action:
                     "state was made for other parameters. Make a new one: optimizer.init(params)."
                 )
             own = kept.get(path) if inputs is None else inputs[i]
-            stack, anchor, number, arrays = argument
             run = jitted_act if each.is_kept else act
-            found[i], new = run(each, stack, found[i], param, anchor, number, (*arrays, *gates), own, totals)
+            found[i], new = run(each, term.stack, found[i], param, term.anchor, term.factors, own, totals)
             if each.init is not None:
                 kept[path] = new
-        order = [path for path, _ in trees.flatten_with_paths(state.leaf)]
         return rebuilt(found), jax.tree.unflatten(trees.structure(state.leaf), [kept[path] for path in order])
-
-    def _totals(
-        self,
-        rule: LeafRule,
-        found: Sequence[Any],
-        leaves: Sequence[tuple[str, Any]],
-        arguments: Sequence[_Argument | None],
-        axis_name: mesh_axes.Names,
-        gates: Sequence[jax.Array] = (),
-    ) -> Any:
-        parts = [
-            ("", reduced(rule, what.stack, update, param, what.anchor, what.number, (*what.arrays, *gates)), param)
-            for update, (_, param), what in zip(found, leaves, arguments, strict=True)
-            if what is not None
-        ]
-        return mesh_axes.added_up(self.where, parts, axis_name).get("")
 
     def total(self, rule: LeafRule, params: PyTree, axis_name: mesh_axes.Names = ()) -> Any:
         """The totals of a rule that reduces only parameters, without updates; None if it acts on no parameter."""
         leaves = trees.flatten_with_paths(params)
         values = [leaf for _, leaf in leaves]
-        arguments = self._arguments([rule] * len(leaves), values, leaves, self.terms(params, leaves, None))
-        return self._totals(rule, values, leaves, arguments, axis_name)
+        terms = self._parted([rule] * len(leaves), values, leaves, self.terms(params, leaves, None))
+        return self._totals(rule, values, leaves, terms, axis_name)
 
-    def _arguments(
+    def _totals(
+        self, rule: LeafRule, found: Sequence[Any], leaves: Leaves, terms: Terms, axis_name: mesh_axes.Names
+    ) -> Any:
+        parts = [
+            ("", reduced(rule, term.stack, update, param, term.anchor, term.factors), param)
+            for update, (_, param), term in zip(found, leaves, terms, strict=True)
+            if term is not None
+        ]
+        return mesh_axes.added_up(self.where, parts, axis_name).get("")
+
+    def _parted(
         self,
         rules: Sequence[LeafRule | None],
         updates: Sequence[Any],
-        leaves: Sequence[tuple[str, Any]],
-        terms: Sequence[Term | None],
-    ) -> list[_Argument | None]:
-        """The arguments of `act` for each leaf; None where nothing acts."""
-        parted: dict[tuple[int, ...], Any] = {}
-        arguments: list[_Argument | None] = []
+        leaves: Leaves,
+        terms: Terms,
+        gates: Sequence[jax.Array] = (),
+    ) -> Terms:
+        """The terms as arguments of `act`: a number, then arrays. None where nothing acts."""
+        known: dict[tuple[int, ...], Any] = {}
+        parted: Terms = []
         for rule, update, (path, param), term in zip(rules, updates, leaves, terms, strict=True):
             if rule is None or term is None or not (trees.is_decayable(update) and rule.acts_on(param)):
-                arguments.append(None)
+                parted.append(None)
                 continue
             checks.same_shape(self.where, path, update, param)
             key = tuple(map(id, term.factors))
-            if key not in parted:
-                parted[key] = term.parted()
-            number, arrays = parted[key]
+            if key not in known:
+                known[key] = term.parted()
+            number, arrays = known[key]
             number = jnp.finfo(compute_dtype(update, param)).dtype.type(number)
             # A very small number may be 0 in this dtype.
             is_off = number == 0 and self.zero_is_off
-            arguments.append(None if is_off else _Argument(term.stack, term.anchor, number, arrays))
-        numbers = iter(as_arguments([what.number for what in arguments if what], updates))
-        return [what and what._replace(number=next(numbers)) for what in arguments]
+            stack = () if rule.is_elementwise else term.stack
+            parted.append(None if is_off else Term((number, *arrays, *gates), (), term.anchor, stack))
+        numbers = iter(as_arguments([term.factors[0] for term in parted if term], updates))
+        return [term and term._replace(factors=(next(numbers), *term.factors[1:])) for term in parted]
 
-    def terms(self, params: PyTree, leaves: Sequence[tuple[str, Any]], state: DecayState | None) -> list[Term | None]:
+    def terms(self, params: PyTree, leaves: Leaves, state: DecayState | None) -> Terms:
         """The decay of each leaf in this step; None where it is permanently off."""
         rows = self._rows(params, leaves)
         anchors = self._anchors(leaves, rows, None if state is None else state.anchor)
@@ -242,37 +216,32 @@ class Action:
                 evaluated[id(factor)] = self._evaluate(name, factor, state)
             return evaluated[id(factor)]
 
-        terms = []
+        terms: Terms = []
         for row, anchor in zip(rows, anchors, strict=True):
-            if row is None:
-                terms.append(None)
-                continue
-            values = tuple(at_this_step(*factor) for factor in row.factors)
-            is_off = self.zero_is_off and any(map(_is_zero, values))
-            terms.append(None if is_off else Term(values, anchor, row.stack))
+            term = row and row._replace(factors=tuple(map(at_this_step, row.names, row.factors)), anchor=anchor)
+            terms.append(term if self._acts(term) else None)
         return terms
 
-    def _rows(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[_Row | None]:
-        """The row of each leaf; None for a leaf that does not decay."""
+    def _rows(self, params: PyTree, leaves: Leaves) -> Terms:
+        """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
         columns = []
         for name, rate in self.rates.items():
-            of_each = itertools.repeat((rate,), len(leaves))
-            if isinstance(rate, Rules):
-                of_each = rates_of(rate, self.where, leaves)
+            of_each = rates_of(rate, self.where, leaves) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
             columns.append([[(name, factor) for factor in factors] for factors in of_each])
-        rows: list[_Row | None] = []
+        rows: Terms = []
         stacks = self._stacks(leaves)
         chosen = flags(self.where, self.mask, params, leaves)
         for flag, stack, (path, leaf), *named in zip(chosen, stacks, leaves, *columns, strict=True):
             if flag is False or not trees.is_decayable(leaf):
                 rows.append(None)
                 continue
-            self._check_stack(path, leaf, stack)
             factors = list(itertools.chain(*named))
+            stack = self._checked_stack(path, leaf, stack)
             stack = tuple(sorted({*stack, *stack_of(self.where, path, (factor for _, factor in factors))}))
             if flag is not True:
                 factors.append(("mask", flag))
-            rows.append(_Row(tuple((name, self._spread(name, f, path, leaf)) for name, f in factors), stack))
+            values = tuple(self._spread(name, factor, path, leaf) for name, factor in factors)
+            rows.append(Term(values, tuple(name for name, _ in factors), stack=stack))
         return rows
 
     def _spread(self, name: str, factor: Any, path: str, leaf: Any) -> Any:
@@ -285,39 +254,39 @@ class Action:
         trees.check_broadcasts(self.where, f"{name} at {path!r}", factor, shape)
         return factor.reshape((1,) * (len(shape) - factor.ndim) + factor.shape)
 
-    def _stacks(self, leaves: Sequence[tuple[str, Any]]) -> list[tuple[int, ...]]:
+    def _stacks(self, leaves: Leaves) -> list[tuple[int, ...]]:
         """The leading axes of each leaf that stack layers."""
-        if not isinstance(self.stacked_axes, Rules):
-            counts: list[Any] = [self.stacked_axes] * len(leaves)
-        else:
+        counts: list[Any] = [self.stacked_axes] * len(leaves)
+        if isinstance(self.stacked_axes, Rules):
             found = decisions(self.stacked_axes, self.where, leaves)
             counts = [0 if decision is None else int(decision.value) for decision in found]
         return [tuple(range(count)) for count in counts]
 
-    def _check_stack(self, path: str, leaf: Any, stack: tuple[int, ...]) -> None:
+    def _checked_stack(self, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
         if len(stack) > np.ndim(leaf):
             raise ValueError(
                 f"{self.where}: stacked_axes={len(stack)} for {path!r}, whose shape is {np.shape(leaf)}. Write "
                 "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
             )
+        return stack
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, for an action that is never run."""
         leaves = trees.flatten_with_paths(params)
         self._warn_of_rates(leaves, self._rows(params, leaves))
 
-    def _warn_of_rates(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None]) -> None:
+    def _warn_of_rates(self, leaves: Leaves, rows: Terms) -> None:
         decays = (
-            (path, getattr(leaf, "dtype", jnp.float32), Term(tuple(factor for _, factor in row.factors)))
+            (path, getattr(leaf, "dtype", jnp.float32), row)
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if row is not None and self._acts(row)
         )
         hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
 
-    def _acts(self, row: _Row | None) -> bool:
-        return row is not None and not (self.zero_is_off and any(_is_zero(factor) for _, factor in row.factors))
+    def _acts(self, term: Term | None) -> bool:
+        return term is not None and not (self.zero_is_off and any(map(_is_zero, term.factors)))
 
-    def acts_on(self, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
+    def acts_on(self, params: PyTree, leaves: Leaves) -> list[bool]:
         """Whether the action may act on each leaf in some step."""
         return [self._acts(row) for row in self._rows(params, leaves)]
 
@@ -333,7 +302,7 @@ class Action:
             return value
         return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
-    def _anchors(self, leaves: Sequence[tuple[str, Any]], rows: Sequence[_Row | None], initial: PyTree) -> list[Any]:
+    def _anchors(self, leaves: Leaves, rows: Terms, initial: PyTree) -> list[Any]:
         """Each leaf's anchor, found by canonical path; None for zero. Leaves that do not decay need no anchor."""
         if self.toward is None or not leaves:
             return [None] * len(leaves)

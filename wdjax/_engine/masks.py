@@ -23,29 +23,20 @@ def flags(
 ) -> list[Any]:
     """Each leaf's answer under a mask: None, `Rules`, a function of params, a tree of booleans or a prefix tree.
 
-    With `of_all`, `Rules` also answer for integers and keys, which never decay but may be frozen.
-
-    Trees are matched with the parameters by canonical path. So a tree that was built from NNX Variables or a FrozenDict
-    also fits bare arrays and plain dicts.
-
-    Raises:
-        TypeError: if a leaf of the mask is not a boolean or an array of booleans.
-        ValueError: if the mask does not fit the parameters.
+    With `of_all`, `Rules` also answer for integers and keys, which never decay but may be frozen. Trees are matched
+    by canonical path, so that one built from NNX Variables or a FrozenDict also fits bare arrays and plain dicts.
     """
     if mask is None or not leaves:
         return [True] * len(leaves)
     if isinstance(mask, Rules):
         return _fitting(where, flags_of(mask, where, leaves, of_all=of_all), leaves, of_all)
-    if isinstance(mask, (np.ndarray, jax.Array)) and [path for path, _ in leaves] != [""]:
+    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)) and [path for path, _ in leaves] != [""]:
+        is_array = isinstance(mask, (np.ndarray, jax.Array))
+        shown = f"one array of shape {np.shape(mask)}" if is_array else f"{mask}, one boolean"
         raise TypeError(
-            f"{where}: the mask is one array of shape {np.shape(mask)} for the whole tree. Give it to its parameter, "
-            "mask=by_path({'embedding': array}, default=True) or in a tree like params."
-        )
-    if isinstance(mask, (bool, np.bool_)) and [path for path, _ in leaves] != [""]:
-        raise TypeError(
-            f"{where}: the mask is {mask}, one boolean for the whole tree. Leave it out to decay all, and write a rate "
-            "of 0.0 to decay nothing. optax.inject_hyperparams takes a mask function for a schedule, and then its "
-            "value arrives here: give a rule set, mask=only('kernel'), or name the mask in static_args."
+            f"{where}: the mask is {shown} for the whole tree. Leave it out to decay all, or write a rule set: "
+            "mask=only('kernel'), mask=by_path({'embedding': array}, default=True). optax.inject_hyperparams takes a "
+            "mask function for a schedule: give it a rule set, or name the mask in static_args."
         )
     # A tree may also be callable, such as an Equinox module of booleans.
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
@@ -84,9 +75,7 @@ def _parts(where: str, flag: Any, path: str, leaf: Any, of_all: bool) -> Any:
 
 def _called(where: str, mask: Any, params: PyTree) -> PyTree:
     if inspect.isfunction(mask) and mask.__module__.partition(".")[0] == "wdjax":
-        raise TypeError(
-            f"{where}: the mask is the function {mask.__name__} itself. Call it: mask={mask.__name__}(...)."
-        )
+        raise TypeError(f"{where}: the mask is the function {mask.__name__}. Call it: mask={mask.__name__}(...).")
     try:
         return mask(params)
     except (AttributeError, TypeError) as error:

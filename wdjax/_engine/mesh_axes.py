@@ -22,9 +22,7 @@ def names(where: str, axis_name: Any) -> Names:
     """The names of mesh axes as a tuple; empty for None."""
     found = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
     # Any hashable value may be a name, except an integer: that is probably meant as an axis of an array.
-    if not all(
-        isinstance(name, Hashable) and not isinstance(name, (int, tuple)) and name is not None for name in found
-    ):
+    if any(name is None or isinstance(name, (int, tuple)) or not isinstance(name, Hashable) for name in found):
         raise TypeError(
             f"{where}: axis_name must be the name of a mesh axis, or a tuple of names, got {axis_name!r}. Write "
             f"{where}(..., axis_name='data') within shard_map, and leave it out under jit."
@@ -52,13 +50,8 @@ def split_over(where: str, x: Any, axes: Names) -> Names:
 def added_up(where: str, parts: Sequence[tuple[str, Any, Any]], axes: Names, dtype: Any = None) -> dict[str, Any]:
     """Sums trees of numbers over the parameters of each group, and over the mesh axes that split them.
 
-    Parameters that are split over the same axes share one sum over the devices.
-
-    Args:
-        where: the function to name in an error.
-        parts: for each parameter, its group, its tree of numbers, and the parameter.
-        axes: the mesh axes.
-        dtype: the dtype of the sums; by default the dtype of the numbers.
+    A part is a group, a tree of numbers, and its parameter. Parameters that are split over the same axes share one sum
+    over the devices. The sums have this dtype; by default that of the numbers.
     """
     sums: dict[Names, dict[str, Any]] = {}
     with jax.numpy_dtype_promotion("standard"):

@@ -49,11 +49,7 @@ class PerLayer(NamedTuple):
 
 
 def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
-    """The axis that stacks layers, if a factor has one number for each layer.
-
-    Raises:
-        ValueError: if the factors have numbers along several axes.
-    """
+    """The axis that stacks layers, if a factor has one number for each layer."""
     axes = sorted({factor.axis for factor in factors if isinstance(factor, PerLayer)})
     if len(axes) > 1:
         raise ValueError(
@@ -64,17 +60,11 @@ def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
 
 
 class Tree(NamedTuple):
-    """The parameters that a rule set is asked about.
+    """The parameters that a rule set is asked about."""
 
-    Attributes:
-        where: the function to name in an error.
-        leaves: all leaves, including holes.
-        required: the indices of the leaves that a rule must cover.
-    """
-
-    where: str
-    leaves: list[Leaf]
-    required: frozenset[int]
+    where: str  # The function to name in an error.
+    leaves: list[Leaf]  # All, including holes.
+    required: frozenset[int]  # The indices of the leaves that a rule must cover.
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -191,11 +181,7 @@ class Rules(abc.ABC):
 
     @abc.abstractmethod
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        """The decisions on the leaves at these indices. A leaf that no rule covers is left out.
-
-        Raises:
-            ValueError: if it can't decide on a required leaf, or if one of its rules has no effect.
-        """
+        """The decisions on the leaves at these indices, or an error. A leaf that no rule covers is left out."""
 
     def _values(self) -> list[Any]:
         """Every value that a decision may have, to tell masks from rates. Here, a multiplier."""
@@ -311,11 +297,7 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
 
 
 def rate_or_rules(where: str, name: str, value: Any) -> Any:
-    """Checks a rate: a number, a 0-d array, a schedule, a rule set, or a tree of rates, which becomes a rule set.
-
-    Raises:
-        TypeError, ValueError: as `checks.rate`.
-    """
+    """Checks a rate: a number, a 0-d array, a schedule, a rule set, or a tree of rates, which becomes a rule set."""
     if isinstance(value, Rules):
         check_rates(value, where)
         return value
@@ -348,11 +330,7 @@ def is_whole(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A value of a rule set, as JSON and TOML can hold it.
-
-    Raises:
-        TypeError: for a predicate, a schedule or a traced rate.
-    """
+    """A value of a rule set, as JSON and TOML can hold it."""
     if isinstance(value, Rules):
         return value.to_dict()
     if hasattr(value, "to_plain"):
@@ -378,12 +356,7 @@ def from_plain(value: Any) -> Any:
 
 
 def read(of: str, make: Callable[..., T], written: Any) -> T:
-    """Calls `make` with the arguments in a dictionary that `to_dict` wrote.
-
-    Raises:
-        TypeError: if it is not a dictionary.
-        ValueError: if it lacks an argument, or has one that `make` does not take.
-    """
+    """Calls `make` with the arguments in a dictionary that `to_dict` wrote."""
     if not isinstance(written, Mapping):
         raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {written!r}.")
     known = inspect.signature(make).parameters

@@ -48,12 +48,9 @@ class Hidden(optax.MaskedNode):
     shape: tuple[int, ...] = ()
     dtype: Any = None
 
-    @classmethod
-    def of(cls, leaf: Any) -> "Hidden":
-        place = cls()
-        described = describe("", leaf)
-        place.shape, place.dtype = described.shape, described.dtype
-        return place
+    @staticmethod
+    def of(leaf: Any) -> "Hidden":
+        return _hidden(describe("", leaf), ())
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,7 +66,7 @@ class _Remembered:
         return hash(_Remembered)
 
 
-def _hidden(remembered: _Remembered, _: Any) -> Hidden:
+def _hidden(remembered: Any, _: Any) -> Hidden:
     place = Hidden()
     place.shape, place.dtype = remembered.shape, remembered.dtype
     return place
@@ -180,30 +177,18 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
     if tied:
         more = f" (and {len(tied) - 1} more such arrays)" if len(tied) > 1 else ""
         checks.warn(
-            f"{where}: {tied[0]} are one array{more}. In a tree of arrays they are separate parameters: each gets its "
-            "own update and its own decay, and they differ after the first step. To keep them tied, put the array into "
-            "params once and use it twice in the model: in NNX share the Variable and take nnx.state(model), in "
-            "Equinox use eqx.nn.Shared. If they should only start equal, copy the array."
+            f"{where}: {tied[0]} are one array{more}. As separate parameters, each gets its own update and decay, and "
+            "they differ after the first step. To keep them tied, put the array into params once: in NNX share the "
+            "Variable and take nnx.state(model), in Equinox use eqx.nn.Shared. To let them only start equal, copy it."
         )
 
 
 def beside(
     where: str, tree: PyTree, params: PyTree, paths: Sequence[str]
 ) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
-    """The leaf of a tree that belongs to each parameter, and a function that rebuilds the tree from new leaves.
+    """The leaf of a tree for each parameter, or None, and a function that rebuilds the tree from new leaves.
 
-    Args:
-        where: the function to name in an error.
-        tree: a tree like params, such as updates. It may have holes, and it may lack boxes that params have.
-        params: the parameters.
-        paths: their canonical paths, for the error.
-
-    Returns:
-        The leaf of the tree for each parameter, or None; and a function that returns the tree with new leaves. The
-        tree keeps its structure and its holes.
-
-    Raises:
-        ValueError: if the tree and `params` have different structures.
+    The tree may have holes, which stay, and may lack boxes that params have. The canonical paths are for the error.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
     params_def = structure(params)

@@ -72,12 +72,8 @@ def explicit_axes(x: Any) -> Any:
 def automatic(function: Callable[..., Any], arguments: tuple[Any, ...], *, like: Any) -> Any:
     """Calls a function of arrays within jit. Explicit axes of a mesh are automatic inside the function.
 
-    So rules can be written as if there were no mesh: XLA decides how to split intermediate arrays.
-
-    Args:
-        function: the function.
-        arguments: its arguments.
-        like: arrays with the sharding that the results should get; None for results that are whole on every device.
+    So rules can be written as if there were no mesh: XLA decides how to split intermediate arrays. The results get the
+    sharding of the arrays in `like`; with None they are whole on every device.
     """
     explicit = [x for x in jax.tree.leaves(arguments) if _explicit_axes(x)]
     if auto_axes is None or not explicit:
