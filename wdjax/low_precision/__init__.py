@@ -42,7 +42,7 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer in float32 on gradients and parameters of lower precision.
 
     In bfloat16, the sum of a direction and a decay loses the decay if it is less than 2^-9 of the direction, and a
-    second moment with b2 = 0.999 never moves. In float32 neither happens.
+    second moment with b2 = 0.999 never moves.
 
     Rule:   u <- optimizer's u for the gradients, the parameters and a state in float32; u stays in float32
     Place:  around the optimizer. Behind it, last in the chain, comes a writer: `stochastic_rounding`, `compensated` or
@@ -50,16 +50,10 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     Units:  those of the optimizer. The state is as large as for float32 parameters: 8 bytes per parameter for Adam.
     Source: torchao's low-bit optimizers compute in float32 as well.
 
-    Args:
-        optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. If parameters
-        and gradients are in float32 or wider, it changes nothing.
-
-    Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        ValueError: at `init`, if a writer is inside.
+    Args: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
+    Returns: an `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. If
+        parameters and gradients are in float32 or wider, it changes nothing.
+    Raises: a TypeError if `optimizer` is not an optimizer; a ValueError at `init` if a writer is inside.
 
     Example:
 
@@ -90,20 +84,12 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Adds updates to parameters of any dtype: `optax.apply_updates` that also works with float8.
 
-    Optax relies on JAX's dtype promotion, which is not defined for float8 and float32.
+    Optax relies on JAX's dtype promotion, which is not defined for float8 and float32. Here the sum is computed in at
+    least float32 and rounded to the nearest number in the dtype of the parameter. For other dtypes both do the same.
 
-    The sum is computed in at least float32 and rounded to the nearest number in the dtype of the parameter. Call it in
-    the training step instead of `optax.apply_updates`. For other dtypes both do the same.
-
-    Args:
-        params: a tree of parameters.
-        updates: a tree of the same structure.
-
-    Returns:
-        The new parameters, with the dtypes of the old ones. None stays None.
-
-    Raises:
-        ValueError: if the trees differ in structure.
+    Args: two trees of the same structure.
+    Returns: the new parameters, with the dtypes of the old ones. None stays None.
+    Raises: a ValueError if the trees differ in structure.
 
     Example:
 

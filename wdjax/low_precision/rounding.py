@@ -58,8 +58,7 @@ def spacing_of(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 255
     exponent = jnp.maximum(exponent, max(int(info.minexp) + 127, int(info.nmant) + 1)) - int(info.nmant)
     bits = exponent << 23, (254 - exponent) << 23
-    spacing, inverse = (jax.lax.bitcast_convert_type(each, jnp.float32) for each in bits)
-    return spacing, inverse
+    return jax.lax.bitcast_convert_type(bits[0], jnp.float32), jax.lax.bitcast_convert_type(bits[1], jnp.float32)
 
 
 def step_to(p: jax.Array, target: jax.Array, step: jax.Array) -> jax.Array:

@@ -17,34 +17,24 @@ NARROW_UPDATES = "a decay that is much smaller than the gradient's part is round
 
 
 class StochasticRoundingState(NamedTuple):
-    """The state of `stochastic_rounding`.
+    """The state of `stochastic_rounding`."""
 
-    Attributes:
-        count: shape (), int32: the number of updates so far. With the seed, it determines the next random numbers.
-    """
-
+    # shape (), int32: the number of updates so far. With the seed, it determines the next random numbers.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class CompensatedState(NamedTuple):
-    """The state of `compensated`.
+    """The state of `compensated`."""
 
-    Attributes:
-        residual: a tree like params, int16: what is missing from the weights, in units of 2^-16 of the spacing of
-            neighboring weights. None for leaves that are not compensated.
-    """
-
+    # A tree like params, int16: what is missing from the weights, in units of 2^-16 of the spacing of neighboring
+    # weights. None for leaves that are not compensated.
     residual: PyTree
 
 
 class MasterWeightsState(NamedTuple):
-    """The state of `master_weights`.
+    """The state of `master_weights`."""
 
-    Attributes:
-        weights: a tree like params: the weights in float32. None for leaves that already have at least float32.
-    """
-
-    weights: PyTree
+    weights: PyTree  # A tree like params: the weights in float32. None for leaves that already have at least float32.
 
 
 WRITERS = (StochasticRoundingState, CompensatedState, MasterWeightsState)
@@ -73,6 +63,7 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 
     Raises:
         TypeError: if the seed is not an integer.
+        ValueError: at `update`, if params are missing.
 
     Warns:
         UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
@@ -93,7 +84,6 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)
-
         leaves = trees.flatten_with_paths(params)
         keys = [jax.random.fold_in(key, i) if is_low(leaf) else None for i, (_, leaf) in enumerate(leaves)]
         updates, _ = _run(where, _AT_RANDOM, updates, params, inputs=keys)
@@ -120,11 +110,7 @@ def compensated() -> optax.GradientTransformation:
         It acts on real parameters of less than 64 bits, including float32. Their updates become float32. All others
         keep their dtype.
 
-    Raises:
-        ValueError: at `update`, if params are missing, or if the state has nothing for one of them.
-
-    Warns:
-        UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
+    Raises, Warns: as `stochastic_rounding`; a ValueError also if the state has nothing for one of the parameters.
 
     Example:
 
@@ -138,16 +124,7 @@ def compensated() -> optax.GradientTransformation:
         >>> float(params[0]), int(state[-1].residual[0])  # 2 * 0.999**5 = 1.99002 = 1.9921875 - 18155 / 2**16 / 2**7
         (1.9921875, -18155)
     """
-    where = "compensated"
-
-    def init_fn(params: PyTree) -> CompensatedState:
-        return CompensatedState(Action(where).init(params, _WITH_RESIDUAL, aliases=_nobody).leaf)
-
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, residual = _run(where, _WITH_RESIDUAL, updates, params, state.residual)
-        return updates, CompensatedState(residual)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return _with_memory("compensated", _WITH_RESIDUAL, CompensatedState)
 
 
 @checks.known_arguments
@@ -166,11 +143,7 @@ def master_weights() -> optax.GradientTransformation:
         change of the parameters (such as a restored checkpoint of only the weights), and a NaN update stays in it. Make
         a new state in these cases.
 
-    Raises:
-        ValueError: at `update`, if params are missing.
-
-    Warns:
-        UserWarning: at `update`, if updates arrive in less than float32, since what they lost can't be restored.
+    Raises, Warns: as `stochastic_rounding`; a ValueError also if the state has nothing for one of the parameters.
 
     Example:
 
@@ -181,30 +154,36 @@ def master_weights() -> optax.GradientTransformation:
         >>> float(optax.apply_updates(params, updates)[0]), round(float(state[-1].weights[0]), 6)
         (2.0, 1.998)
     """
-    where = "master_weights"
+    return _with_memory("master_weights", _WITH_COPY, MasterWeightsState)
 
-    def init_fn(params: PyTree) -> MasterWeightsState:
-        return MasterWeightsState(Action(where).init(params, _WITH_COPY, aliases=_nobody).leaf)
+
+def _with_memory(where: str, rule: LeafRule, kind: Any) -> optax.GradientTransformation:
+    """A writer whose state has one field: what the rule remembers of each leaf."""
+
+    def init_fn(params: PyTree) -> Any:
+        return kind(Action(where).init(params, rule, aliases=lambda path: False).leaf)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        updates, weights = _run(where, _WITH_COPY, updates, params, state.weights)
-        return updates, MasterWeightsState(weights)
+        updates, memory = _run(where, rule, updates, params, state[0])
+        return updates, kind(memory)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _nobody(path: str) -> bool:
-    return False
 
 
 def _run(
     where: str, rule: LeafRule, updates: PyTree, params: PyTree, leaf: PyTree = None, inputs: Any = None
 ) -> tuple[PyTree, PyTree]:
     checks.params_given(where, params)
-    new, kept = Action(where).run(
-        rule, updates, DecayState(jnp.zeros([], jnp.int32), None, leaf), params, inputs=inputs
-    )
-    _warn_of_narrow(where, rule, updates, params)
+    state = DecayState(jnp.zeros([], jnp.int32), None, leaf)
+    new, kept = Action(where).run(rule, updates, state, params, inputs=inputs)
+    written = {path for path, leaf in trees.flatten_with_paths(params) if rule.acts_on(leaf)}
+    narrow = [(path, u.dtype) for path, u in trees.flatten_with_paths(updates) if path in written and is_low(u)]
+    if narrow:
+        path, dtype = narrow[0]
+        checks.warn(
+            f"{where}: the update of {path!r} has dtype {dtype} (and {len(narrow) - 1} more): {NARROW_UPDATES}. "
+            f"Write optax.chain(in_float32(optimizer), {where}(...))."
+        )
     return new, kept
 
 
@@ -216,9 +195,7 @@ def _at_random(update: jax.Array, p: jax.Array, _: Any, __: Any, key: jax.Array,
     return step_to(p, rounded(total, p.dtype, lost, fraction), update), None
 
 
-def _with_residual(
-    update: jax.Array, p: jax.Array, _: Any, __: Any, residual: jax.Array, ___: Any
-) -> tuple[jax.Array, jax.Array]:
+def _with_residual(update: jax.Array, p: jax.Array, _: Any, __: Any, residual: jax.Array, ___: Any) -> Any:
     before = p.astype(jnp.float32)
     step = jnp.asarray(update, jnp.float32) + residual.astype(jnp.float32) * 2.0**-16 * spacing_of(before, p.dtype)[0]
     if is_low(p):
@@ -231,9 +208,7 @@ def _with_residual(
     return step, jnp.where(jnp.isfinite(parts), jnp.clip(parts, -(2**15), 2**15 - 1), 0).astype(jnp.int16)
 
 
-def _with_copy(
-    update: jax.Array, p: jax.Array, _: Any, __: Any, weights: jax.Array, ___: Any
-) -> tuple[jax.Array, jax.Array]:
+def _with_copy(update: jax.Array, p: jax.Array, _: Any, __: Any, weights: jax.Array, ___: Any) -> Any:
     weights = weights + jnp.asarray(update, jnp.float32)
     return step_to(p, rounded(weights, p.dtype), weights - p.astype(jnp.float32)), weights
 
@@ -243,15 +218,3 @@ _WITH_RESIDUAL = LeafRule(
     _with_residual, lambda p: jnp.zeros_like(p, jnp.int16), is_elementwise=True, acts_on=is_narrow, is_raw=True
 )
 _WITH_COPY = LeafRule(_with_copy, lambda p: p.astype(jnp.float32), is_elementwise=True, acts_on=is_low, is_raw=True)
-
-
-def _warn_of_narrow(where: str, rule: LeafRule, updates: PyTree, params: PyTree) -> None:
-    """Warns of updates of low precision: a writer can't restore what was rounded away earlier."""
-    written = {path for path, leaf in trees.flatten_with_paths(params) if rule.acts_on(leaf)}
-    narrow = [(path, u.dtype) for path, u in trees.flatten_with_paths(updates) if path in written and is_low(u)]
-    if narrow:
-        path, dtype = narrow[0]
-        checks.warn(
-            f"{where}: the update of {path!r} has dtype {dtype} (and {len(narrow) - 1} more): {NARROW_UPDATES}. "
-            f"Write optax.chain(in_float32(optimizer), {where}(...))."
-        )

@@ -1,12 +1,11 @@
 """Metrics of weight decay, measured during the step: the sizes of weights, updates and decay, by group.
 
-`monitor` wraps a finished optimizer and changes nothing. It looks at the parameters and at the update, and keeps a few
-scalars for each group of parameters in its state. `scalars` reads them from any state that holds the monitor, as a
-dictionary for TensorBoard, Weights & Biases or clu.
+`monitor` wraps a finished optimizer, changes nothing, and keeps a few scalars for each group of parameters in its
+state. `scalars` reads them from any state that holds the monitor.
 
-An update does not show which part of it is decay. So the monitor gets the arguments of the decay and computes that part
-from them. The rest is measured. For each array, one fused reduction (`_sums`) sums a few products of the parameter, the
-update and the decay. All metrics are arithmetic on these sums.
+An update does not show which part of it is decay, so the monitor computes that part from the arguments of the decay.
+For each array, one fused reduction (`_sums`) sums a few products of parameter, update and decay. All metrics are
+arithmetic on these sums.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -33,17 +32,11 @@ UNDECAYED = "undecayed"
 
 
 class MonitorState(NamedTuple):
-    """The state of `monitor`.
+    """The state of `monitor`."""
 
-    Attributes:
-        decay: the count of real steps, and the anchor if there is one.
-        measured: for each group, a dictionary of the metrics of the last real step: shape (), float32.
-        inner_state: the state of the wrapped optimizer.
-    """
-
-    decay: DecayState
-    measured: dict[str, dict[str, jax.Array]]
-    inner_state: Any
+    decay: DecayState  # The count of real steps, and the anchor if there is one.
+    measured: dict[str, dict[str, jax.Array]]  # For each group, the metrics of the last real step: shape (), float32.
+    inner_state: Any  # The state of the wrapped optimizer.
 
 
 @checks.known_arguments
@@ -102,13 +95,11 @@ def monitor(
             With check_vma=False nothing is known, and all arrays count as split. Under `jit` and `pmap` leave it out.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` with a `MonitorState`. Its `update` needs `params`. In a mini-step
-        of `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics do not change.
+        An `optax.GradientTransformationExtraArgs` with a `MonitorState`. Its `update` needs `params`. In a mini-step of
+        `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics do not change.
 
-    Raises:
-        TypeError: if `optimizer` is not an optimizer, or if groups are not strings.
-        TypeError, ValueError: for rates, masks and anchors as `decoupled_decay`. At `init` and `update`: for groups
-            that don't fit params, or for missing params.
+    Raises: as `decoupled_decay`; a TypeError also if `optimizer` is not an optimizer or groups are not strings, and at
+        `init` and `update` errors for groups that don't fit params.
 
     Example:
 
@@ -138,7 +129,7 @@ def monitor(
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
         checks.params_given(where, params)
         updates, after = inner.update(updates, state.inner_state, params, **extra_args)
-        measured = _measured(action, groups, updates, state.decay, params, _is_written(after), axes)
+        measured = _measured(action, groups, updates, state._replace(inner_state=after), params, axes)
         flags = jnp.array(stepped(state.inner_state, after), bool)
         count = state.decay.count
         next_count = optax.safe_increment(count)
@@ -155,21 +146,17 @@ def monitor(
 def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
     """Reads what `monitor` measured in the last step, as a flat dictionary to log.
 
-    The dictionary is {prefix + "group/metric": value} for every monitor in the state. Call it in the training loop on
-    the state after `update`, inside or outside the compiled step. TensorBoard, Weights & Biases and clu group plots by
-    the "/" in names.
+    Call it on the state after `update`, inside or outside the compiled step. TensorBoard, Weights & Biases and clu
+    group plots by the "/" in names.
 
     Args:
         opt_state: the state of an optimizer with a `monitor` anywhere in it, or an object that holds the state: a
             `TrainState`, an `nnx.Optimizer` or its `nnx.state`, a checkpoint that was restored into dictionaries.
         prefix: a string before each name, such as "train/".
 
-    Returns:
-        A dictionary of 0-d float32 arrays; under `vmap` and `pmap` they have more axes. `jax.device_get` turns them all
-        into NumPy scalars at once.
-
-    Raises:
-        ValueError: if the state holds no monitor, or several monitors with the same group name.
+    Returns: {prefix + "group/metric": value} for every monitor in the state. Values are 0-d float32 arrays; under
+        `vmap` and `pmap` they have more axes. `jax.device_get` turns them all into NumPy scalars at once.
+    Raises: a ValueError if the state holds no monitor, or several monitors with the same group name.
 
     Example:
 
@@ -185,15 +172,14 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
     if not monitors:
         raise ValueError(
             "scalars: there is no MonitorState in this state. Wrap the optimizer before init: "
-            "monitor(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3); then scalars(opt_state)."
+            "monitor(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)."
         )
     for measured in monitors:
         for path, value in trees.flatten_with_paths(measured):
             if prefix + path in found:
-                raise ValueError(
-                    f"scalars: {len(monitors)} monitors in this state measure {path!r}. Give their groups different "
-                    "names: monitor(..., groups=lambda leaf: 'encoder')."
-                )
+                what = f"scalars: {len(monitors)} monitors in this state measure {path!r}."
+                write = "Give their groups different names: monitor(..., groups=lambda leaf: 'encoder')."
+                raise ValueError(f"{what} {write}")
             found[prefix + path] = value
     return found
 
@@ -237,19 +223,17 @@ def _check_groups(where: str, groups: Any) -> None:
 
 def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """The group of each leaf; None for leaves that can't decay."""
-    counted = [trees.is_decayable(leaf) for _, leaf in leaves]
-    if isinstance(groups, Rules):
-        found = decisions(groups, action.where, leaves)
-        return [d.value if d and number else None for d, number in zip(found, counted, strict=True)]
     if groups is None:
         return _rules(action, params, leaves)
-    labels = [
-        groups(trees.describe(path, leaf)) if number else None
-        for (path, leaf), number in zip(leaves, counted, strict=True)
-    ]
-    for (path, _), number, label in zip(leaves, counted, labels, strict=True):
-        if number and not isinstance(label, str):
+    if isinstance(groups, Rules):
+        found = decisions(groups, action.where, leaves)
+        return [d.value if d and trees.is_decayable(leaf) else None for d, (_, leaf) in zip(found, leaves, strict=True)]
+    labels: list[str | None] = []
+    for path, leaf in leaves:
+        label = groups(trees.describe(path, leaf)) if trees.is_decayable(leaf) else None
+        if trees.is_decayable(leaf) and not isinstance(label, str):
             raise TypeError(f"{action.where}: groups must return a string, but returned {label!r} for {path!r}.")
+        labels.append(label)
     return labels
 
 
@@ -268,23 +252,15 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
     return labels
 
 
-def _is_written(inner_state: Any) -> Callable[[Any], bool]:
-    """A function that says whether a writer of low precision in the optimizer sets a parameter."""
-    kinds = {type(node) for node in nodes(inner_state, WRITERS)}
-    return is_narrow if CompensatedState in kinds else is_low if kinds else lambda leaf: False
-
-
 def _measured(
-    action: Action,
-    groups: Any,
-    updates: PyTree,
-    state: DecayState,
-    params: PyTree,
-    is_written: Callable[[Any], bool],
-    axes: mesh_axes.Names,
+    action: Action, groups: Any, updates: PyTree, state: MonitorState, params: PyTree, axes: mesh_axes.Names
 ) -> dict[str, dict[str, jax.Array]]:
+    """The metrics of each group. `state` holds the decay before the step, and the optimizer's state after it."""
+    # A writer of low precision in the optimizer sets the parameters that it acts on.
+    kinds = {type(node) for node in nodes(state.inner_state, WRITERS)}
+    is_written = is_narrow if CompensatedState in kinds else is_low if kinds else lambda leaf: False
     leaves = trees.flatten_with_paths(params)
-    labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state)
+    labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state.decay)
     found, _ = trees.beside(action.where, updates, params, [path for path, _ in leaves])
     parts = []
     for (path, param), label, update, term in zip(leaves, labels, found, terms, strict=True):

@@ -71,14 +71,7 @@ def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
-    """The sums of one array.
-
-    Args:
-        update: the update of the array.
-        param: the array.
-        term: the decay in the update, or None.
-        is_written: whether a writer of low precision sets the array, so that nothing is lost.
-    """
+    """The sums of one array. `term` is the decay in the update; nothing is lost if a writer sets the array."""
     dtype = compute_dtype(update, param)
     real = jnp.finfo(dtype).dtype
     # Metrics have no gradient, even if the caller differentiates the step.
@@ -127,7 +120,7 @@ def _totals(arrays: tuple[jax.Array, ...]) -> Sequence[jax.Array]:
 
 
 def _one_by_one(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.sum(x) for x in arrays)
+    return tuple(map(jnp.sum, arrays))
 
 
 def _in_one_loop(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -138,11 +131,11 @@ def _in_one_loop(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     whole = size - size % width
     zeros = (jnp.zeros([], arrays[0].dtype),) * len(arrays)
 
-    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(map(jax.lax.add, a, b))
+    def total(parts: Sequence[jax.Array], axis: int) -> Sequence[jax.Array]:
+        return jax.lax.reduce(tuple(parts), zeros, lambda a, b: tuple(map(jax.lax.add, a, b)), (axis,))
 
-    rows = jax.lax.reduce(tuple(x.ravel()[:whole].reshape(-1, width) for x in arrays), zeros, add, (1,))
-    rest = jax.lax.reduce(tuple(x.ravel()[whole:] for x in arrays), zeros, add, (0,))
+    rows = total([x.ravel()[:whole].reshape(-1, width) for x in arrays], 1)
+    rest = total([x.ravel()[whole:] for x in arrays], 0)
     return tuple(jnp.sum(x) + y for x, y in zip(rows, rest, strict=True))
 
 
