@@ -364,7 +364,7 @@ def test_one_array_in_two_places_is_told_of() -> None:
     with pytest.warns(UserWarning, match="decoupled_decay: 'embed/kernel' and 'head/kernel' are one array") as told:
         wdjax.adamw(0.1, 0.5, only("kernel")).init(tree)
     assert len(told) == 1
-    assert "put the array into params once and use it twice in the model" in str(told[0].message)
+    assert "To keep them tied, put the array into params once" in str(told[0].message)
     with pytest.warns(UserWarning, match="with_decoupled_decay: 'a' and 'b' are one array"):
         wdjax.with_decoupled_decay(optax.sgd(0.1), 0.5, learning_rate=0.1).init({"a": array, "b": array})
     with warnings.catch_warnings():
