@@ -51,7 +51,7 @@ def l2_penalty(
         A 0-d float32 array (float64 if a parameter is float64).
 
     Raises:
-        TypeError, ValueError: for a rate that is a schedule, negative, NaN, infinite or not a scalar; a mask or
+        TypeError, ValueError: for a rate that is a schedule, a bare array, negative, NaN or infinite; a mask or
             anchor that does not fit params; a rule that matches nothing; an unknown mesh axis.
 
     Example:

@@ -61,7 +61,6 @@ def proximal_step(
     check_kind(where, kind, "prox")
     rates = {"strength": strength, "learning_rate": learning_rate}
     action = Action(where, rates, mask, toward, stacked_axes=stacks(where, stacked_axes))
-
     return transformation(action, rule_of(kind, _Solved(kind)))
 
 

@@ -40,6 +40,8 @@ def sgd_l2(
 
     Args, Returns, Raises: as `add_l2_to_grads`; momentum is the decay of the momentum buffer, or None for no momentum.
 
+    Example:
+
         >>> import wdjax
         >>> optimizer = wdjax.sgd_l2(0.1, 5e-4, wdjax.only("kernel"), momentum=0.9)
     """
@@ -69,6 +71,8 @@ def sgdw(
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate also multiplies the decay, as in timm's `SGDW`.
 
     Args, Returns, Raises: as `sgd_l2`. `init` warns of learning_rate * weight_decay as `independent_decay` does.
+
+    Example:
 
         >>> import wdjax
         >>> optimizer = wdjax.sgdw(0.1, 5e-3, wdjax.only("kernel"), momentum=0.9)
@@ -106,6 +110,8 @@ def adam_l2(
 
     Args, Returns, Raises: as `sgd_l2`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
 
+    Example:
+
         >>> import wdjax
         >>> optimizer = wdjax.adam_l2(1e-3, 1e-4, wdjax.only("kernel"))
     """
@@ -139,6 +145,8 @@ def adamw(
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
     Args, Returns, Raises, warnings: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
+
+    Example:
 
         >>> import wdjax
         >>> optimizer = wdjax.adamw(3e-4, 0.1, wdjax.all_but("bias", "LayerNorm_*"))

@@ -25,7 +25,7 @@ from ._engine.masks import flags
 from ._engine.rules import check_booleans
 from ._engine.steps import SKIPPING, nodes, stepped
 from ._engine.types import Anchor, Mask, Optimizer, Rate
-from ._engine.unstable import automatic, explicit_axes, is_traced, may_be_split
+from ._engine.unstable import automatic, explicit_spec, is_traced, may_be_split
 from .paths import Rules
 
 PyTree = Any
@@ -238,7 +238,7 @@ def _no_update(update: Any, param: Any) -> Any:
         has_bits = dtype != jax.dtypes.float0 and any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
         return jnp.zeros_like(update) if has_bits else update
     zeros = -jnp.zeros_like(update)
-    if is_traced(param) and may_be_split(param) and explicit_axes(zeros) == explicit_axes(param):
+    if is_traced(param) and may_be_split(param) and explicit_spec(zeros) == explicit_spec(param):
         return jax.lax.select(jax.lax.optimization_barrier(False), param.astype(zeros.dtype), zeros)
     return zeros
 

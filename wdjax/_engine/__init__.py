@@ -3,6 +3,7 @@
 `loop`        finds the rate, mask and anchor of each parameter and applies the rule of a place to it
 `arithmetic`  computes the rule for one parameter in safe dtypes
 `rules`       the base class of rule sets: a decision for each parameter
+`rates`       a rate as a user gives it
 `masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
 `mesh_axes`   sums over devices within `shard_map`

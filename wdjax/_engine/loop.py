@@ -25,7 +25,8 @@ import optax
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
 from .masks import flags
-from .rules import PerLayer, Rules, check_booleans, decisions, rate_or_rules, rates_of, stack_of
+from .rates import rate_or_rules
+from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
 from .unstable import as_arguments
 
 PyTree = Any

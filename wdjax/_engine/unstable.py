@@ -64,7 +64,7 @@ def may_be_split(x: Any) -> bool:
     return getattr(mesh, "size", 2) > 1
 
 
-def explicit_axes(x: Any) -> Any:
+def explicit_spec(x: Any) -> Any:
     """How an array is split over the explicit axes of a mesh. Without explicit axes, it is equal for all arrays."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
 

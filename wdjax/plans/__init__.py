@@ -10,7 +10,8 @@ import numpy as np
 
 from .._engine import checks, trees
 from .._engine.masks import flags
-from .._engine.rules import Decision, PerLayer, decisions, rate_or_rules, stack_of
+from .._engine.rates import rate_or_rules
+from .._engine.rules import Decision, PerLayer, decisions, stack_of
 from .._engine.types import Mask, Params, Rate
 from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules

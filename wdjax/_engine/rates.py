@@ -1,0 +1,57 @@
+"""A rate as a user gives it. A tree of rates becomes a rule set, so that the loop knows only numbers and rule sets."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from . import checks, trees
+from .rules import TABLE, Decision, Rules, Tree, check_rates
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PerParameter(Rules, kind="a tree of rates", is_written=False):
+    """A tree like params whose leaves are rates: numbers, arrays, schedules, or None for 0."""
+
+    rates: dict[str, Any]
+
+    def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
+        paths = {leaf.path for leaf in tree.leaves}
+        holes = tuple(f"{leaf.path}/" for leaf in tree.leaves if leaf.dtype is None)
+        missing = [tree.leaves[i].path for i in asked if i in tree.required and tree.leaves[i].path not in self.rates]
+        extra = [path for path in self.rates if path not in paths and not path.startswith(holes)]
+        if missing or extra:
+            raise ValueError(
+                f"{tree.where}: a tree of rates must have the structure of params. It lacks {missing[:5]}, and params "
+                f"lack {extra[:5]}. Write jax.tree.map(lambda p: 0.1, params), with None where nothing decays. "
+                f"Write rates by pattern as {TABLE}."
+            )
+        rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}
+        return {i: Decision(0.0 if trees.is_hole(rate) else rate, self.kind) for i, rate in rates.items()}
+
+    def _values(self) -> list[Any]:
+        return [rate for rate in self.rates.values() if not trees.is_hole(rate)]
+
+    def _written(self) -> str:
+        return f"<{self.kind}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        raise TypeError("Rules.to_dict: a tree of rates can't be written to a file. Write rates by path: by_path.")
+
+
+def rate_or_rules(where: str, name: str, value: Any) -> Any:
+    """Checks a rate: a number, a 0-d array, a schedule, a rule set, or a tree of rates, which becomes a rule set."""
+    if isinstance(value, Rules):
+        check_rates(value, where)
+        return value
+    # A tree may be callable too, such as an Equinox module of rates.
+    is_tree = value is not None and jax.tree.structure(value) != jax.tree.structure(0)
+    if is_tree and not isinstance(value, jax.tree_util.Partial):
+        rates = dict(trees.flatten_with_paths(value))
+        return PerParameter({p: r if trees.is_hole(r) else _rate_at(where, name, p, r) for p, r in rates.items()})
+    return checks.rate(where, name, value)
+
+
+def _rate_at(where: str, name: str, path: str, rate: Any) -> Any:
+    return checks.rate(where, f"{name} at {path!r}", rate, write=f"{where}({name}=0.1)", may_be_array=True)
