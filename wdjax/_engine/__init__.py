@@ -11,5 +11,6 @@
 `hazards`     warns at `init` of rates that are too small or too large to work
 `checks`      validates arguments and words the errors
 `types`       the types of arguments
+`text`        shows values in errors, and repeated blocks as one path
 `unstable`    every use of JAX's unstable API
 """

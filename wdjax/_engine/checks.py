@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .text import shown
 from .unstable import is_traced
 
 P = ParamSpec("P")
@@ -44,7 +45,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
         raise TypeError(
             f"{where}: {name} must be a number, a 0-d array, a schedule (a function of the step) or a by_path table "
-            f"of these, got {_show(value)}. Write {write}; rates by path are by_path({{'kernel': 0.1}}, default=0.0)."
+            f"of these, got {shown(value)}. Write {write}; rates by path are by_path({{'kernel': 0.1}}, default=0.0)."
         )
     if jnp.shape(value) != () and not may_be_array:
         raise ValueError(
@@ -53,7 +54,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         )
     dtype = jnp.result_type(value)
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{where}: {name} must be a real number, got {_show(value)}. Write {write}.")
+        raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
     numbers = np.asarray(value if jnp.shape(value) else _as_float(value))
@@ -140,8 +141,3 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from . import checks, trees
 from .rules import TABLE, Decision, Rules, Tree, check_rates
@@ -55,3 +57,21 @@ def rate_or_rules(where: str, name: str, value: Any) -> Any:
 
 def _rate_at(where: str, name: str, path: str, rate: Any) -> Any:
     return checks.rate(where, f"{name} at {path!r}", rate, write=f"{where}({name}=0.1)", may_be_array=True)
+
+
+def values_of(schedule: Any, counts: Sequence[int]) -> np.ndarray | None:
+    """The values of a schedule at some counts. None if they aren't known yet, or if it fails.
+
+    Inside a trace, the schedule still runs on numbers.
+    """
+    with jax.ensure_compile_time_eval():
+        steps = np.asarray(counts, np.int32)
+        try:
+            # One compiled program is several times as fast as the schedule's operations one by one.
+            return np.asarray(jax.jit(lambda steps: jax.lax.map(schedule, steps))(steps))
+        except Exception:  # A schedule with Python's `if` can't be compiled.
+            pass
+        try:
+            return np.array([np.asarray(schedule(jnp.asarray(step))) for step in steps])
+        except Exception:  # It raises its own error when the step calls it.
+            return None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .._engine.text import merged, merged_texts
 from ..plans import table
 
 _HEADER = ("path", "arrays", "shape", "dtype", "rate", "where", "kind", "toward", "x learning rate", "kept")
@@ -126,9 +127,9 @@ def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
     for row in rows:
         groups[tuple(re.split(r"\d+", row.path)), _cells(row)].append(row)
     return [
-        (table.merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
+        (merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
         for group in groups.values()
-        for part in table.merged(group)
+        for part in merged(group)
     ]
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from .._engine.text import merged, merged_texts
+
 HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why")
 NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
 _NUMBER = re.compile(r"\d+")
@@ -139,38 +141,6 @@ def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]
             kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
             lines.append(f"{merged_texts(paths)}: {rates}, {kind}")
     return lines
-
-
-def merged(group: Sequence[Any]) -> list[list[Any]]:
-    """The rows in parts. Each has every combination of the numbers in its paths, so that its line is exact."""
-    columns = _columns([row.path for row in group])
-    if math.prod(map(len, columns)) == len(group):
-        return [list(group)]
-    first = next(k for k, column in enumerate(columns) if len(column) > 1)
-    parts: dict[str, list[Any]] = collections.defaultdict(list)
-    for row in group:
-        parts[_NUMBER.findall(row.path)[first]].append(row)
-    return [part for each in parts.values() for part in merged(each)]
-
-
-def _columns(texts: Sequence[str]) -> list[list[str]]:
-    """The sorted numbers at each position in strings that differ only in their numbers, as they are written."""
-    columns = zip(*map(_NUMBER.findall, texts), strict=True)
-    return [sorted(set(column), key=lambda digits: (int(digits), digits)) for column in columns]
-
-
-def merged_texts(texts: Sequence[str]) -> str:
-    """One string for strings that differ only in their numbers: "blocks/{0..11}/kernel"."""
-    shown = map(_range, _columns(texts))
-    return _NUMBER.sub(lambda match: next(shown), texts[0])
-
-
-def _range(digits: Sequence[str]) -> str:
-    if len(digits) == 1:
-        return digits[0]
-    first, last = digits[0], digits[-1]
-    is_range = len(digits) > 2 and list(digits) == list(map(str, range(int(first), int(last) + 1)))
-    return f"{{{first}..{last}}}" if is_range else f"{{{','.join(digits)}}}"
 
 
 def _rates(group: Sequence[Planned]) -> str:
