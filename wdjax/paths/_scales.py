@@ -14,7 +14,6 @@ from .language import Patterns, Text
 from .roles import KERNEL, Parameter, role
 from .standard import parameter_at
 
-_NUMBER = r"(\d+)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -114,7 +113,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     patterns = language.checked_patterns("by_depth", blocks)
     for pattern in patterns if axis is None else ():
         syntax = pattern.syntax if isinstance(pattern, Text) else ""
-        if syntax == "shell" and not language.compiled(pattern.text, _NUMBER).groups:
+        if syntax == "shell" and not language.compiled(pattern.text, is_numbered=True).groups:
             raise ValueError(
                 f"by_depth: {pattern} has no '*' for the number of a block. Write '{pattern.text}_*' or "
                 f"'{pattern.text}/*'. For blocks that are stacked in one array, add axis=0."
@@ -130,7 +129,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
 def _numbers(tree: Tree, pattern: Text) -> dict[int, tuple[int, ...]]:
     """The numbers in the path of each leaf that the pattern matches. A group that did not match counts as 0."""
     where, is_shell = f"{tree.where}: by_depth", pattern.syntax == "shell"
-    match = language.compiled(pattern.text, _NUMBER).search if is_shell else pattern.regex.fullmatch
+    match = language.compiled(pattern.text, is_numbered=True).search if is_shell else pattern.regex.fullmatch
     numbers: dict[int, tuple[int, ...]] = {}
     places: dict[tuple[int, ...], str] = {}
     for i, leaf in enumerate(tree.leaves):
