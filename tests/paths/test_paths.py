@@ -254,7 +254,25 @@ def test_patterns_of_many_stars_against_the_definition() -> None:
     rng = random.Random(0)
     compared = 0
     for _ in range(20_000):
-        names = ["a", "b", "ab", "a*", "*b", "*a*", "a*b*a", "*a?b*", "?", "[ab]*", "*[!a]*", "*", "**", "**", "**"]
+        names = [
+            "a",
+            "b",
+            "ab",
+            "a*",
+            "*b",
+            "*a*",
+            "a*b*a",
+            "*a*a",
+            "*ab*b*a",
+            "*a?b*",
+            "?",
+            "[ab]*",
+            "*[!a]*",
+            "*",
+            "**",
+            "**",
+            "**",
+        ]
         pattern = rng.choices(names, k=rng.randint(2, 7))
         path = ["".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 8))]
         expected = matches(pattern, path)

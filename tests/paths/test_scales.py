@@ -890,6 +890,8 @@ def test_fan_in_of_lora_factors() -> None:
         assert by_width(2).values(pair) == {first: 32.0, second: 2.0}, first
     stack = {"q/lora_a": jnp.ones((3, 64, 4)), "q/lora_b": jnp.ones((3, 4, 32))}
     assert by_width(2, stacked_axes=1).values(stack) == {"q/lora_a": 32.0, "q/lora_b": 2.0}
+    heads = {"q/lora_a/kernel": jnp.ones((64, 4)), "q/lora_b/kernel": jnp.ones((4, 2, 8))}
+    fails("can't tell the fan-in of 'q/lora_b/kernel'", lambda: by_width(2).values(heads))
     for untold in (stack, {"q/lora_a": jnp.ones((64, 4))}, {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.ones((8, 32))}):
         fails(r"by_width can't tell the fan-in of '(q/)?lora_a', .*fan_in=", lambda: by_width(2).values(untold))  # noqa: B023
 

@@ -329,6 +329,8 @@ DECAYS = """
     w (1,1,4) b (4)
     weight (8,4) u (8)
     weight_v (8,4) weight_g (8,1)
+    weight_orig (8,4) weight_u (8)
+    conv/weight_bar (8,4,3,3)
     W_U (1,50)
 """
 DOES_NOT = """

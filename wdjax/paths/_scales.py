@@ -228,9 +228,9 @@ class ByWidth(Rules, kind="by_width"):
             return "an embedding, whose input is one-hot"
         if found is not None and found.name not in (KERNEL, ADAPTER):
             return None
-        inputs = None if found is None or len(parameter.shape) < 2 else _inputs(parameter)
-        if found is not None and found.name == ADAPTER and inputs is None:
-            inputs = _inputs_of_factor(leaf.path, shapes)
+        inputs = None
+        if found is not None:
+            inputs = _inputs(parameter) if found.name == KERNEL else _inputs_of_factor(leaf.path, parameter, shapes)
         if inputs is not None:
             return math.prod(inputs)
         raise ValueError(
@@ -294,6 +294,8 @@ def by_width(
 def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
     """The sizes of a matrix's input axes, by the layout that its name implies. None if that layout does not fit."""
     shape, bias = parameter.shape, parameter.bias
+    if len(shape) < 2:
+        return None
     if parameter.name == "weight":  # (out, in, ...), and a bias (out,) or (out, 1, ...).
         fits = bias is None or (bias[:1] == shape[:1] and math.prod(bias) == shape[0])
         return shape[1:] if fits else None
@@ -306,8 +308,10 @@ def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
     return shape[:1] if heads else shape[:-1]
 
 
-def _inputs_of_factor(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The input axis of `lora_a` or `lora_b`, by the axis that the two share: the rank. None if that can't be told."""
+def _inputs_of_factor(path: str, parameter: Parameter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The input axes of a LoRA factor: its layer's, or by the rank, which `lora_a` and `lora_b` share."""
+    if parameter.name == "weight" or (parameter.name in ("kernel", "w") and len(parameter.shape) == 2):
+        return _inputs(parameter)
     found = re.fullmatch(r"(.*?)(a|b|A|B|down|up)", path, re.DOTALL)
     if found is None:
         return None

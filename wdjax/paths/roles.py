@@ -47,7 +47,9 @@ _LAYER = _INTO | _set(
     "linear dense conv einsum proj projection projector fc qkv kv unembed unembedding head router modulation"
 )
 _TABLE = _set("embedding embeddings embed embeds emb embs embedder wte wpe vocab")
-_PART = _set("reverse enc dec input output hidden down gate gating proj query key value attn feat feature features")
+_PART = _set(
+    "orig bar reverse enc dec input output hidden down gate gating proj query key value attn feat feature features"
+)
 _FACTOR = _set("a b up down")
 _NORM = _set("ln lns bn gn grn rms subln preln postln lnf norms normalization normalize")
 _POSITION = _set("pos position positions positional posemb posembed posembedding posenc wpe pe ape rpe rpb rope rotary")
@@ -230,7 +232,8 @@ def _is_in_table_of_positions(parameter: Parameter, last: str) -> bool:
         return False
     # By names alone, `embedding` is taken for the parameter of a library layer.
     is_looked_up = parameter.owner in _LOOKED_UP or last in ("embedding", "embeddings")
-    return last in _TABLE | _set("weight weights w table") and (parameter.is_own or not is_looked_up)
+    is_table = last in _TABLE | _set("weight weights w table encoding encodings value values array")
+    return is_table and (parameter.is_own or not is_looked_up)
 
 
 def _is_one_vector(parameter: Parameter, own: Words) -> bool:
