@@ -409,6 +409,8 @@ DOES_NOT = """
     PositionalEncodingModule_0/weight (16,4)
     rel_pos_bias/w (4,7)
     RelativePositionBias_0/table (4,7)
+    distance_embedding/weight (7,4)
+    sinusoidal_embed/weight (16,4)
     u (8) weight (8,4)
     v (4) weight (8,4)
     u0 (1,8) w (4,8)
@@ -615,6 +617,9 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
         r"are: 'Block_\{0\.\.19\}/mix' \(3, 3\), 'Block_\{0\.\.19\}/theta' \(2,\)\. .*"
         r"by_path\(\{'mix': True, 'theta': False\}, default=weights_only\(\)\)",
         lambda: weights_only().mask(many),
+    )
+    fails(
+        r"register_layer\(MyLayer, weights=\('x',\)\)", lambda: weights_only().mask({"a": array(3), "x": array(2, 2)})
     )
     fails(r"can't tell what this parameter is: 'theta' \(2,\)\. Say", lambda: weights_only().mask({"theta": array(2)}))
 

@@ -52,8 +52,10 @@ _PART = _set(
 )
 _FACTOR = _set("a b up down")
 _NORM = _set("ln lns bn gn grn rms subln preln postln lnf norms normalization normalize")
-_POSITION = _set("pos position positions positional posemb posembed posembedding posenc wpe pe ape rpe rpb rope rotary")
-_RELATIVE = _set("relative rel relpos")
+_POSITION = _set(
+    "pos position positions positional posemb posembed posembedding posenc wpe pe ape rpe rpb rope rotary sinusoidal"
+)
+_RELATIVE = _set("relative rel relpos distance")
 # The last word of what holds a table of positions: "pos_embed", "PositionalEncoding", but not "RotaryAttention".
 _OF_POSITION = _TABLE | _POSITION | _set("encoding encodings enc table bias")
 # Embedding layers of well-known models that are indexed by position.

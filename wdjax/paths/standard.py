@@ -122,7 +122,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         if registered and self.owners is None:
             name, layer = next(iter(registered.items()))
             return f"{message} {layer} is registered with {name!r}, but only the model has types: weights_only(model)."
-        first = next(iter(unknown)).path
+        first = max(unknown, key=lambda leaf: unknown[leaf]).path  # One that decays, if any does.
         owner, name = (self.owners or {}).get(first), first.rpartition("/")[2]
         layer = owner.name if isinstance(owner, Owner) else "MyLayer"
         message += (
