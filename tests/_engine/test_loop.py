@@ -101,7 +101,7 @@ def test_a_norm_over_a_parameter_and_over_each_layer_of_a_stack() -> None:
 
 def test_a_rate_for_each_layer_means_a_norm_for_each_layer() -> None:
     params, updates = make(layers=(3, 4, 2)), make(1, layers=(3, 4, 2))
-    optimizer = with_a_norm(RATE * wdjax.by_depth("layers", 0.5, axis=0))
+    optimizer = with_a_norm(RATE * wdjax.by_depth("layers", 0.5, last="**", axis=0))
     new, _ = optimizer.update(updates, optimizer.init(params), params)
     u, w = np.float64(updates["layers"]), np.float64(params["layers"])
     rates = RATE * 0.5 ** np.array([3, 2, 1]).reshape(3, 1, 1)

@@ -7,6 +7,8 @@ import itertools
 import pickle
 import random
 import re
+import time
+import timeit
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import pytest
 import wdjax
 from wdjax import all_but, by_path, only
 from wdjax.paths import canonical_paths
+from wdjax.paths.language import compiled
 
 PARAMS = {
     "encoder": {
@@ -237,15 +240,67 @@ def test_a_segment_is_read_as_fnmatch_reads_it() -> None:
     assert compared > 500
 
 
-def test_wildcards_against_a_definition_by_enumeration() -> None:
-    def matches(pattern: list[str], path: list[str]) -> bool:
-        if not pattern:
-            return True  # An inner node takes all below it.
-        if pattern[0] == "**":
-            rest = pattern[1:]
-            return bool(path) if not rest else any(matches(rest, path[i:]) for i in range(len(path)))
-        return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and matches(pattern[1:], path[1:])
+def matches(pattern: list[str], path: list[str]) -> bool:
+    """The definition of a pattern with "/", by enumeration."""
+    if not pattern:
+        return True  # An inner node takes all below it.
+    if pattern[0] == "**":
+        rest = pattern[1:]
+        return bool(path) if not rest else any(matches(rest, path[i:]) for i in range(len(path)))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and matches(pattern[1:], path[1:])
 
+
+def test_patterns_of_many_stars_against_the_definition() -> None:
+    rng = random.Random(0)
+    compared = 0
+    for _ in range(20_000):
+        names = [
+            "a",
+            "b",
+            "ab",
+            "a*",
+            "*b",
+            "*a*",
+            "a*b*a",
+            "*a*a",
+            "*ab*b*a",
+            "*a?b*",
+            "?",
+            "[ab]*",
+            "*[!a]*",
+            "*",
+            "**",
+            "**",
+            "**",
+        ]
+        pattern = rng.choices(names, k=rng.randint(2, 7))
+        path = ["".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 8))]
+        expected = matches(pattern, path)
+        assert bool(compiled("/".join(pattern)).search("/".join(path))) == expected, (pattern, path)
+        compared += expected
+    assert 2000 < compared < 18_000
+
+
+def test_many_stars_take_no_long_time() -> None:
+    path, segment = "/".join("a" * 100), "a" * 2000
+    for pattern, name in (
+        ("/".join(["**"] * 20 + ["b"]), path),
+        ("/".join(["**", "a"] * 20 + ["b"]), path),
+        ("/".join(["**", "*"] * 20 + ["b"]), path),
+        ("/".join(["**", "*a*"] * 20 + ["b"]), path),
+        ("*a" * 20 + "*b", segment),
+        ("*?" * 20 + "*[!a]", segment),
+        ("/".join(["**", "*a*a*a*a*b"] * 10), f"{path}/{segment}"),
+        ("/".join(["**", "*1*1*1*1*b"] * 10), f"{path}/{segment}"),
+    ):
+        for regex in (compiled(pattern), compiled(pattern, is_numbered=True)):
+            assert regex.search(name) is None
+            search = functools.partial(regex.search, name.replace("a", "1"))
+            assert min(timeit.repeat(search, number=1)) < 0.05, pattern
+    fails("matches no parameter", lambda: only("/".join(["**"] * 20 + ["b"])).mask({path: np.ones(1)}))
+
+
+def test_wildcards_against_a_definition_by_enumeration() -> None:
     paths = ["/".join(p) for n in (1, 2, 3) for p in itertools.product("ab", repeat=n)]
     for n in (2, 3):
         for parts in itertools.product(["a", "b", "*", "**"], repeat=n):
@@ -394,6 +449,10 @@ def test_leaves_that_are_functions_are_no_parameters() -> None:
 def test_two_parameters_of_one_path() -> None:
     params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
     fails(r"two parameters have the path 'a/b'.*Rename one", lambda: wdjax.decoupled_decay(0.1).init(params))
+    many = {**{f"w{i}": np.ones(1) for i in range(20_000)}, **params}
+    start = time.perf_counter()
+    fails("two parameters have the path 'a/b'", lambda: canonical_paths(many))
+    assert time.perf_counter() - start < 3
 
 
 def fails(message: str, call: Any, error: type[Exception] = ValueError) -> None:
@@ -421,6 +480,47 @@ def test_a_typo_shows_the_nearest_name_and_paths() -> None:
     fails(r"matches no parameter\. The nearest of 10 paths", lambda: matched("x"))
     fails(r"re\.compile\('\.\*/kernal'\) matches no parameter.*head/kernel", lambda: matched(re.compile(".*/kernal")))
     fails(r"<lambda> matches no parameter", lambda: matched(lambda leaf: leaf.ndim == 7))
+
+
+KERAS_NAMES = {
+    "gamma": "'gamma' is a norm's scale in Keras. Here it is 'scale', which matches 2 parameters.",
+    "**/beta": "'beta' is a norm's shift in Keras. Here it is 'bias', which matches 3 parameters.",
+    "encoder/*/gamma": "'gamma' is a norm's scale in Keras. Here it is 'scale', which matches 2 parameters.",
+    "weight": "'weight' is a norm's scale in PyTorch and Equinox. Here it is 'scale', which matches 2 parameters. "
+    "'weight' is a layer's matrix in PyTorch and Equinox. Here it is 'kernel', which matches 3 parameters. "
+    "'weight' is a layer's matrix in PyTorch and Equinox. Here it is 'w', which matches 1 parameter.",
+    "offset": "'offset' is a norm's shift in Haiku. Here it is 'bias', which matches 3 parameters.",
+    "b": "'b' is a layer's bias in Haiku. Here it is 'bias', which matches 3 parameters.",
+}
+
+
+@pytest.mark.parametrize("pattern", KERAS_NAMES)
+def test_a_name_of_another_library_shows_the_name_here(pattern: str) -> None:
+    fails(rf"matches no parameter\. {re.escape(KERAS_NAMES[pattern])} ", lambda: matched(pattern))
+
+
+def test_names_of_other_libraries_in_each_syntax_and_tree() -> None:
+    fails("'gamma' is a norm's scale", lambda: only(".*/gamma", syntax="regex").mask(PARAMS))
+    fails("'gamma' is a norm's scale", lambda: only("LayerNorm.*gamma$", syntax="search").mask(PARAMS))
+    fails("'weight' is a norm's scale", lambda: only("LayerNorm.weight", syntax="contains").mask(PARAMS))
+    torch = {
+        "norm": {"weight": np.ones(2)},
+        "self_attn": {"in_proj_weight": np.ones((2, 2)), "running_mean": np.ones(2)},
+    }
+    for pattern, here in {
+        "scale": "a norm's scale in Flax and Haiku. Here it is 'weight', which matches 1 parameter",
+        "kernel": "a layer's matrix in Flax and Keras. Here it is 'weight'",
+        "query": "an attention's query projection in Flax, Keras and Haiku. Here it is 'in_proj_weight'",
+        "moving_mean": "the mean of a batch norm in Keras. Here it is 'running_mean'",
+    }.items():
+        fails(f"'{pattern}' is {here}", lambda: only(pattern).mask(torch))  # noqa: B023
+    flax = {"attn": {name: {"kernel": np.ones((2, 2))} for name in ("query", "key", "value", "out")}}
+    fails("Here it is 'query', .*Here it is 'key', .*Here it is 'value', ", lambda: only("in_proj_weight").mask(flax))
+    fails("Here it is 'out', ", lambda: only("out_proj").mask(flax))
+    # Where the tree has the name, something else is wrong with the pattern.
+    with pytest.raises(ValueError, match="matches no parameter") as caught:
+        only("encodr/bias").mask(PARAMS)
+    assert "Here it is" not in str(caught.value)
 
 
 def test_a_hint_leaves_out_names_that_are_no_patterns() -> None:

@@ -45,13 +45,16 @@ def by_name(rules: Any, *paths: str) -> dict[str, Any]:
 # By depth: numbered blocks.
 
 TIMM_RULES = {
-    "beitv2_base_patch16_224": by_depth("blocks/*", 0.75, first=("cls_token", "patch_embed")),
-    "eva02_tiny_patch14_224": by_depth("blocks/*", 0.75, first=("cls_token", "pos_embed", "patch_embed")),
-    "regnety_016": by_depth("s*/b*", 0.75, first="stem"),
+    "beitv2_base_patch16_224": by_depth("blocks/*", 0.75, first=("cls_token", "patch_embed"), last=("fc_norm", "head")),
+    "eva02_tiny_patch14_224": by_depth(
+        "blocks/*", 0.75, first=("cls_token", "pos_embed", "patch_embed"), last="fc_norm"
+    ),
+    "regnety_016": by_depth("s*/b*", 0.75, first="stem", last="head"),
     "convnextv2_tiny": by_depth(
         re.compile(r"stages/(\d+)/(?:blocks/(\d+)|downsample)/.*"),  # A downsampling belongs to the block after it.
         0.75,
         first="stem",
+        last="head",
     ),
     "swinv2_tiny_window8_256": by_path(
         {"norm/*": 0.75},  # timm takes the last norm to the last block.
@@ -59,6 +62,7 @@ TIMM_RULES = {
             re.compile(r"layers/(\d+)/(?:blocks/(\d+)|downsample)/.*"),
             0.75,
             first="patch_embed",
+            last="head",
         ),
     ),
 }
@@ -88,7 +92,7 @@ def test_the_formula_of_beit() -> None:
         "blocks": [{"attn": {"w": jnp.ones(1)}, "mlp": jnp.ones(1)} for _ in range(count)],
         "head": jnp.ones(1),
     }
-    got = by_depth("blocks/*", decay, first="patch_embed").values(params)
+    got = by_depth("blocks/*", decay, first="patch_embed", last="head").values(params)
     np.testing.assert_allclose(got["patch_embed"], scales[0], rtol=1e-15)
     np.testing.assert_allclose([block["mlp"] for block in got["blocks"]], scales[1:-1], rtol=1e-15)
     assert [block["attn"]["w"] for block in got["blocks"]] == [block["mlp"] for block in got["blocks"]]
@@ -98,12 +102,12 @@ def test_the_formula_of_beit() -> None:
 @pytest.mark.parametrize("name", ["Block_{}", "layers/{}", "layers_{}", "net/~/layer_{}/attn", "h{}"])
 def test_the_numbers_of_blocks_are_numbers_however_they_are_written(name: str) -> None:
     paths = [f"{name.format(i)}/kernel" for i in range(12)]  # As text, 10 stands before 2.
-    got = by_name(by_depth(name.format("*"), 0.5), *reversed(paths), "head")
+    got = by_name(by_depth(name.format("*"), 0.5, last="head"), *reversed(paths), "head")
     assert got == {**{path: 0.5 ** (12 - i) for i, path in enumerate(paths)}, "head": 1.0}
 
 
 def test_gaps_and_other_starts_do_not_count() -> None:
-    assert by_name(by_depth("Block_*", 0.5), "Block_2", "Block_7", "Block_31", "x") == {
+    assert by_name(by_depth("Block_*", 0.5, last="x"), "Block_2", "Block_7", "Block_31", "x") == {
         "Block_2": 0.125,
         "Block_7": 0.25,
         "Block_31": 0.5,
@@ -118,18 +122,25 @@ def test_two_numbers_are_ordered_by_the_first_and_then_the_second() -> None:
 
 
 def test_a_pattern_may_go_on_after_the_number() -> None:
-    got = by_name(by_depth("**/Block_*/**/w", 0.5), "m/Block_0/a/w", "m/Block_0/b/w", "m/Block_1/w", "m/Block_1/b")
+    rules = by_depth("**/Block_*/**/w", 0.5, last="**")
+    got = by_name(rules, "m/Block_0/a/w", "m/Block_0/b/w", "m/Block_1/w", "m/Block_1/b")
     assert got == {"m/Block_0/a/w": 0.25, "m/Block_0/b/w": 0.25, "m/Block_1/w": 0.5, "m/Block_1/b": 1.0}
 
 
 def test_what_has_one_number_under_several_patterns_is_of_one_depth() -> None:
-    rules = by_depth(("encoder/Block_*", "decoder/Block_*"), 0.5)
+    rules = by_depth(("encoder/Block_*", "decoder/Block_*"), 0.5, last="head")
     got = by_name(rules, "encoder/Block_0", "encoder/Block_1", "decoder/Block_0", "head")
     assert got == {"encoder/Block_0": 0.25, "encoder/Block_1": 0.5, "decoder/Block_0": 0.25, "head": 1.0}
     # With fewer numbers it lies before what has more of them.
     rules = by_depth(("stages/*/blocks/*", "stages/*/downsample"), 0.5)
     got = by_name(rules, "stages/0/blocks/0", "stages/1/downsample", "stages/1/blocks/0")
     assert got == {"stages/0/blocks/0": 0.125, "stages/1/downsample": 0.25, "stages/1/blocks/0": 0.5}
+
+
+def test_the_outermost_of_nested_numbers_is_the_depth() -> None:
+    paths = [f"net/layers/{i}/mlp/layers/{j}/w" for i in range(2) for j in range(3)]
+    for pattern in ("**/layers/*", "net/**/layers/*", "net/layers/*"):
+        assert list(by_name(by_depth(pattern, 0.5), *paths).values()) == [0.25] * 3 + [0.5] * 3
 
 
 def test_first_is_below_all_blocks_even_where_it_is_in_one() -> None:
@@ -156,7 +167,7 @@ def test_hidden_blocks_still_count() -> None:
 
 def test_the_values_scale_updates_as_timm_scales_learning_rates() -> None:
     params = {"Block_0": jnp.ones(2), "Block_1": jnp.ones(2), "head": jnp.ones(2)}
-    scales = by_depth("Block_*", 0.5).values(params)
+    scales = by_depth("Block_*", 0.5, last="head").values(params)
     optimizer = optax.chain(
         wdjax.sgdw(0.5, 0.25), optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
     )
@@ -194,7 +205,8 @@ def unstacked(tree: dict[str, Any], axis: int) -> dict[str, Any]:
 
 
 def two_forms(axis: int, factor: float = 0.5) -> tuple[Any, Any]:
-    return by_depth("Block_*", factor, first="embed"), by_depth("blocks", factor, first="embed", axis=axis)
+    outside = {"first": "embed", "last": "head"}
+    return by_depth("Block_*", factor, **outside), by_depth("blocks", factor, **outside, axis=axis)
 
 
 def first_update(optimizer: Any, updates: Any, params: Any, *, run: Any = run_jit, start: Any = None) -> Any:
@@ -378,7 +390,7 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:
     # In float32 the rates are 1e-90 = 0, 1e-60 = 0 and 1e-30.
-    rules = by_depth("blocks", 1e-30, axis=axis)
+    rules = by_depth("blocks", 1e-30, last=("embed", "head"), axis=axis)
     tree = listed()
     tree["Block_0"] = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), tree["Block_0"])
     tree["Block_1"] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree["Block_1"])
@@ -552,6 +564,101 @@ def test_a_rule_before_by_depth_decides_on_what_is_not_stacked() -> None:
     assert by_path({"blocks": 0.0}, default=deep).values(params)["embed"] == 0.0625
 
 
+# By depth: what is outside the blocks.
+
+DEEP = {
+    "cls_token": jnp.ones((1, 1, 4)),
+    "embed": {"embedding": jnp.ones((9, 4))},
+    **{f"Block_{i}": {"kernel": jnp.ones((4, 4)), "norm": {"scale": jnp.ones(4)}} for i in range(2)},
+    "norm": {"scale": jnp.ones(4)},
+    **{f"head_{i}": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)} for i in range(3)},
+    "steps": jnp.array(0),
+}
+
+
+@pytest.mark.parametrize("under", [(), ("params",), ("params", "model")])
+def test_what_is_outside_the_blocks_has_to_be_said(under: tuple[str, ...]) -> None:
+    params: Any = DEEP
+    for name in reversed(under):
+        params = {name: params}
+    start = "".join(f"{name}/" for name in under)
+    with pytest.raises(ValueError, match="by_depth") as caught:
+        (0.1 * by_depth("Block_*", 0.5, first="embed")).values(params)
+    message = str(caught.value)
+    assert message.startswith(
+        f"Rules.values: by_depth: these parameters are neither in a block, nor in `first`, nor in `last`: "
+        f"'{start}cls_token' (1, 1, 4), '{start}head_{{0..2}}/bias' (2,), '{start}head_{{0..2}}/kernel' (4, 2), "
+        f"'{start}norm/scale' (4,). `first` is what"
+    )
+    # The line can be pasted.
+    line = re.search(r"Write (by_depth\(.*?\)), or last='\*\*' for everything else\.", message)
+    assert line is not None
+    told = eval(line[1], vars(wdjax))
+    heads = ", ".join(f"'{start}head_{i}'" for i in range(3))
+    assert repr(told) == (
+        f"by_depth('Block_*', 0.5, first=('embed', '{start}cls_token'), last=({heads}, '{start}norm'))"
+    )
+    want = {"cls_token": 0.125, "embed": 0.125, "Block_0": 0.25, "Block_1": 0.5, "norm": 1.0}
+    for path, value in zip(wdjax.paths.canonical_paths(params), jax.tree.leaves(told.values(params)), strict=True):
+        assert value == want.get(path.removeprefix(start).partition("/")[0], 1.0), path
+    rest = by_depth("Block_*", 0.5, first=("embed", "cls_token"), last="**")
+    assert jax.tree.leaves(rest.values(params)) == jax.tree.leaves(told.values(params))
+
+
+def test_what_does_not_decay_need_not_be_said() -> None:
+    rate = RATE * by_depth("Block_*", 0.5, first="embed", last="head_*")
+    fails(
+        r"decoupled_decay: by_depth: .*: 'cls_token' \(1, 1, 4\), 'norm/scale'",
+        lambda: wdjax.decoupled_decay(rate).init(DEEP),
+    )
+    params = {name: leaf for name, leaf in DEEP.items() if name != "steps"}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    masks = (weights_only(), all_but("cls_token", "norm"), jax.tree.map(lambda p: p.shape == (4, 4), params))
+    for mask in masks:
+        update = first_update(wdjax.decoupled_decay(rate, mask), zeros, params)
+        assert float(update["Block_0"]["kernel"][0, 0]) == RATE * 0.25
+        assert not np.any(update["norm"]["scale"])
+        assert wdjax.plan(params, rate, mask)["Block_1/kernel"].rate == RATE * 0.5
+    # In the loss, frozen, in a monitor, and beside a rule for all others.
+    assert float(wdjax.l2_penalty(params, rate, weights_only())) > 0
+    frozen = only("cls_token", "norm")
+    wdjax.freeze(wdjax.adamw(0.1, rate), frozen).init(params)
+    assert wdjax.plan(params, rate, frozen=frozen)["norm/scale"].rate == 0
+    monitored = wdjax.monitor(wdjax.adamw(0.1, rate, weights_only()), rate, weights_only(), learning_rate=0.1)
+    monitored.init(params)
+    assert by_path(
+        {"cls_token": 0.0, "norm": 0.5}, default=by_depth("Block_*", 0.5, first="embed", last="head_*")
+    ).values(params)["norm"] == {"scale": 0.5}
+    # Nor by any other rule of rates.
+    table = by_path({"kernel": 0.1, "embedding": 0.2})
+    fails("no rule covers the parameter", lambda: wdjax.decoupled_decay(table).init(params))
+    wdjax.decoupled_decay(table, weights_only()).init(params)
+    wide = by_width(2)
+    fails("can't tell the fan-in of 'mix'", lambda: wdjax.decoupled_decay(wide).init({"mix": jnp.ones((2, 2))}))
+    wdjax.decoupled_decay(wide, all_but("mix")).init({"mix": jnp.ones((2, 2)), "kernel": jnp.ones((2, 2))})
+
+
+def test_a_block_counts_before_last_and_first_before_both() -> None:
+    rules = by_depth("Block_*", 0.5, first="table", last=("norm", "table"))
+    got = by_name(rules, "Block_0/norm", "Block_0/table", "norm/scale", "table/w")
+    assert got == {"Block_0/norm": 0.5, "Block_0/table": 0.25, "norm/scale": 1.0, "table/w": 0.25}
+    fails("the pattern 'hed' matches no parameter", lambda: by_name(by_depth("B_*", 0.5, last="hed"), "B_0", "head"))
+
+
+def test_what_is_outside_a_stack_has_to_be_said() -> None:
+    params = {**stacked(listed(), 0), "steps": jnp.array(0)}
+    fails(
+        r"by_depth: these .*: 'embed/kernel' \(5, 4\), 'head/kernel' \(2, 3\)\. .*Write "
+        r"by_depth\('blocks', 0\.5, first='embed', last='head', axis=0\), or",
+        lambda: by_depth("blocks", 0.5, axis=0).values(params),
+    )
+    # What isn't stacked and doesn't decay has no layers.
+    params["blocks"]["temperature"] = jnp.ones(())
+    rates = 0.5 * by_depth("blocks", 0.5, first="embed", last="head", axis=0)
+    assert wdjax.plan(params, rates, only("kernel"))["blocks/kernel"].rate == (0.0625, 0.125, 0.25)
+    fails("axis=0 does not exist in 'blocks/temperature'", lambda: wdjax.plan(params, rates))
+
+
 # By depth: users' own assertion.
 
 
@@ -559,8 +666,8 @@ def test_a_rule_before_by_depth_decides_on_what_is_not_stacked() -> None:
 def test_assert_only_decays_knows_depths() -> None:
     rules = two_forms(0, 0.75)
     for params, right, wrong in (
-        (listed(), rules[0], by_depth("Block_*", 0.7, first="embed")),
-        (stacked(listed(), 0), rules[1], by_depth("blocks", 0.7, first="embed", axis=0)),
+        (listed(), rules[0], by_depth("Block_*", 0.7, first="embed", last="head")),
+        (stacked(listed(), 0), rules[1], by_depth("blocks", 0.7, first="embed", last="head", axis=0)),
     ):
         optimizer = wdjax.adamw(0.5, 0.01 * right)
         assert_only_decays(optimizer, params, 0.5 * 0.01 * right)
@@ -756,6 +863,48 @@ def test_stacked_axes_are_no_inputs() -> None:
     assert by_width(2, stacked_axes=1).values(attention)["query"]["kernel"] == 4.0
 
 
+class Adapted(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.LoRALinear(1280, 640, lora_rank=16, rngs=rngs)
+        self.embed = nnx.Embed(50, 1280, rngs=rngs)
+
+
+def test_fan_in_of_lora_factors() -> None:
+    params = nnx.state(Adapted(nnx.Rngs(0)), nnx.Param)
+    values = nnx.to_pure_dict(by_width(16).values(params))
+    assert values["linear"]["lora"] == {"lora_a": 80.0, "lora_b": 1.0}
+    assert wdjax.plan(params, by_width(16), weights_only())["linear/lora/lora_a"].reason.endswith("; fan-in 1280")
+    for first, second, shapes in (
+        ("q/lora_a", "q/lora_b", [(64, 4), (4, 32)]),
+        ("q/lora_A", "q/lora_B", [(4, 64), (32, 4)]),
+        ("q_lora/a", "q_lora/b", [(64, 4), (4, 64)]),  # Where in = out, the rank is the smaller one.
+        ("q_lora/A", "q_lora/B", [(4, 64), (64, 4)]),
+        ("q/lora_down", "q/lora_up", [(64, 4), (4, 32)]),
+        ("q/lora/w_a", "q/lora/w_b", [(64, 4), (4, 4)]),
+        ("q/lora_a/kernel", "q/lora_b/kernel", [(64, 4), (4, 32)]),
+        ("q/lora_A/default/weight", "q/lora_B/default/weight", [(4, 64), (32, 4)]),
+        ("q/lora_a/w", "q/lora_b/w", [(64, 4), (4, 32)]),
+        ("q/lora_down/weight", "q/lora_up/weight", [(4, 64), (32, 4)]),
+    ):
+        pair = {first: jnp.ones(shapes[0]), second: jnp.ones(shapes[1])}
+        assert by_width(2).values(pair) == {first: 32.0, second: 2.0}, first
+    stack = {"q/lora_a": jnp.ones((3, 64, 4)), "q/lora_b": jnp.ones((3, 4, 32))}
+    assert by_width(2, stacked_axes=1).values(stack) == {"q/lora_a": 32.0, "q/lora_b": 2.0}
+    heads = {"q/lora_a/kernel": jnp.ones((64, 4)), "q/lora_b/kernel": jnp.ones((4, 2, 8))}
+    fails("can't tell the fan-in of 'q/lora_b/kernel'", lambda: by_width(2).values(heads))
+    for untold in (stack, {"q/lora_a": jnp.ones((64, 4))}, {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.ones((8, 32))}):
+        fails(r"by_width can't tell the fan-in of '(q/)?lora_a', .*fan_in=", lambda: by_width(2).values(untold))  # noqa: B023
+
+
+def test_every_role_that_decays_has_a_fan_in_or_a_reason() -> None:
+    params = {"embed": {"embedding": jnp.ones((9, 4))}, "kernel": jnp.ones((4, 4)), "scale": jnp.ones(4)}
+    plan = wdjax.plan(params, by_width(2), weights_only())
+    assert plan["embed/embedding"].rate == 1
+    assert plan["embed/embedding"].reason == "embedding: named 'embedding'; an embedding, whose input is one-hot"
+    assert plan["kernel"].reason == "kernel: named 'kernel'; fan-in 4"
+    assert wdjax.plan(params, by_width(2))["scale"].reason == "not a matrix"
+
+
 def test_power_and_a_fan_in_of_ones_own() -> None:
     params = {"kernel": jnp.ones((64, 2)), "gate": jnp.ones((4, 9)), "bias": jnp.ones(2)}
 
@@ -819,7 +968,7 @@ FACTORS: dict[str, tuple[Any, Callable[[str], float]]] = {
     "number": (0.1, lambda path: 0.1),
     "array": (jnp.array(0.5), lambda path: 0.5),
     "depth": (
-        by_depth("Block_*", 0.75, first="embed"),
+        by_depth("Block_*", 0.75, first="embed", last="head"),
         lambda path: 0.75 ** {"embed": 3, "Block_0": 2, "Block_1": 1, "head": 0}[path.split("/")[0]],
     ),
     "width": (by_width(16, power=0.5), lambda path: 0.5 if path.endswith("kernel") else 1.0),
@@ -869,7 +1018,9 @@ def only_kernels() -> Any:
 def test_values_with_schedules_and_stacks() -> None:
     params = {"blocks": {"kernel": jnp.ones((3, 2))}, "head": jnp.ones(2), "off": jnp.ones(2)}
     schedule = optax.linear_schedule(1.0, 0.0, 4)
-    values = (schedule * (2.0 * by_path({"off": 0.0}, default=by_depth("blocks", 0.5, axis=0)))).values(params)
+    values = (schedule * (2.0 * by_path({"off": 0.0}, default=by_depth("blocks", 0.5, last="head", axis=0)))).values(
+        params
+    )
     assert float(values["head"](1)) == 1.5
     assert float(values["off"](1)) == 0.0
     np.testing.assert_array_equal(values["blocks"]["kernel"](2), [[0.125], [0.25], [0.5]])
@@ -899,7 +1050,8 @@ def rates_of(params: Any) -> Any:
 
 def test_rule_sets_as_values_and_defaults() -> None:
     rules = by_path(
-        {"embed": 0.5, "Block_0": by_path({"bias": 0.0}, default=0.25), "scale": 0.0}, default=by_depth("Block_*", 0.5)
+        {"embed": 0.5, "Block_0": by_path({"bias": 0.0}, default=0.25), "scale": 0.0},
+        default=by_depth("Block_*", 0.5, last="head"),
     )
     got = rules.values(NET)
     assert got["embed"]["embedding"] == 0.5
@@ -958,6 +1110,7 @@ def test_how_they_are_written() -> None:
         by_depth(("a_*", re.compile(r"b(\d+)")), 0.5, first=("x", "y"), axis=None): (
             r"by_depth(('a_*', re.compile('b(\\d+)')), 0.5, first=('x', 'y'))"
         ),
+        by_depth("Block_*", 0.75, last="**"): "by_depth('Block_*', 0.75, last='**')",
         by_depth("blocks", 0.5, axis=-1): "by_depth('blocks', 0.5, axis=-1)",
         by_width(256): "by_width(256)",
         by_width(1234567): "by_width(1234567)",

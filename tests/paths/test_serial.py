@@ -43,22 +43,23 @@ RULES: dict[str, Rules] = {
     "arrays": by_path({"head": jnp.array(0.5), "embed": np.float32(0.25)}, default=np.float64(1.0)),
     "booleans of NumPy": by_path({"head": np.bool_(True)}, default=np.bool_(False)),
     "times": 0.1 * by_path({"bias": 0.0}, default=2.0) * jnp.array(0.5) * 3,
-    "depth": by_depth("Block_*", 0.75, first=("embed", re.compile("blocks/.*"))),
+    "depth": by_depth("Block_*", 0.75, first=("embed", re.compile("blocks/.*")), last="head"),
     "depth by a regular expression": by_depth(
-        (re.compile(r"Block_(\d+)/.*", re.IGNORECASE), "Block_*/LayerNorm_*"), 0.5
+        (re.compile(r"Block_(\d+)/.*", re.IGNORECASE), "Block_*/LayerNorm_*"), 0.5, last="**"
     ),
-    "depth of a stack": by_depth("blocks", 0.5, first=only("embed"), axis=-0),
+    "depth of a stack": by_depth("blocks", 0.5, first=only("embed"), last=("head", "Block_*"), axis=-0),
     "width": by_path({"blocks": 1.0}, default=by_width(2)),
     "width of a stack": by_path({"blocks": by_width(2, power=0.5, stacked_axes=1)}, default=1.0),
     "products": 0.1
-    * by_depth("Block_*", 0.75)
+    * by_depth("Block_*", 0.75, last="**")
     * by_path({"bias": 0.0}, default=1.0)
     * by_path({"blocks": 1.0}, default=by_width(2)),
     "weights": weights_only(stacked_axes={"blocks": 1}),
     "weights, said otherwise": weights_only(embeddings=False, unknown=False),
     "a rule set as a pattern": by_path({"gain": 0.0, (weights_only(), "head/bias"): 0.1}, default=0.0),
     "a rule set as a value": by_path(
-        {"Block_*": by_path({"bias": 0.0}, default=0.25) * 2.0, "head": 0.0}, default=by_depth("Block_*", 0.5)
+        {"Block_*": by_path({"bias": 0.0}, default=0.25) * 2.0, "head": 0.0},
+        default=by_depth("Block_*", 0.5, last="**"),
     ),
     "a rule set as a default": by_path({"gain": False}, default=weights_only()),
 }
@@ -121,14 +122,16 @@ def test_the_cases_differ() -> None:
 
 
 def test_what_is_written() -> None:
-    rules = 0.1 * by_path({"bias": 0, ("scale", re.compile(".*/w")): 0.5}, default=by_depth("Block_*", 0.75))
+    rules = 0.1 * by_path(
+        {"bias": 0, ("scale", re.compile(".*/w")): 0.5}, default=by_depth("Block_*", 0.75, last=("head", "norm"))
+    )
     assert rules.to_dict() == {
         "by_path": {
             "rules": [
                 {"match": "bias", "value": 0.0},
                 {"match": ["scale", {"regex": ".*/w"}], "value": 0.5},
             ],
-            "default": {"by_depth": {"blocks": "Block_*", "factor": 0.75}},
+            "default": {"by_depth": {"blocks": "Block_*", "factor": 0.75, "last": ["head", "norm"]}},
         },
         "times": [0.1],
     }
@@ -153,7 +156,7 @@ def test_what_is_written() -> None:
 def test_a_person_may_write_it() -> None:
     text = """
     [weight_decay]
-    times = [0.1, { by_depth = { blocks = "Block_*", factor = 0.5 } }]
+    times = [0.1, { by_depth = { blocks = "Block_*", factor = 0.5, last = "**" } }]
 
     [weight_decay.by_path]
     default = 1
@@ -375,7 +378,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         {"by_depth": {"blocks": "a", "factor": 0.5, "axes": 0}},
         ValueError,
         r"by_depth has the unknown entries \['axes'\]: it needs \['blocks', 'factor'\], "
-        r"and may have \['axis', 'first'\]",
+        r"and may have \['axis', 'first', 'last'\]",
     ),
     "a factor of 0": (
         {"by_depth": {"blocks": "a_*", "factor": 0.0}},

@@ -285,6 +285,65 @@ def test_inputs_are_for_linen() -> None:
     fails(message, lambda: weights_only(NNXBlock(nnx.Rngs(0)), call_kwargs={"train": True}), TypeError)
 
 
+# Tables of positions.
+
+
+class LearnedPosEmbed(eqx.Module):
+    """A table that is added as it is."""
+
+    weight: jax.Array
+
+
+class RelativePositions(eqx.Module):
+    embedding: jax.Array
+    inner: eqx.nn.Embedding
+
+
+class RotaryAttention(eqx.Module):
+    weight: jax.Array
+
+
+def test_what_is_typed_as_a_table_of_positions_does_not_decay_and_an_embedding_layer_does() -> None:
+    table = jnp.ones((196, 8))
+    model = {
+        "table": LearnedPosEmbed(table),
+        "pos_embed": eqx.nn.Embedding(196, 8, key=jax.random.key(0)),
+        "a": RelativePositions(table, eqx.nn.Embedding(196, 8, key=jax.random.key(0))),
+        "pos": RotaryAttention(table),
+    }
+    params = eqx.filter(model, eqx.is_array)
+    expected = {
+        "a/embedding": False,
+        "a/inner/weight": True,
+        "pos/weight": True,
+        "pos_embed/weight": True,
+        "table/weight": False,
+    }
+    assert decided(weights_only(model), params) == expected
+    # By names, only what says position is known as one.
+    by_name = decided(weights_only(), {"pos_embed": LearnedPosEmbed(table), "wpe": model["pos_embed"]})
+    assert by_name == {"pos_embed/weight": False, "wpe/weight": True}
+
+
+def test_tables_of_positions_of_linen_and_nnx() -> None:
+    class PosEmbed(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.Embed(16, 8, name="pos_embed")(x)
+            return x + self.param("embedding", nn.initializers.ones, (16, 8))
+
+    class PositionTable(nnx.Module):
+        def __init__(self) -> None:
+            self.weight, self.pos_embed = nnx.Param(jnp.ones((16, 8))), nnx.Embed(16, 8, rngs=nnx.Rngs(0))
+
+    params = {"embedding": array(16, 8), "pos_embed": {"embedding": array(16, 8)}}
+    found = decided(weights_only(PosEmbed(), array(16, dtype=jnp.int32)), params)
+    assert found == {"embedding": False, "pos_embed/embedding": True}
+    model = PositionTable()
+    found = decided(weights_only(model), nnx.state(model, nnx.Param))
+    assert found == {"weight": False, "pos_embed/embedding": True}
+
+
 # Registered layers.
 
 

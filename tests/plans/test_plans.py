@@ -36,7 +36,7 @@ def rows(it: wdjax.Plan) -> dict[str, tuple[Any, ...]]:
 
 
 def test_each_row_of_a_plan() -> None:
-    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed"), weights_only())
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed", last="head"), weights_only())
     assert it["blocks/1/kernel"] == wdjax.plans.Planned(
         path="blocks/1/kernel",
         shape=(4, 4),
@@ -92,7 +92,7 @@ def test_the_rule_that_decided() -> None:
     assert rows(plan(PARAMS, 0.1, only("kernel")))["embed/embedding"] == (False, 0.0, "default", "")
     tree = jax.tree.map(lambda p: p.ndim > 1, PARAMS)
     assert rows(plan(PARAMS, 0.1, tree))["head/kernel"] == (True, 0.1, "mask", "")
-    product = 0.1 * by_path({"kernel": 2.0}, default=1.0) * by_depth("blocks/*", 0.5)
+    product = 0.1 * by_path({"kernel": 2.0}, default=1.0) * by_depth("blocks/*", 0.5, last="head")
     assert rows(plan(PARAMS, product, only("kernel")))["blocks/2/kernel"][1:3] == (
         0.1,
         "'kernel' · by_depth × 'kernel'",
@@ -140,7 +140,7 @@ def test_stacked_layers_have_a_rate_each() -> None:
         (0.1, None),
         (0.1, only("kernel")),
         (0.2 * by_path({"bias": 0.0, "blocks/1": 0.5}, default=1.0), weights_only()),
-        (0.1 * by_depth("blocks/*", 0.5), by_path({"embed": False}, default=weights_only())),
+        (0.1 * by_depth("blocks/*", 0.5, last="head"), by_path({"embed": False}, default=weights_only())),
     ],
 )
 def test_the_plan_is_what_happens(rate: Any, mask: Any) -> None:
@@ -168,7 +168,7 @@ def test_totals() -> None:
 
 
 def test_the_table_in_plain_text() -> None:
-    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed"), weights_only())
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, first="embed", last="head"), weights_only())
     assert str(it) == repr(it)
     lines = [re.sub(r"  +", "  ", line).strip() for line in str(it).splitlines()]
     assert lines[0] == "path  arrays  shape  dtype  parameters  rate  rule  why"
@@ -377,7 +377,7 @@ def test_a_model_that_no_memory_holds() -> None:
 
 
 def test_golden_plans(tmp_path: Path) -> None:
-    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5), weights_only())
+    it = plan(PARAMS, 0.1 * by_depth("blocks/*", 0.5, last=("embed", "head")), weights_only())
     file = tmp_path / "plan.txt"
     with pytest.raises(
         FileNotFoundError, match=r"the file .*plan\.txt does not exist\. Check print\(plan\), and write it: pathlib"

@@ -161,8 +161,8 @@ NEIGHBOURS = {
     ("rate", "mask"),
     [
         (0.5, wdjax.weights_only()),
-        (0.5 * wdjax.by_depth("stack", 0.5, first="embed", axis=0), wdjax.weights_only()),
-        (0.5 * wdjax.by_depth("layers/*", 0.5, first="embed"), wdjax.weights_only()),
+        (0.5 * wdjax.by_depth("stack", 0.5, first="embed", last="layers", axis=0), wdjax.weights_only()),
+        (0.5 * wdjax.by_depth("layers/*", 0.5, first="embed", last="stack"), wdjax.weights_only()),
         (0.5 * wdjax.by_path({"stack": wdjax.by_width(2, stacked_axes=1)}, default=wdjax.by_width(2)), None),
         (wdjax.by_path({"stack": 0.1, lambda leaf: leaf.ndim == 1: 0.2}, default=0.3), None),
     ],

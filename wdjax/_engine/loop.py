@@ -226,12 +226,13 @@ class Action:
     def _rows(self, params: PyTree, leaves: Leaves) -> Terms:
         """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
         columns = []
+        chosen = flags(self.where, self.mask, params, leaves)
+        asked = trees.hidden_where(chosen, leaves)
         for name, rate in self.rates.items():
-            of_each = rates_of(rate, self.where, leaves) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
+            of_each = rates_of(rate, self.where, asked) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
             columns.append([[(name, factor) for factor in factors] for factors in of_each])
         rows: Terms = []
         stacks = self._stacks(leaves)
-        chosen = flags(self.where, self.mask, params, leaves)
         for flag, stack, (path, leaf), *named in zip(chosen, stacks, leaves, *columns, strict=True):
             if flag is False or not trees.is_decayable(leaf):
                 rows.append(None)

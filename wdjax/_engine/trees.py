@@ -7,6 +7,7 @@ the same path in `init` (which sees NNX Variables) and in `update` (which sees b
 *holes*: rules may name these places, but they hold nothing to decay.
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -78,6 +79,13 @@ jax.tree_util.register_pytree_node(Hidden, lambda place: ((), _Remembered(place.
 _HOLES = (type(None), optax.MaskedNode)
 
 
+def hidden_where(flags: Sequence[Any], leaves: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The leaves, with those hidden whose flag is False: no rule must cover what doesn't decay."""
+    return [
+        (path, Hidden.of(leaf) if flag is False else leaf) for flag, (path, leaf) in zip(flags, leaves, strict=True)
+    ]
+
+
 def canonical_paths(params: PyTree) -> list[str]:
     """The canonical path of every leaf, in the order of the tree. Patterns are matched against these paths.
 
@@ -121,7 +129,7 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     found = [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), is_stop)]
     paths = [path for path, _ in found]
     if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+        twice = next(path for path, times in collections.Counter(paths).items() if times > 1)
         raise ValueError(
             f"wdjax: two parameters have the path {twice!r}, as in {{'a/b': ..., 'a': {{'b': ...}}}}. "
             "Rename one: a rule by path could not tell them apart."

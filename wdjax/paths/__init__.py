@@ -18,7 +18,8 @@ A pattern is one of
 The canonical path of a parameter is its keys joined by "/", in every library. `canonical_paths` lists the paths.
 
 A rule that matches nothing, a rule that never decides because earlier rules match the same parameters first, and a
-parameter without a rule are errors. So a typo in a pattern stops the program before the first step.
+parameter without a rule are errors. So a typo in a pattern stops the program before the first step. A parameter that a
+mask leaves out needs no rate.
 """
 
 from .._engine.rules import Rules as Rules

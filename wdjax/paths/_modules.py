@@ -59,6 +59,11 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
     _REGISTRY[layer] = {name: KERNEL if name in weights else EMBEDDING for name in (*weights, *embeddings)}
 
 
+def registered() -> list[tuple[str, str]]:
+    """The class and the name of each parameter that `register_layer` was told of."""
+    return [(layer.__name__, name) for layer, names in _REGISTRY.items() for name in names]
+
+
 def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) -> dict[str, Owner | Role]:
     """The owner of each parameter of a model by canonical path, or its role where that is already known."""
     if inspect.isclass(model):

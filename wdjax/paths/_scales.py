@@ -1,9 +1,11 @@
 """Multipliers from the depth of a block (in a list, a numbered name or a stack), and from the width of a matrix."""
 
 import dataclasses
+import glob
 import math
 import numbers
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._engine import checks, trees
@@ -11,10 +13,10 @@ from .._engine.rules import Decision, PerLayer, Rules, Tree, call, is_whole
 from .._engine.trees import Leaf
 from . import language
 from .language import Patterns, Text
-from .roles import KERNEL, Parameter, role
+from .roles import ADAPTER, EMBEDDING, KERNEL, Parameter, is_input, role
 from .standard import parameter_at
 
-_NUMBER = r"(\d+)"
+_OTHER_FACTOR = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -24,14 +26,33 @@ class ByDepth(Rules, kind="by_depth"):
     blocks: Patterns
     factor: float
     first: Patterns | None
+    last: Patterns | None
     axis: int | None
 
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
-        first = language.matching_all(tree, self.first or ())
+        first, last = (language.matching_all(tree, patterns or ()) for patterns in (self.first, self.last))
         decided, count = self._by_number(tree) if self.axis is None else self._by_axis(tree, self.axis, asked, first)
+        known = first.union(decided, last)
+        unsaid = [tree.leaves[i] for i in sorted(tree.required.intersection(asked) - known)]
+        outside = [leaf for leaf in unsaid if trees.is_decayable(leaf)]
+        if outside:
+            raise ValueError(f"{tree.where}: by_depth: {self._question(tree, outside, known)}")
         stem = Decision(self.factor ** (count + 1), "by_depth", f"before block 0 of {count}")
         rest = Decision(1.0, "by_depth", f"outside the {count} blocks")
         return {i: stem if i in first else decided.get(i, rest) for i in asked}
+
+    def _question(self, tree: Tree, outside: Sequence[Leaf], known: set[int]) -> str:
+        """The message about parameters outside the blocks, with the call that says where they are."""
+        taken = {node for i in known for node in _nodes(tree.leaves[i].path)}
+        said: dict[bool, list[Any]] = {True: [*(self.first or ())], False: [*(self.last or ())]}
+        for node in dict.fromkeys(next(n for n in _nodes(leaf.path) if n not in taken) for leaf in outside):
+            said[is_input(node)].append(language.checked_patterns("by_depth", glob.escape(node))[0])
+        write = dataclasses.replace(self, first=Patterns(said[True]) or None, last=Patterns(said[False]) or None)
+        return (
+            f"these parameters are neither in a block, nor in `first`, nor in `last`: {language.listed(outside)}. "
+            "`first` is what comes before the blocks, and `last` is what comes after them and has a multiplier of 1. "
+            f"Write {write._written()}, or last='**' for everything else."
+        )
 
     def _by_number(self, tree: Tree) -> tuple[dict[int, Decision], int]:
         numbers: dict[int, tuple[int, ...]] = {}
@@ -46,7 +67,7 @@ class ByDepth(Rules, kind="by_depth"):
         # Leaves that `freeze` hides count too, because they keep their shape and dtype.
         blocks = language.matching_all(tree, self.blocks) - first
         found = {i for i in blocks if trees.is_decayable(tree.leaves[i])}
-        deciding = found.intersection(asked)
+        deciding = found.intersection(asked, tree.required)
         sizes: dict[int, str] = {}
         for i in sorted(deciding or found):
             path, shape, _ = tree.leaves[i]
@@ -70,27 +91,31 @@ class ByDepth(Rules, kind="by_depth"):
             )
         count = next(iter(sizes), 0)
         values, reason = tuple(self.factor ** (count - k) for k in range(count)), f"{count} stacked blocks"
-        ndims = {i: len(tree.leaves[i].shape) for i in deciding}
-        return {i: Decision(PerLayer(values, axis % ndim), "by_depth", reason) for i, ndim in ndims.items()}, count
+        decided = dict.fromkeys(blocks, Decision(1.0, "by_depth", reason))  # Of what doesn't decay.
+        for i in deciding:
+            stack = PerLayer(values, axis % len(tree.leaves[i].shape))
+            decided[i] = Decision(stack, "by_depth", reason)
+        return decided, count
 
     def _written(self) -> str:
-        return call("by_depth", self.blocks, self.factor, first=self.first, axis=self.axis)
+        return call("by_depth", self.blocks, self.factor, first=self.first, last=self.last, axis=self.axis)
 
     @staticmethod
-    def _from_plain(blocks: Any, factor: Any, first: Any = (), axis: Any = None) -> Rules:
-        return by_depth(language.from_plain(blocks), factor, first=language.from_plain(first), axis=axis)
+    def _from_plain(blocks: Any, factor: Any, first: Any = (), last: Any = (), axis: Any = None) -> Rules:
+        outside = {"first": language.from_plain(first), "last": language.from_plain(last)}
+        return by_depth(language.from_plain(blocks), factor, **outside, axis=axis)
 
 
 @checks.known_arguments
-def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = None) -> Rules:
+def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axis: int | None = None) -> Rules:
     """Layer-wise decay: multipliers that change by a factor from each block of a model to the one below it.
 
-    Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and everything else has 1.
+    Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and `last` has 1.
             Blocks are ordered by their numbers, which may start anywhere and have gaps.
-    Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first=("patch_embed",))`. For the learning rate too,
-            as in BEiT, multiply the updates at the end of the chain by `by_depth(...).values(params)`.
+    Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first="patch_embed", last="head")`. For the learning
+            rate too, as in BEiT, multiply the updates at the end of the chain by `by_depth(...).values(params)`.
     Source: BEiT (arXiv 2106.08254). In timm's `param_groups_layer_decay`, the last norm counts as the last block:
-            `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=...))`.
+            `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=..., last="head"))`.
 
     Args:
         blocks: the pattern of the blocks, in which "*" stands for a number: `"Block_*"`, `"layers/*"` or
@@ -98,14 +123,17 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
             for the whole path, whose groups are the numbers (0 for one that did not match). Or a tuple of these: equal
             numbers are then equal depth. With `axis`, it is an ordinary pattern.
         factor: the factor from each block to the one below, > 0.
-        first: the patterns of everything before the first block: embeddings, the stem.
+        first: the patterns of everything before the first block: embeddings, class tokens, the stem.
+        last: the patterns of everything after the last block: the final norm, the head; `"**"` for all the rest. A
+            parameter that decays, but is neither in a block nor in `first` nor in `last`, is an error. What is in
+            several of them counts for `first`, then for its block.
         axis: the axis that counts the blocks, if they are stacked in one array as by `nn.scan`.
 
     Example:
 
         >>> import jax.numpy as jnp, wdjax
         >>> params = {name: jnp.ones(2) for name in ("stem", "block_0", "block_1", "head")}
-        >>> wdjax.by_depth("block_*", 0.5, first="stem").values(params)
+        >>> wdjax.by_depth("block_*", 0.5, first="stem", last="head").values(params)
         {'block_0': 0.25, 'block_1': 0.5, 'head': 1.0, 'stem': 0.125}
     """
     factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
@@ -114,7 +142,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
     patterns = language.checked_patterns("by_depth", blocks)
     for pattern in patterns if axis is None else ():
         syntax = pattern.syntax if isinstance(pattern, Text) else ""
-        if syntax == "shell" and not language.compiled(pattern.text, _NUMBER).groups:
+        if syntax == "shell" and not language.compiled(pattern.text, is_numbered=True).groups:
             raise ValueError(
                 f"by_depth: {pattern} has no '*' for the number of a block. Write '{pattern.text}_*' or "
                 f"'{pattern.text}/*'. For blocks that are stacked in one array, add axis=0."
@@ -124,13 +152,20 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), axis: int | None = 
                 f"by_depth: blocks must be a string with '*' for the number, or a regular expression with a group for "
                 f"it, got {language.show(pattern)}. Write by_depth('Block_*', {factor})."
             )
-    return ByDepth(patterns, factor, language.checked_patterns("by_depth", first) if first != () else None, axis)
+    before, after = (language.checked_patterns("by_depth", said) if said != () else None for said in (first, last))
+    return ByDepth(patterns, factor, before, after, axis)
+
+
+def _nodes(path: str) -> list[str]:
+    """The path of each node above a leaf, from the root, and of the leaf."""
+    segments = path.split("/")
+    return ["/".join(segments[:k]) for k in range(1, len(segments) + 1)]
 
 
 def _numbers(tree: Tree, pattern: Text) -> dict[int, tuple[int, ...]]:
     """The numbers in the path of each leaf that the pattern matches. A group that did not match counts as 0."""
     where, is_shell = f"{tree.where}: by_depth", pattern.syntax == "shell"
-    match = language.compiled(pattern.text, _NUMBER).search if is_shell else pattern.regex.fullmatch
+    match = language.compiled(pattern.text, is_numbered=True).search if is_shell else pattern.regex.fullmatch
     numbers: dict[int, tuple[int, ...]] = {}
     places: dict[tuple[int, ...], str] = {}
     for i, leaf in enumerate(tree.leaves):
@@ -173,13 +208,13 @@ class ByWidth(Rules, kind="by_width"):
         decided = {}
         for i in asked:
             width = self._width(tree.where, tree.leaves[i], shapes) if i in tree.required else None
-            decided[i] = Decision(1.0, "by_width", "not a matrix")
-            if width:  # It is a matrix, and not empty.
+            decided[i] = Decision(1.0, "by_width", width if isinstance(width, str) else "not a matrix")
+            if width and not isinstance(width, str):  # It is a matrix, and not empty.
                 decided[i] = Decision((width / self.base) ** self.power, "by_width", f"fan-in {width:g}")
         return decided
 
-    def _width(self, where: str, leaf: Leaf, shapes: dict[str, tuple[int, ...]]) -> float | None:
-        """The fan-in, as `fan_in` says or by the layout that belongs to the name. None if the leaf is not a matrix."""
+    def _width(self, where: str, leaf: Leaf, shapes: dict[str, tuple[int, ...]]) -> float | str | None:
+        """The fan-in, as `fan_in` says or by the layout that belongs to the name. Or why it has none."""
         if self.fan_in is not None:
             width = self.fan_in(leaf)
             if width is None or (_is_number(width) and width > 0):
@@ -189,9 +224,13 @@ class ByWidth(Rules, kind="by_width"):
             )
         parameter = parameter_at(leaf.path, shapes)
         found = role(parameter)
-        if found is not None and found.name != KERNEL:
+        if found is not None and found.name == EMBEDDING:
+            return "an embedding, whose input is one-hot"
+        if found is not None and found.name not in (KERNEL, ADAPTER):
             return None
-        inputs = None if found is None or len(parameter.shape) < 2 else _inputs(parameter)
+        inputs = None
+        if found is not None:
+            inputs = _inputs(parameter) if found.name == KERNEL else _inputs_of_factor(leaf.path, parameter, shapes)
         if inputs is not None:
             return math.prod(inputs)
         raise ValueError(
@@ -229,7 +268,8 @@ def by_width(
         power: 1 for μP and CompleteP; 0.5 for a decay that grows with the square root of the width.
         fan_in: a function of a `Leaf` that returns the fan-in, or None if the leaf is not a matrix. Without it, the
             inputs are the axes that a bias beside the matrix lacks, or by name: all axes but the last of a `kernel` or
-            a `w` (only the first of Flax's query, key and value), and all but the first of a `weight`.
+            a `w` (only the first of Flax's query, key and value), and all but the first of a `weight`. Of a pair of
+            LoRA factors, the axis that they share tells. The input of an embedding is one-hot, so it has 1.
         stacked_axes: the number of leading axes that stack layers.
 
     Example:
@@ -254,6 +294,8 @@ def by_width(
 def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
     """The sizes of a matrix's input axes, by the layout that its name implies. None if that layout does not fit."""
     shape, bias = parameter.shape, parameter.bias
+    if len(shape) < 2:
+        return None
     if parameter.name == "weight":  # (out, in, ...), and a bias (out,) or (out, 1, ...).
         fits = bias is None or (bias[:1] == shape[:1] and math.prod(bias) == shape[0])
         return shape[1:] if fits else None
@@ -264,6 +306,25 @@ def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
         return next((shape[: -len(end)] for end in ends if end and shape[-len(end) :] == end), None)
     heads = parameter.owner in ("query", "key", "value") and len(shape) == 3
     return shape[:1] if heads else shape[:-1]
+
+
+def _inputs_of_factor(path: str, parameter: Parameter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The input axes of a LoRA factor: its layer's, or by the rank, which `lora_a` and `lora_b` share."""
+    if parameter.name == "weight" or (parameter.name in ("kernel", "w") and len(parameter.shape) == 2):
+        return _inputs(parameter)
+    found = re.fullmatch(r"(.*?)(a|b|A|B|down|up)", path, re.DOTALL)
+    if found is None:
+        return None
+    start, which = found.groups()
+    other = start + _OTHER_FACTOR[which]
+    pair = [shapes[path], shapes.get(other, ())]
+    first, second = pair if which in ("a", "A", "down") else reversed(pair)
+    if len(first) != 2 or len(second) != 2:
+        return None
+    # (in, rank) and (rank, out), or (rank, in) and (out, rank). Where both fit, the rank is the smaller size.
+    ranks = {0: first[1] if first[1] == second[0] else math.inf, 1: first[0] if first[0] == second[1] else math.inf}
+    axis = min(ranks, key=lambda axis: ranks[axis])
+    return shapes[path][axis : axis + 1] if ranks[axis] < math.inf else None
 
 
 def _is_number(value: Any) -> bool:

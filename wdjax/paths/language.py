@@ -1,5 +1,6 @@
 """The pattern language: what a pattern matches, and the error message for a pattern that matches nothing."""
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -12,10 +13,48 @@ from typing import Any
 import numpy as np
 
 from .._engine.rules import Rules, Tree, answers, check_booleans, check_whole, plain
+from .._engine.text import merged, merged_texts
 from .._engine.trees import Leaf
 
 Pattern = str | re.Pattern[str] | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
 SYNTAXES = ("shell", "regex", "search", "contains")
+
+# What the libraries call one parameter.
+_CALLED: dict[str, dict[str, str]] = {
+    "a norm's scale": {"gamma": "Keras", "scale": "Flax and Haiku", "weight": "PyTorch and Equinox"},
+    "a norm's shift": {"beta": "Keras", "offset": "Haiku", "bias": "Flax, PyTorch and Equinox"},
+    "a layer's matrix": {"kernel": "Flax and Keras", "weight": "PyTorch and Equinox", "w": "Haiku"},
+    "a layer's bias": {"bias": "Flax, Keras, PyTorch and Equinox", "b": "Haiku"},
+    "an embedding's table": {
+        "embedding": "Flax",
+        "embeddings": "Keras and Haiku",
+        "weight": "PyTorch and Equinox",
+    },
+    "the mean of a batch norm": {"mean": "Flax", "moving_mean": "Keras", "running_mean": "PyTorch"},
+    "the variance of a batch norm": {"var": "Flax", "moving_variance": "Keras", "running_var": "PyTorch"},
+    **{
+        f"an attention's {name} projection": {
+            name: "Flax, Keras and Haiku",
+            f"{name}_proj": "Equinox",
+            f"{name[0]}_proj": "PyTorch",
+            "in_proj_weight": "PyTorch",
+        }
+        for name in ("query", "key", "value")
+    },
+    "an attention's output projection": {
+        "out_proj": "PyTorch",
+        "out": "Flax",
+        "attention_output": "Keras",
+        "output_proj": "Equinox",
+    },
+    "a recurrent layer's matrix for its state": {
+        "recurrent_kernel": "Keras",
+        "weight_hh_l0": "PyTorch",
+        "weight_hh": "Equinox",
+        "w_h": "Haiku",
+        "hi": "Flax",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +182,12 @@ def _regex(where: str, what: str, text: str) -> re.Pattern[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def compiled(pattern: str, star: str = "[^/]*") -> re.Pattern[str]:
-    """A shell pattern as a regular expression, to `search` a canonical path with. `star` replaces each "*"."""
+def compiled(pattern: str, *, is_numbered: bool = False) -> re.Pattern[str]:
+    """A shell pattern as a regular expression, to `search` a canonical path with.
+
+    If `is_numbered`, each "*" is a group for a whole number. The time is polynomial, because no step after a star is
+    taken back: if what follows a star matches anywhere, its leftmost place leaves the most for the rest.
+    """
     segments = pattern.split("/")
     if not all(segments):
         raise ValueError(
@@ -153,23 +196,31 @@ def compiled(pattern: str, star: str = "[^/]*") -> re.Pattern[str]:
         )
     if any("**" in segment and segment != "**" for segment in segments):
         raise ValueError(f"by_path: in {pattern!r}, '**' must stand alone in its segment, as in 'encoder/**/kernel'.")
+    runs = [""]  # The segments between one "**" and the next.
+    for k, segment in enumerate(segments, 1):
+        # A pattern that matches an inner node matches everything below it.
+        end = r"(?:/|\Z)" if k == len(segments) else "/"
+        runs = [*runs, ""] if segment == "**" else [*runs[:-1], runs[-1] + _segment(segment, is_numbered) + end]
     start = r"\A" if len(segments) > 1 else r"(?:\A|/)"
-    body = "".join("(?:[^/]*/)*" if segment == "**" else _segment(segment, star) + "/" for segment in segments[:-1])
-    # A pattern that matches an inner node matches everything below it.
-    end = "" if segments[-1] == "**" else _segment(segments[-1], star) + r"(?:/|\Z)"
-    return _regex("by_path", f"the pattern {pattern!r}", start + body + end)
+    regex = start + runs[0] + "".join(f"(?>(?:[^/]*/)*?{run})" for run in runs[1:])
+    return _regex("by_path", f"the pattern {pattern!r}", regex)
 
 
-def _segment(pattern: str, star: str) -> str:
+def _segment(pattern: str, is_numbered: bool) -> str:
     """One segment of a shell pattern as a regular expression. It is read as by `fnmatch`, but never crosses a "/"."""
-
-    def read(match: re.Match[str]) -> str:
-        if not match["inside"]:
-            return {"*": star, "?": "[^/]"}.get(match[0], re.escape(match[0]))
-        inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", match["inside"])
-        return f"(?!/)[{'^' if match['negated'] else ''}{inside}]"
-
-    return re.sub(r"\[(?P<negated>!?+)(?P<inside>.[^\]]*)\]|.", read, pattern, flags=re.DOTALL)
+    pieces = [""]  # The parts between one star and the next.
+    for token in re.finditer(r"\[(?P<negated>!?+)(?P<inside>.[^\]]*)\]|.", pattern, flags=re.DOTALL):
+        if token[0] == "*":
+            pieces.append("")
+        elif token["inside"]:
+            inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", token["inside"])
+            pieces[-1] += f"(?!/)[{'^' if token['negated'] else ''}{inside}]"
+        else:
+            pieces[-1] += "[^/]" if token[0] == "?" else re.escape(token[0])
+    if is_numbered or len(pieces) == 1:
+        return r"(\d++)".join(pieces)
+    first, *middle, last = pieces
+    return first + "".join(f"(?>[^/]*?{piece})" for piece in middle) + "[^/]*" + last
 
 
 def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
@@ -186,8 +237,9 @@ def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
             f"{message} The params are a single array, so they have no paths. Rules need the tree of parameters: put "
             "them outside optax.flatten. With optax.inject_hyperparams, pass the rule set itself and not its .mask."
         )
-    if isinstance(pattern, Text) and pattern.syntax == "shell":
-        message += _near_names(pattern.text, paths)
+    if isinstance(pattern, Text):
+        message += _other_names(pattern.text, paths)
+        message += _near_names(pattern.text, paths) if pattern.syntax == "shell" else ""
     message += f" The nearest of {len(paths)} paths: {nearest(getattr(pattern, 'text', ''), paths)}."
     hidden = sum(leaf.dtype is None for leaf in leaves)
     remedy = "If the rule is for hidden parameters, build the mask on all parameters first: mask=rules.mask(params)."
@@ -195,9 +247,37 @@ def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
     return message + empty
 
 
+def grouped(leaves: Iterable[Leaf]) -> list[list[Leaf]]:
+    """The parameters in groups of one shape, whose paths differ only in their numbers."""
+    groups: dict[Any, list[Leaf]] = collections.defaultdict(list)
+    for leaf in leaves:
+        groups[re.sub(r"\d+", "0", leaf.path), leaf.shape].append(leaf)
+    return [part for group in groups.values() for part in merged(group)]
+
+
+def listed(leaves: Iterable[Leaf]) -> str:
+    """The parameters and their shapes, with repeated blocks as one."""
+    groups = grouped(leaves)
+    return ", ".join(f"{merged_texts([leaf.path for leaf in group])!r} {group[0].shape}" for group in groups)
+
+
 def nearest(text: str, paths: Sequence[str]) -> str:
     """The three paths that are nearest to a string."""
     return ", ".join(map(repr, difflib.get_close_matches(text, paths, n=3, cutoff=0.0)))
+
+
+def _other_names(text: str, paths: Sequence[str]) -> str:
+    """Hints: what this tree calls the parameters that another library has under a name in a pattern."""
+    names = {name for path in paths for name in re.split("[/.]", path)}
+    hints = [
+        f" {name!r} is {what} in {called[name]}. Here it is {other!r}, which matches {_parameters(other, paths)}."
+        for name in dict.fromkeys(re.findall(r"[\w\[\]]+", text))
+        for what, called in _CALLED.items()
+        if name in called and name not in names
+        for other in called
+        if other in names and _count(other, paths)
+    ]
+    return "".join(hints)
 
 
 def _near_names(pattern: str, paths: Sequence[str]) -> str:
@@ -219,7 +299,7 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
         # A pattern without a number probably means all the numbered siblings.
         if count(numbered) > count(name) and not re.search(r"\d", pattern):
             name = numbered
-        hint += f" Did you mean {name!r}? It matches {count(name)} parameter{'s' * (count(name) != 1)}."
+        hint += f" Did you mean {name!r}? It matches {_parameters(name, paths)}."
     longer = (name for name in names if len(name) > len(pattern) > 1 and pattern.lower() in name.lower())
     whole = None if "/" in pattern else next(longer, None)
     if whole:
@@ -227,6 +307,10 @@ def _near_names(pattern: str, paths: Sequence[str]) -> str:
         wider = f"*{whole[start : start + len(pattern)]}*"
         hint += f" {pattern!r} is part of {whole!r}, not a whole name. {wider!r} matches {count(wider)}."
     return hint
+
+
+def _parameters(pattern: str, paths: Sequence[str]) -> str:
+    return f"{(count := _count(pattern, paths))} parameter{'s' * (count != 1)}"
 
 
 def _count(pattern: str, paths: Sequence[str], *, as_regex: bool = False) -> int:

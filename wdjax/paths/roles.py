@@ -32,6 +32,8 @@ class Parameter(NamedTuple):
     is_library: bool = False  # Whether the owner is a library layer. Then its name decides, whatever the shape.
     in_list: bool = False  # Whether the owner is a list. Its name doesn't tell which of its layers this is.
     around: str = ""  # The name of the owner's owner.
+    is_own: bool = False  # Whether the model says that the owner is a class of the user's, and not a library layer.
+    is_beside_weight: bool = False  # Whether it is named `u` or `v`, and the module holds a weight too.
 
 
 def _set(text: str) -> frozenset[str]:
@@ -45,11 +47,19 @@ _LAYER = _INTO | _set(
     "linear dense conv einsum proj projection projector fc qkv kv unembed unembedding head router modulation"
 )
 _TABLE = _set("embedding embeddings embed embeds emb embs embedder wte wpe vocab")
-_PART = _set("reverse enc dec input output hidden down gate gating proj query key value attn feat feature features")
+_PART = _set(
+    "orig bar reverse enc dec input output hidden down gate gating proj query key value attn feat feature features"
+)
 _FACTOR = _set("a b up down")
 _NORM = _set("ln lns bn gn grn rms subln preln postln lnf norms normalization normalize")
-_POSITION = _set("pos position positions positional posemb posembed posenc wpe pe rope rotary")
-_RELATIVE = _set("relative rel relpos")
+_POSITION = _set(
+    "pos position positions positional posemb posembed posembedding posenc wpe pe ape rpe rpb rope rotary sinusoidal"
+)
+_RELATIVE = _set("relative rel relpos distance")
+# The last word of what holds a table of positions: "pos_embed", "PositionalEncoding", but not "RotaryAttention".
+_OF_POSITION = _TABLE | _POSITION | _set("encoding encodings enc table bias")
+# Embedding layers of well-known models that are indexed by position.
+_LOOKED_UP = _set("position_embedding position_embeddings embed_positions position_embedder wpe")
 _BUFFER = _set("freqs freq frequencies sin cos sinusoid timescale mask masks")
 _TOKEN = _set("token tokens cls probe probes latent latents prompt prompts prefix queries registers")
 _TOKENS_OF = _set("cls mask masked null register reg query prompt latent")
@@ -125,7 +135,9 @@ def _named(parameter: Parameter, own: Words) -> Role | None:
         (is_bias or is_of_bias, BIAS, named),
         (is_relative, POSITION, f"relative positions, {named}"),
         (_RELATIVE.intersection(owner) and is_in_relative, POSITION, f"relative positions, {of_owner}"),
+        (_is_in_table_of_positions(parameter, last), POSITION, of_owner),
         (every & _POSITION and (last == "matrix" or not is_matrix), POSITION, named),
+        (_is_of_power_iteration(parameter, own), "buffer", f"{named}, a vector of a power iteration"),
         (last in _BUFFER or every & _set("freeze frozen"), "buffer", named),
         ("ema" in owner or ("spectral" in owner and own == ("u",)), "statistic", of_owner),
         (first in ("running", "moving", "cached") or own == ("init",), "statistic", named),
@@ -160,6 +172,9 @@ def _matrix(parameter: Parameter, own: Words) -> Role | None:
         if bias is not None and math.prod(bias) == 1:
             return Role(KERNEL, named)
         return Role(NORM, f"{parameter.name!r}, one vector") if is_weight else None
+    if bias is None and _is_one_vector(parameter, own) and own[-1] not in ("kernel", "kernels"):
+        # Along the last axis, it broadcasts. Otherwise, it may be a convolution to or from one channel.
+        return Role(TOKEN, f"one vector, {named}") if shape[-1] > 1 and not parameter.in_list else None
     if bias is None and is_weight:
         return _weight_without_bias(parameter, qualifier, said, of_owner)
     return None if _POSITION.intersection(qualifier) else Role(KERNEL, named)
@@ -179,8 +194,6 @@ def _weight_without_bias(parameter: Parameter, qualifier: Words, owner: Words, o
         return vector if is_vector else Role(EMBEDDING, of_owner)
     if owner[-1:] in (("token",), ("tokens",)) and (is_vector or owner[0] in _TOKENS_OF):
         return vector._replace(reason=of_owner)
-    if is_vector and rank > 2:
-        return None if parameter.in_list else vector
     is_part = any(map(_is_part, owner)) or "mlp" in owner
     return kernel._replace(or_table=rank <= 3 and not (is_part and not parameter.in_list))
 
@@ -193,6 +206,8 @@ def _shaped(parameter: Parameter, own: Words) -> Role | None:
     is_named_after_table = every.union(words(parameter.owner)) & (_TABLE | _set("lookup"))
     is_table = own[-1] in _TABLE or (own[-1] in ("table", "var") and bool(is_named_after_table))
     if own[-1] in _LAYER or (is_table and "patch" in every):
+        if _is_one_vector(parameter, own):
+            return Role(TOKEN, f"one vector, {named}")
         is_kernel = len(parameter.shape) >= 2 and own[0] not in ("b", "bias")
         return Role(KERNEL, f"{named}, as a layer") if is_kernel else None
     if is_table and (parameter.is_library or not is_vector or (own[0] == "embedding" and len(parameter.shape) == 2)):
@@ -200,6 +215,48 @@ def _shaped(parameter: Parameter, own: Words) -> Role | None:
     if is_table or (is_vector and own[0] in _TOKENS_OF):
         return Role(TOKEN, f"one vector, {named}")
     return Role(NORM, named) if is_norm(parameter.name) else None
+
+
+def is_input(name: str) -> bool:
+    """Whether a module of this name is likely before the first block: an embedding, a class token, the stem."""
+    return not (_TABLE | _POSITION | _TOKEN | _set("patch patchify stem")).isdisjoint(words(name))
+
+
+def says_position(name: str) -> bool:
+    """Whether a name speaks of positions, absolute or relative."""
+    return not (_POSITION | _RELATIVE).isdisjoint(words(name))
+
+
+def _is_in_table_of_positions(parameter: Parameter, last: str) -> bool:
+    """Whether its owner is named or typed as a table of positions that is added as it is."""
+    owner = [word for word in words(parameter.owner) if word not in ("module", "layer", "block")]
+    if not says_position(parameter.owner) or is_layer(parameter.owner) or owner[-1] not in _OF_POSITION:
+        return False
+    # By names alone, `embedding` is taken for the parameter of a library layer.
+    is_looked_up = parameter.owner in _LOOKED_UP or last in ("embedding", "embeddings")
+    is_table = last in _TABLE | _set("weight weights w table encoding encodings value values array")
+    return is_table and (parameter.is_own or not is_looked_up)
+
+
+def _is_one_vector(parameter: Parameter, own: Words) -> bool:
+    """Whether three axes or more hold one vector, as in (1, 1, C), outside a convolution of one channel and window."""
+    shape = parameter.shape
+    is_vector = len(shape) > 2 and math.prod(shape) == max(shape) > 1
+    return (
+        is_vector
+        and not is_layer(parameter.owner)
+        and not {"conv", "patch"}.intersection((*own, *words(parameter.owner)))
+    )
+
+
+def _is_of_power_iteration(parameter: Parameter, own: Words) -> bool:
+    """Whether the parameter is the `u` or `v` that spectral normalization keeps beside a weight."""
+    if own[-1] not in ("u", "v") or math.prod(parameter.shape) != max(parameter.shape, default=0):
+        return False
+    if len(own) == 1:
+        owner = words(parameter.owner)
+        return parameter.is_beside_weight or "parametrizations" in owner or bool(_MATRIX.intersection(owner[-1:]))
+    return own[0] == "vector" or (own[0] in ("weight", "kernel") and len(parameter.shape) == 1)
 
 
 def _is_a_part(own: Words) -> bool:

@@ -2,21 +2,26 @@
 
 import collections
 import dataclasses
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._engine import checks
 from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
+from .._engine.text import merged_texts
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
-from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role
+from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role, says_position
 
 Axes = tuple[int, ...]
 Stacks = dict[str, tuple[set[Axes], set[Axes]]]
 # Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
 _STORAGE = frozenset(("value", "raw_value", "array", "param"))
+_WEIGHTS = ("weight", "kernel", "w", "W", "weight_orig", "weight_bar")
+# The role of a matrix that is more likely a vector in each of several stacked layers.
+_STACKED = Role("unknown", "a matrix, or one vector in each layer")
 # Linen's collections beside "params".
 _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
 
@@ -36,25 +41,29 @@ class WeightsOnly(Rules, kind="weights_only"):
                 f"{tree.where}: weights_only can't tell what a parameter without a name is. The params are a single "
                 "array. Give it the tree of parameters, outside optax.flatten."
             )
-        roles = self._roles(tree, [i for i in asked if i in tree.required])
-        decided, unknown = {}, []
+        stacked = self._stacked(tree)
+        roles = self._roles(tree, [i for i in asked if i in tree.required], stacked)
+        decided, unknown = {}, {}
         for i in asked:
             leaf, found = tree.leaves[i], roles.get(i)
             if i not in tree.required:
                 if leaf.dtype is not None:
                     decided[i] = Decision(False, "weights_only", "not a real number")
-            elif found is not None and (self.embeddings or not found.or_table):
+            elif found is not None and found is not _STACKED and (self.embeddings or not found.or_table):
                 decays = found.name in (KERNEL, ADAPTER) or (found.name == EMBEDDING and self.embeddings)
                 decided[i] = Decision(decays, "weights_only", f"{found.name}: {found.reason}")
             elif isinstance(self.unknown, bool):
                 decided[i] = Decision(self.unknown, "weights_only", f"unknown={self.unknown}")
             else:
-                unknown.append(leaf)
+                is_matrix = sum(size > 1 for size in leaf.shape[stacked.get(i, 0) :]) > 1
+                is_position = any(map(says_position, re.split("[/.]", leaf.path)))
+                unknown[leaf] = is_matrix and not is_position and found is not _STACKED
         if unknown:
-            raise ValueError(f"{tree.where}: {_unknown(unknown, tree, self.owners)}")
+            raise ValueError(f"{tree.where}: {self._question(unknown, tree)}")
         return decided
 
-    def _roles(self, tree: Tree, asked: Sequence[int]) -> dict[int, Role | None]:
+    def _stacked(self, tree: Tree) -> dict[int, int]:
+        """The number of leading axes that stack layers, for each leaf that `stacked_axes` names."""
         stacked: dict[int, int] = {}
         for pattern, axes in self.stacked_axes.items():
             matched = language.matching_all(tree, language.checked_patterns("weights_only", pattern))
@@ -66,6 +75,9 @@ class WeightsOnly(Rules, kind="weights_only"):
                     f"{tree.where}: weights_only has stacked_axes={axes} for {path!r}, but its shape is {shape}. "
                     "Write the number of axes that stack layers, such as stacked_axes={'layers': 1}."
                 )
+        return stacked
+
+    def _roles(self, tree: Tree, asked: Sequence[int], stacked: Mapping[int, int]) -> dict[int, Role | None]:
         held = [(i, leaf) for i, leaf in enumerate(tree.leaves) if leaf.dtype is not None]
         shapes = {leaf.path: leaf.shape[stacked.get(i, 0) :] for i, leaf in held}
         stacks = _stacks(shapes)
@@ -74,7 +86,8 @@ class WeightsOnly(Rules, kind="weights_only"):
             path = tree.leaves[i].path
             owner, parameter = self._owner(tree, path), parameter_at(path, shapes)
             if isinstance(owner, Owner):
-                parameter = parameter._replace(owner=owner.name, is_library=owner.is_library, in_list=False)
+                typed = {"is_library": owner.is_library, "is_own": not owner.is_library}
+                parameter = parameter._replace(owner=owner.name, in_list=False, **typed)
             roles[i] = owner if isinstance(owner, Role) else role(parameter)
             if i not in stacked and not isinstance(owner, Role):
                 roles[i] = _unstacked(path, roles[i], parameter, stacks)
@@ -95,6 +108,30 @@ class WeightsOnly(Rules, kind="weights_only"):
                 f"{len(self.owners)}: {near}. Give weights_only the model that these params belong to."
             )
         return found
+
+    def _question(self, unknown: Mapping[Leaf, bool], tree: Tree) -> str:
+        """The message about unknown parameters, with the lines to paste. Each has a guess of whether it decays."""
+        lines, names = _lines(unknown, tree), {leaf.path.rpartition("/")[2] for leaf in unknown}
+        default = self._written().replace("<model>", "model")
+        message = (
+            f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: "
+            f"{language.listed(unknown)}. Say for each whether it decays, True or False: "
+            f"by_path({lines}, default={default}). Or exclude all of them: weights_only(unknown=False)."
+        )
+        registered = {name: layer for layer, name in _modules.registered() if name in names}
+        if registered and self.owners is None:
+            name, layer = next(iter(registered.items()))
+            return f"{message} {layer} is registered with {name!r}, but only the model has types: weights_only(model)."
+        first = max(unknown, key=lambda leaf: unknown[leaf]).path  # One that decays, if any does.
+        owner, name = (self.owners or {}).get(first), first.rpartition("/")[2]
+        layer = owner.name if isinstance(owner, Owner) else "MyLayer"
+        message += (
+            f" For your own layer class, write register_layer({layer}, weights=({name!r},)) and weights_only(model). "
+            "Linen models also need their inputs."
+        )
+        if self.owners is None and any(leaf.path.endswith("weight") for leaf in unknown):
+            message += " For layers that are stacked in one array, write stacked_axes={'the layers': 1}."
+        return message
 
     def _values(self) -> list[Any]:
         return [True]
@@ -176,9 +213,20 @@ def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
     own = said[-1] if said else len(found) - 1
     around, owner = ("", "", *(found[k][1] for k in said[:-1]))[-2:]
     start, name = found[own]
-    beside = (path[:start] + bias + path[start + len(name) :] for bias in _names_of_the_bias(name))
-    bias = next((shapes[other] for other in beside if other in shapes), None)
-    return Parameter(name, owner, shapes[path], bias, in_list=own > 0 and found[own - 1][1].isdigit(), around=around)
+
+    def beside(names: Sequence[str]) -> Axes | None:
+        others = (path[:start] + other + path[start + len(name) :] for other in names)
+        return next((shapes[other] for other in others if other in shapes), None)
+
+    return Parameter(
+        name,
+        owner,
+        shapes[path],
+        beside(_names_of_the_bias(name)),
+        in_list=own > 0 and found[own - 1][1].isdigit(),
+        around=around,
+        is_beside_weight=name.strip("_0123456789") in ("u", "v") and beside(_WEIGHTS) is not None,
+    )
 
 
 def _names_of_the_bias(name: str) -> list[str]:
@@ -225,32 +273,35 @@ def _unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stac
         if surely == {leading} and node == beside and parameter.in_list:
             return Role(NORM, f"'weight', one vector in each of {leading} layers")
         if leading in (surely or perhaps):
-            return None
+            return _STACKED
         if surely or not node:
             return found
         node = node.rpartition("/")[0]
 
 
-def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | Role] | None) -> str:
-    shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
-    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    names = {leaf.path: leaf.path.rpartition("/")[2] for leaf in unknown}
+def _lines(unknown: Mapping[Leaf, bool], tree: Tree) -> dict[str, bool]:
+    """The rows of a table that gives each unknown parameter its answer, and no other: names where they are enough."""
+    answers = {leaf.path: decays for leaf, decays in unknown.items()}
+    paths_with: dict[str, list[str]] = collections.defaultdict(list)
+    for leaf in tree.leaves:
+        for name in dict.fromkeys(leaf.path.split("/")):
+            paths_with[name].append(leaf.path)
     lines: dict[str, bool] = {}
-    for leaf in unknown:
-        name = names[leaf.path]
-        # The name alone may also match parameters that are known.
-        taken = filter(language.compiled(name).search, (other.path for other in tree.leaves))
-        is_unique = all(names.get(path) == name for path in taken)
-        lines.setdefault(name if is_unique else leaf.path, len(leaf.shape) > 1)
-    line = ", ".join(f"{name!r}: {decays}" for name, decays in list(lines.items())[:4])
-    name, owner = names[unknown[0].path], (owners or {}).get(unknown[0].path)
-    layer = owner.name if isinstance(owner, Owner) else "MyLayer"
-    message = (
-        f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"
-        f"{more}. Say for each whether it decays: by_path({{{line}{', ...' if len(lines) > 4 else ''}}}, "
-        "default=weights_only()). Or exclude all of them: weights_only(unknown=False). For your own layer class, write "
-        f"register_layer({layer}, weights=({name!r},)) and weights_only(model). Linen models also need their inputs."
-    )
-    if owners is None and any(leaf.path.endswith("weight") for leaf in unknown):
-        message += " For layers that are stacked in one array, write stacked_axes={'the layers': 1}."
-    return message
+    covered: set[str] = set()
+    for group in language.grouped(unknown):
+        paths = [leaf.path for leaf in group if leaf.path not in covered]
+        if not paths:
+            continue
+        decays, names = answers[paths[0]], {path.rpartition("/")[2] for path in paths}
+        # By name at any depth, then with stars for numbers. Both may also match parameters that are known.
+        name = glob.escape(names.pop()) if len(names) == 1 else ""
+        starred = re.sub(r"\{[\d.,]+\}", "*", glob.escape(merged_texts([leaf.path for leaf in group])))
+        matched = {name: paths_with[paths[0].rpartition("/")[2]]} if name and not name.isdigit() else {}
+        if len(paths) > 1:
+            search = language.compiled(starred).search
+            matched[starred] = [leaf.path for leaf in tree.leaves if search(leaf.path)]
+        fits = (pattern for pattern, found in matched.items() if all(answers.get(path) is decays for path in found))
+        pattern = next(fits, None)
+        lines.update(dict.fromkeys(map(glob.escape, paths), decays) if pattern is None else {pattern: decays})
+        covered.update(paths if pattern is None else matched[pattern])
+    return lines

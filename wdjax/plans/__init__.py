@@ -62,7 +62,8 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
     chosen = asked("plan", mask, params, leaves, "all")
     kept = asked("plan", frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     if isinstance(weight_decay, Rules):
-        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, "plan", leaves)]
+        left = trees.hidden_where([k.value is not True and c.value for c, k in zip(chosen, kept, strict=True)], leaves)
+        rates = [decision or Decision(0.0, "") for decision in decisions(weight_decay, "plan", left)]
     rows = [
         row_of(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions)
         for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, strict=True)

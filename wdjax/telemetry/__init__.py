@@ -241,7 +241,8 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
     """For each leaf that decays, the rule that decides so, as `plan` shows it."""
     rate = action.rates["weight_decay"]
     chosen = asked(action.where, action.mask, params, leaves, "all")
-    rates = decisions(rate, action.where, leaves) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
+    left = trees.hidden_where([choice.value for choice in chosen], leaves)
+    rates = decisions(rate, action.where, left) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
     labels: list[str | None] = []
     for acts, (path, leaf), choice, rated in zip(action.acts_on(params, leaves), leaves, chosen, rates, strict=True):
         label = UNDECAYED if trees.is_decayable(leaf) else None
