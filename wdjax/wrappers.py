@@ -16,6 +16,7 @@ steps raise an error. Only their own code can put a decay into such a step.
 
 import dataclasses
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Optimizer, Rate
 from ._engine.unstable import automatic, explicit_spec, is_traced, may_be_split
 from .paths import Rules
+from .states import matched, named
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)
@@ -144,10 +146,12 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the other parameters. Its `update`
-        needs `params`. Rules inside may still name frozen parameters. To unfreeze, make a new state.
+        needs `params`. Rules inside may still name frozen parameters. To freeze others, or none, carry the state over:
+        `thaw`.
 
     Raises:
-        TypeError, ValueError: for the optimizer; and for the mask or missing params, as `decoupled_decay`.
+        TypeError, ValueError: for the optimizer; for the mask or missing params, as `decoupled_decay`; and at `update`
+            for the state of an optimizer with other frozen parameters.
 
     Example:
 
@@ -171,10 +175,29 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         checks.params_given("freeze", params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
-        moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params, is_params=True), **extra_args)
+        hidden, others = frozen.hidden(updates), frozen.hidden(params, is_params=True)
+        try:
+            moved, state = inner.update(hidden, state, others, **extra_args)
+        except Exception as error:
+            _explain(state, inner, others, error)
+            raise
         return frozen.kept(updates, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _explain(state: Any, inner: optax.GradientTransformation, params: PyTree, error: Exception) -> None:
+    """Raises an error that shows `thaw` if the state of a failed update was made for other frozen parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = matched(state, jax.eval_shape(inner.init, params), params)
+    lacks = f" It has nothing for {named(found.thawed)}, which trains now." * bool(found.thawed)
+    holds = f" It still has something for {named(found.frozen)}, which is frozen now." * bool(found.frozen)
+    if lacks or holds:
+        raise ValueError(
+            f"freeze: the state was made for other frozen parameters.{lacks}{holds} Carry it over: "
+            "state = wdjax.thaw(state, optimizer, params)."
+        ) from error
 
 
 class _Frozen:
