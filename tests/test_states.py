@@ -72,6 +72,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     ),
     "a mask inside": lambda: optax.adamw(0.1, mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)),
     "anchors": lambda: wdjax.adamw(0.1, 0.5, toward="init"),
+    "only anchors": lambda: wdjax.sgdw(0.1, 0.5, toward="init"),
     "around": lambda: wdjax.with_decoupled_decay(optax.adam(0.1), 0.5, learning_rate=0.1, toward="init"),
     "monitor": lambda: wdjax.monitor(wdjax.adamw(0.1, 0.5), 0.5, wdjax.by_path({"kernel": True, "bias": False})),
     "monitor by leaf": lambda: wdjax.monitor(wdjax.adamw(0.1, 0.5), 0.5, groups=lambda leaf: leaf.path),
@@ -287,7 +288,7 @@ def test_states_of_other_optimizers_and_models_are_refused() -> None:
         thaw(optax.adam(0.1), frozen, params)
 
 
-@pytest.mark.parametrize("name", ["adam", "adafactor", "rprop", "momentum", "anchors", "sm3"])
+@pytest.mark.parametrize("name", ["adam", "adafactor", "rprop", "momentum", "only anchors", "sm3"])
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_the_state_of_freeze_in_another_optimizer_says_what_it_is(name: str, run: Any) -> None:
     params, optimizer = make_params(), OPTIMIZERS[name]()

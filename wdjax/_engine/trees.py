@@ -53,7 +53,7 @@ class Hidden(optax.MaskedNode):
     def of(leaf: Any) -> "Hidden":
         return _hidden(describe("", leaf), ())
 
-    def _in_arithmetic(self, *_: Any) -> Any:
+    def refuse(self, *_: Any) -> Any:
         raise TypeError(
             f"This is a state of wdjax.freeze. It has nothing for a parameter of shape {self.shape} that was frozen, and "
             "now the optimizer trains it. Carry the state over: state = wdjax.thaw(state, optimizer, params)."
@@ -62,7 +62,7 @@ class Hidden(optax.MaskedNode):
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 for _name in (*_BINARY, *map("r{}".format, _BINARY), "neg", "abs", "lt", "le", "gt", "ge", "getitem", "array", "jax_array"):
-    setattr(Hidden, f"__{_name}__", Hidden._in_arithmetic)
+    setattr(Hidden, f"__{_name}__", Hidden.refuse)
 
 
 @dataclasses.dataclass(eq=False)
