@@ -133,7 +133,9 @@ MORE: dict[str, tuple[Any, set[str]]] = {
     "MultiSteps of a chain": (optax.MultiSteps(optax.chain(optax.clip(1.0), ADAMW), 2), {"mu", "nu", "acc_grads"}),
     "masked": (optax.masked(optax.adam(LR), KERNELS.mask), {"mu", "nu"}),
     "partition": (
-        optax.partition({"a": optax.adam(LR), "b": optax.sgd(LR, 0.9)}, wdjax.by_path({"kernel": "a"}, default="b").values),
+        optax.partition(
+            {"a": optax.adam(LR), "b": optax.sgd(LR, 0.9)}, wdjax.by_path({"kernel": "a"}, default="b").values
+        ),
         {"mu", "nu", "trace"},
     ),
     "muon": (optax.contrib.muon(LR), {"mu", "nu"}),
@@ -142,7 +144,10 @@ MORE: dict[str, tuple[Any, set[str]]] = {
         optax.adamw(LR, mask=lambda tree: {name: name != "norm" for name in ("up", "down", "norm") if tree[name]}),
         {"mu", "nu"},
     ),
-    "apply_if_finite": (optax.apply_if_finite(optax.contrib.prodigy(LR), 2), {"exp_avg", "exp_avg_sq", "grad_sum", "params0"}),
+    "apply_if_finite": (
+        optax.apply_if_finite(optax.contrib.prodigy(LR), 2),
+        {"exp_avg", "exp_avg_sq", "grad_sum", "params0"},
+    ),
     "lbfgs": (optax.lbfgs(LR, linesearch=None), {"params", "updates"}),  # Its memories have an axis more.
 }
 
@@ -176,16 +181,19 @@ def test_ways_to_give_shardings() -> None:
         return adam
 
     expected = of(params, shardings)
-    assert expected.mu == shardings and expected.count == whole
+    assert expected.mu == shardings
+    assert expected.count == whole
     assert of(jax.device_put(params, shardings)) == expected  # By default those of the arrays, or of their shapes.
     described = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings)
     assert of(described) == expected
     assert of(described, rows).mu == jax.tree.map(lambda _: rows, params)  # What is given comes first.
     prefix = of(params, {"up": rows, "norm": whole, "down": whole})
-    assert prefix.mu["up"] == {"kernel": rows, "bias": rows} and prefix.mu["down"]["kernel"] == whole
+    assert prefix.mu["up"] == {"kernel": rows, "bias": rows}
+    assert prefix.mu["down"]["kernel"] == whole
     # Specs for the mesh of the context.
     specs = of(params, SPECS)
-    assert specs.mu == SPECS and specs.count == P()
+    assert specs.mu == SPECS
+    assert specs.count == P()
     with jax.set_mesh(mesh):
         state = jax.jit(ADAMW.init, out_shardings=wdjax.state_shardings(ADAMW, params, SPECS))(params)
     assert_placed(state, {"mu", "nu"})
@@ -196,7 +204,8 @@ def test_ways_to_give_shardings() -> None:
     assert of(params, shardings | {"up": flat}).count.mesh == mesh
     host = make_shardings(memory_kind="pinned_host")
     found = of(params, host)
-    assert found.mu == host and found.count == NamedSharding(mesh, P(), memory_kind="pinned_host")
+    assert found.mu == host
+    assert found.count == NamedSharding(mesh, P(), memory_kind="pinned_host")
     assert of(params, host | {"up": shardings["up"]}).count == whole
 
 
@@ -208,7 +217,8 @@ def test_parameters_that_are_called_like_the_fields_of_a_state() -> None:
     adam, _ = wdjax.state_shardings(optax.adam(LR), params, shardings)
     assert adam.mu == adam.nu == {"mu": {"w": data}, "w": model, "count": whole, "a": {"w": whole}}
     bare, _ = wdjax.state_shardings(optax.adam(LR), jnp.ones(8), data)
-    assert bare.mu == data and bare.count == whole
+    assert bare.mu == data
+    assert bare.count == whole
 
 
 def test_explicit_meshes() -> None:
@@ -246,7 +256,11 @@ def test_shardings_that_are_missing_or_too_many() -> None:
     for given, shardings, said in (
         (shapes, None, "state_shardings: 'down/bias', 'down/kernel', 'norm/bias'.* has no sharding. Give a tree like"),
         (params, {"up": whole, "norm": whole}, "'down/bias', 'down/kernel' has no sharding"),
-        (params, {"up": whole, "norm": whole, "down": whole, "tail": whole}, "the shardings have 'tail', and params do not"),
+        (
+            params,
+            {"up": whole, "norm": whole, "down": whole, "tail": whole},
+            "the shardings have 'tail', and params do not",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             wdjax.state_shardings(ADAMW, given, shardings)

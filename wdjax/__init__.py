@@ -7,9 +7,10 @@
 
 `weights_only`, `by_path`, `only` and `all_but` (wdjax.paths) choose parameters, and `plan` (wdjax.plans) shows the
 choice for a model. Penalties: `L2`, `L1`, ... (wdjax.penalties). Wrappers for a finished optimizer:
-`with_decoupled_decay`, `freeze`. Whole states (wdjax.states): `thaw`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
-(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
-(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+`with_decoupled_decay`, `freeze`. For their states (wdjax.states): `thaw`, `state_shardings`. LoRA:
+`decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit` (wdjax.audits) finds out what an optimizer really
+does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sweeps) searches for the best rate.
+Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from ._engine.types import Anchor as Anchor

@@ -74,9 +74,9 @@ def with_decoupled_decay(
 
     Raises:
         TypeError, ValueError: for the optimizer; and for rates, masks and anchors, as `decoupled_decay`. At `init`: if
-            the optimizer undoes or repeats an added decay, estimates the size of its steps, or has no one learning rate.
-            `init` also warns of weight_decay * learning_rate as `independent_decay` does. `optax.polyak_sgd` estimates
-            its steps too, but has no state that shows it: write `add_l2_to_grads` in front of it.
+            the optimizer undoes or repeats an added decay, if it estimates the size of its steps, or if it has more
+            than one learning rate. `init` also warns of weight_decay * learning_rate as `independent_decay` does.
+            `optax.polyak_sgd` estimates its steps too, but it has no state that shows it: put `add_l2_to_grads` first.
 
     Example:
 
@@ -291,9 +291,9 @@ _INJECT = (
     "Put the decay inside: optax.inject_hyperparams(lambda learning_rate: with_decoupled_decay(optax.adam("
     "learning_rate), 0.1, learning_rate=learning_rate))(learning_rate=1e-3)."
 )
-_UNDOES = "which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
-_ESTIMATES = "which estimates the size of its own steps, so the learning rate is not the factor of its decay"
-_SEARCHES = "which searches for the size of each step, so the learning rate is not the factor of its decay"
+_UNDOES = "a {}, which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
+_ESTIMATES = "a {}, which estimates the size of its own steps, so the learning rate is not the factor of its decay"
+_SEARCHES = "a {}, which searches for the size of each step, so the learning rate is not the factor of its decay"
 _IN_LOSS = "Put l2_penalty(params, 0.1) into the loss, so that the search sees it."
 
 
@@ -325,7 +325,7 @@ _REFUSED = {
     "ScaleByBacktrackingLinesearchState": (_SEARCHES, _IN_LOSS),
     "ScaleByZoomLinesearchState": (_SEARCHES, _IN_LOSS),
     "ApplyEvery": (
-        "and a decay around it would also act in calls that do not step",
+        "optax.apply_every, and a decay around it would also act in calls that do not step",
         "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr).",
     ),
 }
@@ -336,12 +336,13 @@ _MAYBE_A_RATE = re.compile(r"(eta|alpha)\d*")
 
 def _refuse_what_undoes_it(state: Any) -> None:
     names: list[str] = []
-    jax.tree.leaves(state, is_leaf=lambda node: names.append(type(node).__name__))
+    jax.tree.leaves(state, is_leaf=lambda node: bool(names.append(type(node).__name__)))
     if found := [name for name in names if name in _REFUSED]:
         why, write = _REFUSED[found[0]]
-        fault = f"holds a {found[0]}, {why}"
+        fault = f"holds {why.format(found[0])}"
     elif found := _in_parts(state, (*_OWN_STEPS, *_PLATEAUS)):
-        fault, write = f"holds a {type(found[0]).__name__} for a part of the parameters, which step on their own", _INSIDE
+        name, write = type(found[0]).__name__, _INSIDE
+        fault = f"holds a {name} for a part of the parameters, which step on their own"
     elif any(map(_rates_in, _in_parts(state, INJECTED))):
         fault, write = "keeps a learning rate for a part of the parameters in its state", _INJECT
     elif (found := _rates_in(state)) not in ([], ["learning_rate"]):

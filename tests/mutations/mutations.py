@@ -23,7 +23,8 @@ class Mutation(NamedTuple):
 CONTRACT, ARRAYS, LOOP = "test_contract.py", "test_arrays.py", "_engine/test_loop.py"
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
-STATES, FREEZE, STEPS, AUDIT, PLANS = "test_states.py", "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
+FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
+STATES = "test_states.py"
 
 MUTATIONS = [
     # The arithmetic of one parameter.

@@ -55,13 +55,14 @@ class Hidden(optax.MaskedNode):
 
     def refuse(self, *_: Any) -> Any:
         raise TypeError(
-            f"This is a state of wdjax.freeze. It has nothing for a parameter of shape {self.shape} that was frozen, and "
-            "now the optimizer trains it. Carry the state over: state = wdjax.thaw(state, optimizer, params)."
+            f"This is a state of wdjax.freeze. It has nothing for a parameter of shape {self.shape} that was frozen, "
+            "and now the optimizer trains it. Carry the state over: state = wdjax.thaw(state, optimizer, params)."
         )
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-for _name in (*_BINARY, *map("r{}".format, _BINARY), "neg", "abs", "lt", "le", "gt", "ge", "getitem", "array", "jax_array"):
+_OTHERS = ("neg", "abs", "lt", "le", "gt", "ge", "getitem", "array", "jax_array")
+for _name in (*_BINARY, *map("r{}".format, _BINARY), *_OTHERS):
     setattr(Hidden, f"__{_name}__", Hidden.refuse)
 
 
