@@ -88,16 +88,12 @@ def cut(params: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place, params, LAYOUT.values(params))
 
 
-def state_of(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
+def state_of(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The shapes of the optimizer's state. Arrays like a parameter have its sharding, and the rest is replicated."""
-    shapes = jax.eval_shape(optimizer.init, params)
-    everywhere = NamedSharding(mesh, P())
-    return optax.tree.map_params(
-        optimizer,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
-        shapes,
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(optimizer.init, params),
+        wdjax.state_shardings(optimizer, params),
     )
 
 
@@ -193,7 +189,7 @@ def examine(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Compiles one case. Returns the seconds it takes, figures of the program for one device, and the same by hand."""
     params = cut(case.params, mesh)
     _, eval_shape = timed(lambda: jax.eval_shape(lambda p: case.optimizer.init(p), params))
-    state = state_of(case.optimizer, params, mesh)
+    state = state_of(case.optimizer, params)
     traced, trace = timed(lambda: step_of(case.optimizer).trace(params, state, params))
     lowered, lower = timed(traced.lower)
     compiled, compiling = timed(lowered.compile)

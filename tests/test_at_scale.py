@@ -111,7 +111,7 @@ def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(name: str) -
     params, same = (at_scale.cut(case.params, mesh(kind)) for kind in (AxisType.Explicit, AxisType.Auto))
     with jax.set_mesh(mesh(AxisType.Explicit)):
         state = jax.eval_shape(case.optimizer.init, params)
-    wanted = at_scale.state_of(case.optimizer, same, mesh())
+    wanted = at_scale.state_of(case.optimizer, same)
     for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
         spec = leaf.sharding.spec if leaf.ndim else P()
@@ -122,7 +122,7 @@ def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one
     # What docs/several_processes.md warns of.
     case = at_scale.cases()["wdjax.adamw"]
     params = at_scale.cut(case.params, mesh())
-    told = jax.tree.map(lambda leaf: leaf.sharding, at_scale.state_of(case.optimizer, params, mesh()))
+    told = jax.tree.map(lambda leaf: leaf.sharding, at_scale.state_of(case.optimizer, params))
     moments = 2 * 4 * PARAMETERS
     for shardings, want in (None, moments), (told, moments // 8):
         compiled = jax.jit(case.optimizer.init, out_shardings=shardings).lower(params).compile()

@@ -897,6 +897,10 @@ def test_orbax_restores_into_more_that_is_frozen_and_leaves_holes_for_what_is_no
     assert restored[0].mu["Dense_0"] == {"kernel": None, "bias": None}
     with pytest.raises(TypeError, match="NoneType"):
         loose.update(params, restored, params)
+    adam, decay, _ = thawed = wdjax.thaw(restored, loose, params)
+    assert bits(decay.anchor) == bits(params)
+    assert not np.any(adam.mu["Dense_0"]["kernel"])
+    loose.update(params, thawed, params)
 
 
 @pytest.mark.peers

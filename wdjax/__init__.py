@@ -7,9 +7,10 @@
 
 `weights_only`, `by_path`, `only` and `all_but` (wdjax.paths) choose parameters, and `plan` (wdjax.plans) shows the
 choice for a model. Penalties: `L2`, `L1`, ... (wdjax.penalties). Wrappers for a finished optimizer:
-`with_decoupled_decay`, `freeze`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
-(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
-(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+`with_decoupled_decay`, `freeze`. For their states (wdjax.states): `thaw`, `state_shardings`. LoRA:
+`decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit` (wdjax.audits) finds out what an optimizer really
+does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sweeps) searches for the best rate.
+Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from ._engine.types import Anchor as Anchor
@@ -55,6 +56,8 @@ from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
+from .states import state_shardings as state_shardings
+from .states import thaw as thaw
 from .sweeps import sweep as sweep
 from .telemetry import monitor as monitor
 from .telemetry import scalars as scalars

@@ -7,14 +7,21 @@ and the right sign. Two kinds of optimizers need more than that:
   NaN. The decay waits with them, and so does its step count.
 - Schedule-free holds the iterate that it really steps in its state. The decay goes into that iterate, and through its
   averaging into the weights, as if it were in the base optimizer.
+- `optax.inject_hyperparams` keeps the learning rate in its state, where a training loop may set it, and
+  `reduce_on_plateau` a factor of it. The decay takes both from there.
 
-Optimizers that rewrite the weights from their own state, or that step only in part, raise an error.
+Optimizers that rewrite the weights from their own state, that step only in part, or that estimate the size of their
+steps raise an error. Only their own code can put a decay into such a step.
 """
 
+import dataclasses
+import re
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
@@ -22,11 +29,14 @@ from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
 from ._engine.masks import flags
+from ._engine.rates import values_of
 from ._engine.rules import check_booleans
-from ._engine.steps import SKIPPING, nodes, stepped
+from ._engine.steps import INJECTED, SKIPPING, injected, learning_rates, nodes, stepped
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Optimizer, Rate
 from ._engine.unstable import automatic, explicit_spec, is_traced, may_be_split
 from .paths import Rules
+from .states import matched, named
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)
@@ -55,15 +65,18 @@ def with_decoupled_decay(
         optimizer: an `optax.GradientTransformation` that ends with a learning rate, or an `optax.MultiSteps`. If it
             decays by itself, it goes on decaying, so give `optax.lion` and `optax.adamw` `weight_decay=0.0`.
         weight_decay, mask, toward: as `decoupled_decay`.
-        learning_rate: the number or schedule that the optimizer has, called with the wrapper's own count of steps.
+        learning_rate: the number or schedule that the optimizer has, called with the wrapper's own count of steps. If
+            the optimizer keeps its learning rate in its state (`optax.inject_hyperparams`), the decay takes that one,
+            and this must be its initial value. A factor that `optax.contrib.reduce_on_plateau` keeps counts too.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
 
     Raises:
         TypeError, ValueError: for the optimizer; and for rates, masks and anchors, as `decoupled_decay`. At `init`: if
-            the optimizer undoes or repeats an added decay, or if parts of it step on their own. `init` also warns of
-            weight_decay * learning_rate as `independent_decay` does.
+            the optimizer undoes or repeats an added decay, if it estimates the size of its steps, or if it has more
+            than one learning rate. `init` also warns of weight_decay * learning_rate as `independent_decay` does.
+            `optax.polyak_sgd` estimates its steps too, but it has no state that shows it: put `add_l2_to_grads` first.
 
     Example:
 
@@ -78,10 +91,12 @@ def with_decoupled_decay(
     where = "with_decoupled_decay"
     inner = checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
+    of_state = dataclasses.replace(action, rates={"weight_decay": weight_decay})
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
         state = inner.init(params)
         _refuse_what_undoes_it(state)
+        _check_learning_rate(action.rates["learning_rate"], state)
         return WithDecoupledDecayState(action.init(params), state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
@@ -90,19 +105,22 @@ def with_decoupled_decay(
         updates, after = inner.update(updates, before, params, **extra_args)
         real = stepped(before, after)
         shares = _shares(before, after)
+        kept = learning_rates(after)
+        acting = of_state if kept else action
+        factors = (*real, *kept, *(node.scale for node in nodes(after, _PLATEAUS)))
 
-        def subtract(tree: PyTree, *factors: jax.Array) -> PyTree:
-            return action.run(_SUBTRACTED, tree, state.decay, params, gates=factors)[0]
+        def subtract(tree: PyTree, *shares: jax.Array) -> PyTree:
+            return acting.run(_SUBTRACTED, tree, state.decay, params, gates=(*factors, *shares))[0]
 
         def is_free(node: Any) -> bool:
             return isinstance(node, contrib.ScheduleFreeState)
 
         def subtract_from_iterate(node: Any) -> Any:
-            return node._replace(z=subtract(node.z, *real)) if is_free(node) else node
+            return node._replace(z=subtract(node.z)) if is_free(node) else node
 
         if shares:
             after = jax.tree.map(subtract_from_iterate, after, is_leaf=is_free)
-        updates = subtract(updates, *real, *shares)
+        updates = subtract(updates, *shares)
         count = state.decay.count
         next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
@@ -128,10 +146,12 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with the state of `optimizer` for the other parameters. Its `update`
-        needs `params`. Rules inside may still name frozen parameters. To unfreeze, make a new state.
+        needs `params`. Rules inside may still name frozen parameters. To freeze others, or none, carry the state over:
+        `thaw`.
 
     Raises:
-        TypeError, ValueError: for the optimizer; and for the mask or missing params, as `decoupled_decay`.
+        TypeError, ValueError: for the optimizer; for the mask or missing params, as `decoupled_decay`; and at `update`
+            for the state of an optimizer with other frozen parameters.
 
     Example:
 
@@ -155,10 +175,29 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         checks.params_given("freeze", params)
         frozen = _Frozen(mask, params)
         extra_args = {name: frozen.hidden_in_argument(name, value) for name, value in extra_args.items()}
-        moved, state = inner.update(frozen.hidden(updates), state, frozen.hidden(params, is_params=True), **extra_args)
+        hidden, others = frozen.hidden(updates), frozen.hidden(params, is_params=True)
+        try:
+            moved, state = inner.update(hidden, state, others, **extra_args)
+        except Exception as error:
+            _explain(state, inner, others, error)
+            raise
         return frozen.kept(updates, moved), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _explain(state: Any, inner: optax.GradientTransformation, params: PyTree, error: Exception) -> None:
+    """Raises an error that shows `thaw` if the state of a failed update was made for other frozen parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = matched(state, jax.eval_shape(inner.init, params), params)
+    lacks = f" It has nothing for {named(found.thawed)}, which trains now." * bool(found.thawed)
+    holds = f" It still has something for {named(found.frozen)}, which is frozen now." * bool(found.frozen)
+    if lacks or holds:
+        raise ValueError(
+            f"freeze: the state was made for other frozen parameters.{lacks}{holds} Carry it over: "
+            "state = wdjax.thaw(state, optimizer, params)."
+        ) from error
 
 
 class _Frozen:
@@ -244,24 +283,107 @@ def _no_update(update: Any, param: Any) -> Any:
 
 
 _PARTIAL = (optax.PartitionState, optax.MaskedState)
-_UNDOING = (optax.LookaheadState, optax.ConditionallyMaskState, optax.ConditionallyTransformState)
-_UNDOING += (contrib.COCOBState, contrib.MechanicState, contrib.SAMState)
+_PLATEAUS = (contrib.ReduceLROnPlateauState,)
 _OWN_STEPS = (*SKIPPING, contrib.ScheduleFreeState)
+
+_INSIDE = "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr), not optax.sgd(lr)."
+_INJECT = (
+    "Put the decay inside: optax.inject_hyperparams(lambda learning_rate: with_decoupled_decay(optax.adam("
+    "learning_rate), 0.1, learning_rate=learning_rate))(learning_rate=1e-3)."
+)
+_UNDOES = "a {}, which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
+_ESTIMATES = "a {}, which estimates the size of its own steps, so the learning rate is not the factor of its decay"
+_SEARCHES = "a {}, which searches for the size of each step, so the learning rate is not the factor of its decay"
+_IN_LOSS = "Put l2_penalty(params, 0.1) into the loss, so that the search sees it."
+
+
+def _own(name: str) -> str:
+    return f"Use its own argument: optax.contrib.{name}(weight_decay=0.1)."
+
+
+# The states of optimizers around which no decay is right, by name, as Optax does not export all of them: why, and what
+# to write instead.
+_REFUSED = {
+    **dict.fromkeys(("LookaheadState", "ConditionallyMaskState", "ConditionallyTransformState"), (_UNDOES, _INSIDE)),
+    **dict.fromkeys(("MechanicState", "SAMState"), (_UNDOES, _INSIDE)),
+    "COCOBState": (_UNDOES, _own("cocob")),
+    "MadgradState": (_UNDOES, _own("madgrad")),
+    "DAdaptAdamWState": (_ESTIMATES, _own("dadapt_adamw")),
+    "ProdigyState": (_ESTIMATES, _own("prodigy")),
+    "MomoState": (_ESTIMATES, _own("momo")),
+    "MomoAdamState": (_ESTIMATES, _own("momo_adam")),
+    "DoGState": (_ESTIMATES, _own("dog")),
+    "DoWGState": (_ESTIMATES, _own("dowg")),
+    "ScaleByDistanceOverGradientsState": (
+        _ESTIMATES,
+        "Put the decay in front: optax.chain(decoupled_decay(0.1), optax.scale_by_distance_over_gradients()).",
+    ),
+    "ScaleByRpropState": (
+        _ESTIMATES,
+        "Give the fraction of a weight that each step takes: optax.chain(optax.rprop(lr), independent_decay(1e-4)).",
+    ),
+    "ScaleByBacktrackingLinesearchState": (_SEARCHES, _IN_LOSS),
+    "ScaleByZoomLinesearchState": (_SEARCHES, _IN_LOSS),
+    "ApplyEvery": (
+        "optax.apply_every, and a decay around it would also act in calls that do not step",
+        "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr).",
+    ),
+}
+# Hyperparameters that are learning rates under another name. The second pattern counts only without the first.
+_A_RATE = re.compile(r"(.*_)?(lr|learning_?rate|step_?size)\d*|(lr|learning_?rate|step_?size)_.*")
+_MAYBE_A_RATE = re.compile(r"(eta|alpha)\d*")
 
 
 def _refuse_what_undoes_it(state: Any) -> None:
-    write = "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr), not optax.sgd(lr)."
-    if nodes(state, (optax.ApplyEvery,)):
-        fault = "optimizer holds optax.apply_every, and a decay around it would also act in calls that do not step"
-        write = "Write with_decoupled_decay(optax.MultiSteps(optimizer, k), 0.1, learning_rate=lr)."
-    elif found := nodes(state, _UNDOING):
-        why = "which steps in part or rewrites the weights, so a decay after it would be undone or repeated"
-        fault = f"optimizer holds a {type(found[0]).__name__}, {why}"
-    elif found := [node for part in nodes(state, _PARTIAL) for node in nodes(tuple(part), _OWN_STEPS)]:
-        fault = f"optimizer holds a {type(found[0]).__name__} for a part of the parameters, which step on their own"
+    names: list[str] = []
+    jax.tree.leaves(state, is_leaf=lambda node: bool(names.append(type(node).__name__)))
+    if found := [name for name in names if name in _REFUSED]:
+        why, write = _REFUSED[found[0]]
+        fault = f"holds {why.format(found[0])}"
+    elif found := _in_parts(state, (*_OWN_STEPS, *_PLATEAUS)):
+        name, write = type(found[0]).__name__, _INSIDE
+        fault = f"holds a {name} for a part of the parameters, which step on their own"
+    elif any(map(_rates_in, _in_parts(state, INJECTED))):
+        fault, write = "keeps a learning rate for a part of the parameters in its state", _INJECT
+    elif (found := _rates_in(state)) not in ([], ["learning_rate"]):
+        fault, write = f"keeps {found} in its state, and the decay needs one learning_rate", _INJECT
+    elif found and "ScaleByScheduleState" in names:
+        fault, write = "keeps a learning_rate in its state and multiplies it by a schedule", _INJECT
     else:
         return
-    raise ValueError(f"with_decoupled_decay: the {fault}. {write}")
+    raise ValueError(f"with_decoupled_decay: the optimizer {fault}. {write}")
+
+
+def _in_parts(state: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """The nodes of these types that belong to a part of the parameters."""
+    return [node for part in nodes(state, _PARTIAL) for node in nodes(tuple(part), kinds)]
+
+
+def _rates_in(state: Any) -> list[str]:
+    """The names of the hyperparameters in a state that look like learning rates."""
+    names = [name for table in injected(state) for name in table]
+    return [x for x in names if _A_RATE.fullmatch(x)] or [x for x in names if _MAYBE_A_RATE.fullmatch(x)]
+
+
+def _check_learning_rate(given: Any, state: Any) -> None:
+    """Raises an error if the learning rate that was given is not the one that the optimizer keeps in its state."""
+    for kept in learning_rates(state):
+        said = shown(given)
+        if not isinstance(given, Rules):
+            first = values_of(given, [0]) if callable(given) else given
+            if first is None or is_traced(first) or is_traced(kept) or _agree(first, kept):
+                continue
+            said = f"{np.ravel(first)[0]:.6g}{' in the first step' * callable(given)}"
+        raise ValueError(
+            f"with_decoupled_decay: learning_rate is {said}, but the optimizer keeps {kept} in its state, and the "
+            f"decay takes that one. Give the same to both. If the step has another factor: {_INJECT}"
+        )
+
+
+def _agree(number: Any, kept: Any) -> bool:
+    dtype = jnp.result_type(kept)  # The state may have rounded the number.
+    eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+    return np.allclose(np.float64(number), np.float64(kept), rtol=max(eps, 1e-6), atol=0)
 
 
 def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:

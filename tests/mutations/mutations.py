@@ -24,6 +24,7 @@ CONTRACT, ARRAYS, LOOP = "test_contract.py", "test_arrays.py", "_engine/test_loo
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
+STATES = "test_states.py"
 
 MUTATIONS = [
     # The arithmetic of one parameter.
@@ -395,6 +396,76 @@ MUTATIONS = [
         "_where(flag, jnp.zeros_like(x), x)",
         "x",
         (ARRAYS,),
+    ),
+    Mutation(
+        "the decay has the learning rate of the step before",
+        "wrappers.py",
+        "kept = learning_rates(after)",
+        "kept = learning_rates(before)",
+        ("wrappers/",),
+    ),
+    Mutation(
+        "the decay does not follow reduce_on_plateau",
+        "wrappers.py",
+        "(*real, *kept, *(node.scale for node in nodes(after, _PLATEAUS)))",
+        "(*real, *kept)",
+        ("wrappers/",),
+    ),
+    Mutation(
+        "a second learning rate in the state is not seen",
+        "wrappers.py",
+        'not in ([], ["learning_rate"])',
+        'not in ([], ["learning_rate"], ["learning_rate"] * 2)',
+        ("wrappers/",),
+    ),
+    Mutation(
+        "a learning rate that is not that of the state passes",
+        "wrappers.py",
+        "rtol=max(eps, 1e-6)",
+        "rtol=1e6",
+        ("wrappers/",),
+    ),
+    Mutation(
+        "freeze does not say that the state was made for other frozen parameters",
+        "wrappers.py",
+        "    if lacks or holds:\n",
+        "    if False:\n",
+        (STATES,),
+    ),
+    Mutation(
+        "a hole of freeze is a tuple in arithmetic",
+        "_engine/trees.py",
+        'setattr(Hidden, f"__{_name}__", Hidden.refuse)',
+        "pass",
+        (STATES,),
+    ),
+    Mutation(
+        "after a thaw everything is new",
+        "states.py",
+        "            leaves.append(own)\n",
+        "            leaves.append(leaf)\n",
+        (STATES,),
+    ),
+    Mutation(
+        "an anchor that was not there is taken for that of a frozen parameter",
+        "states.py",
+        "(node is None and any(end in places for _, end in _cuts(path)))",
+        "(node is None)",
+        (STATES,),
+    ),
+    Mutation(
+        "factored moments get the sharding of their parameter",
+        "states.py",
+        "if end is not None and np.shape(leaves[end]) == leaf.shape else",
+        "if end is not None else",
+        ("test_state_shardings.py",),
+    ),
+    Mutation(
+        "the sharding is that of a parameter called like the moments",
+        "states.py",
+        "max(ends, key=lambda cut: cut[0], default=(0, None))",
+        "max(ends, key=lambda cut: len(cut[1]), default=(0, None))",
+        ("test_state_shardings.py",),
     ),
     # Low precision, LoRA, the monitor.
     Mutation(

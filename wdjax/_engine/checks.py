@@ -87,7 +87,8 @@ def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransforma
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. Write {write}.")
+        given = shown(optimizer)
+        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {given}. Write {write}.")
     return optax.with_extra_args_support(optimizer)
 
 

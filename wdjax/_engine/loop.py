@@ -319,6 +319,9 @@ class Action:
         pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
         missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
         extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or trees.is_hole(a))]
+        for path in missing:
+            if isinstance(hole := given.get(path), trees.Hidden):
+                hole.refuse()
         if missing or extra:
             raise ValueError(
                 f"{self.where}: toward must be a tree like params. It lacks {missing[:5]}, and params lack "

@@ -43,7 +43,8 @@ class Hidden(optax.MaskedNode):
     """A hole for a parameter that is hidden from an optimizer. Unlike `optax.MaskedNode`, it keeps shape and dtype.
 
     So the rules inside that optimizer decide as on the whole tree. For example, they recognize a norm by its bias, and
-    the number of layers by the size of a stack.
+    the number of layers by the size of a stack. Arithmetic on it is an error: another optimizer, which trains the
+    parameter, got the state of `freeze`.
     """
 
     shape: tuple[int, ...] = ()
@@ -52,6 +53,18 @@ class Hidden(optax.MaskedNode):
     @staticmethod
     def of(leaf: Any) -> "Hidden":
         return _hidden(describe("", leaf), ())
+
+    def refuse(self, *_: Any) -> Any:
+        raise TypeError(
+            f"This is a state of wdjax.freeze. It has nothing for a parameter of shape {self.shape} that was frozen, "
+            "and now the optimizer trains it. Carry the state over: state = wdjax.thaw(state, optimizer, params)."
+        )
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_OTHERS = ("neg", "abs", "lt", "le", "gt", "ge", "getitem", "array", "jax_array")
+for _name in (*_BINARY, *map("r{}".format, _BINARY), *_OTHERS):
+    setattr(Hidden, f"__{_name}__", Hidden.refuse)
 
 
 @dataclasses.dataclass(eq=False)

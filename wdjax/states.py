@@ -1,0 +1,245 @@
+"""Functions of a whole optimizer state: `thaw` changes what is frozen, and `state_shardings` places it on a mesh.
+
+A state holds trees like params, such as moments and anchors, between counts and other numbers. Here its leaves are
+known by their canonical paths: "0/mu/head/kernel" ends with the path of the parameter "head/kernel". So a state may be
+of any optimizer, and it may have been restored as dictionaries and lists.
+"""
+
+import collections
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ._engine import checks, trees
+from ._engine.masks import prefixes
+from ._engine.text import merged, merged_texts
+from ._engine.types import Optimizer, Params
+
+PyTree = Any
+
+
+@checks.known_arguments
+def thaw(state: PyTree, optimizer: Optimizer, params: Params) -> PyTree:
+    """The state with which training continues when other parameters are frozen than before.
+
+    It carries over everything that both states have: moments, counts, anchors, the learning rate of
+    `optax.inject_hyperparams`. A parameter that was frozen until now starts as in `optimizer.init(params)`: with
+    moments of 0, and with `toward="init"` its value now as its anchor. What is frozen from now on loses its state.
+
+    Counts are shared by all parameters. So Adam corrects the moments of a parameter that is thawed after t updates as
+    if they were t updates old. With equal gradients, the parameter's k-th step is larger than that of a new Adam by
+
+        (1 - b1^k) / (1 - b1^(t + k)) * sqrt((1 - b2^(t + k)) / (1 - b2^k))
+
+    For b1 = 0.9, b2 = 0.999 and a large t, this is 3.2 in the first step, at most 6.6 (in the twelfth), and 1.3 after
+    1000 steps. Warm up the learning rate after you thaw.
+
+    Args:
+        state: the state of the same optimizer with other frozen parameters, or with none. It may be restored from a
+            checkpoint, and it may be traced.
+        optimizer: the optimizer that goes on: `freeze(optimizer, mask)` with another mask, or without `freeze`.
+        params: the parameters now, all of them, where they have to be: new moments are placed like them.
+
+    Returns:
+        A state of `optimizer`. The arrays of `state` stay where they are; `thaw` neither copies nor changes them.
+
+    Raises:
+        TypeError: if `optimizer` is not an optimizer.
+        ValueError: if the states differ in more than what is frozen. It names the paths, shapes and dtypes.
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, optax, wdjax
+        >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+        >>> whole = optax.adam(0.1)
+        >>> head_only = wdjax.freeze(whole, wdjax.only("encoder"))
+        >>> _, state = head_only.update(params, head_only.init(params), params)
+        >>> adam, _ = wdjax.thaw(state, whole, params)
+        >>> print(adam.count, adam.mu["head"], adam.mu["encoder"])
+        1 [0.1 0.1] [0. 0.]
+    """
+    inner = checks.finished("thaw", optimizer, "thaw(state, optimizer, params)")
+    fresh = inner.init(params)
+    found = matched(state, fresh, params)
+    if found.faults:
+        of_restore = ""
+        if type(state) is not type(fresh):
+            of_restore = (
+                f" It is a {type(state).__name__} where the optimizer has a {type(fresh).__name__}. If it was restored "
+                "without a template, restore it with the state of the optimizer that saved it, optimizer.init(params)."
+            )
+        raise ValueError(
+            "thaw: this is not a state of this optimizer and these parameters with others of them frozen. "
+            f"{' '.join(found.faults)}{of_restore} Change only what is frozen: "
+            "thaw(state, freeze(optimizer, only('encoder')), params)."
+        )
+    return jax.tree.unflatten(trees.structure(fresh), found.leaves)
+
+
+class Matched(NamedTuple):
+    """What two states have in common.
+
+    Attributes:
+        leaves: for each leaf and hole of the new state, what it continues with.
+        thawed: the paths where only the new state has something, and the old one has a hole for parameters.
+        frozen: the same with the two states exchanged.
+        faults: sentences about other differences.
+    """
+
+    leaves: list[Any]
+    thawed: list[str]
+    frozen: list[str]
+    faults: list[str]
+
+
+def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
+    """Matches a state with a new one of the same optimizer, in which other parameters may be frozen."""
+    old, new = (dict(trees.flatten_with_paths(tree)) for tree in (state, fresh))
+    places = {place for path, _ in trees.flatten_with_paths(params) for place in prefixes(path) if place}
+    old_holes, new_holes = (_holes_for_parameters(tree, places) for tree in (old, new))
+    leaves, thawed, missing, differing = [], [], [], []
+    for path, leaf in new.items():
+        own = old.get(path)
+        if trees.is_hole(leaf):
+            leaves.append(leaf)
+        elif _is_measured(path, new):
+            leaves.append(own if _kind(own) == _kind(leaf) else leaf)
+        elif not trees.is_hole(own):
+            leaves.append(own)
+            if _kind(own) != _kind(leaf):
+                differing.append(f"{path!r} is {_kind(own)} in the state and {_kind(leaf)} in optimizer.init(params).")
+        else:
+            leaves.append(leaf)
+            (missing if old_holes.isdisjoint(prefixes(path)) else thawed).append(path)
+    only_old = [path for path, own in old.items() if not trees.is_hole(own) and trees.is_hole(new.get(path))]
+    only_old = [path for path in only_old if not _is_measured(path, old)]
+    frozen = [path for path in only_old if not new_holes.isdisjoint(prefixes(path))]
+    extra = [path for path in only_old if new_holes.isdisjoint(prefixes(path))]
+    faults = [f"Only the state has {named(extra)}."] * bool(extra)
+    faults += [f"Only optimizer.init(params) has {named(missing)}."] * bool(missing) + differing[:3]
+    return Matched(leaves, thawed, frozen, faults)
+
+
+def named(paths: Sequence[str]) -> str:
+    """The paths in an error, with repeated blocks as one, and at most five."""
+    alike: dict[str, list[trees.Leaf]] = collections.defaultdict(list)
+    for path in paths:
+        alike[re.sub(r"\d+", "0", path)].append(trees.Leaf(path, (), None))
+    texts = [merged_texts([row.path for row in part]) for group in alike.values() for part in merged(group)]
+    return ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
+
+
+def _holes_for_parameters(tree: dict[str, Any], places: set[str]) -> set[str]:
+    """The holes that stand for parameters. None may also mean that there is no anchor at all: its place decides."""
+
+    def is_for_parameters(path: str, node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode) or (node is None and any(end in places for _, end in _cuts(path)))
+
+    return {path for path, node in tree.items() if is_for_parameters(path, node)}
+
+
+def _is_measured(path: str, tree: dict[str, Any]) -> bool:
+    """Whether a leaf is one of the metrics of a `monitor`, whose groups depend on what is frozen."""
+    base, measured, _ = f"/{path}".partition("/measured/")
+    return bool(measured) and f"{base}/decay/count".removeprefix("/") in tree
+
+
+def _kind(leaf: Any) -> str:
+    if trees.is_hole(leaf):
+        return "empty"
+    return f"{getattr(leaf, 'dtype', None) or jnp.result_type(leaf)} of shape {getattr(leaf, 'shape', ())}"
+
+
+def _cuts(path: str) -> Iterable[tuple[str, str]]:
+    """Every way to cut a path into a base and an end, beginning with the longest end."""
+    yield "", path
+    for slash in re.finditer("/", path):
+        yield path[: slash.start()], path[slash.end() :]
+    if path:
+        yield path, ""
+
+
+@checks.known_arguments
+def state_shardings(optimizer: Optimizer, params: Params, shardings: PyTree = None) -> PyTree:
+    """The sharding of each array in an optimizer's state: that of its parameter, or whole on every device.
+
+    XLA does not know where to put the moments that an `init` within `jit` makes of zeros. This tells it:
+    `jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))(params)`.
+
+    Args:
+        optimizer: any finished Optax optimizer.
+        params: the parameters: arrays, or shapes as from `jax.eval_shape`.
+        shardings: a tree like params of shardings, or a prefix of one: `jax.sharding.NamedSharding` or any other, or
+            `PartitionSpec` for the mesh of `jax.set_mesh`. None for those that params have.
+
+    Returns:
+        A tree like `optimizer.init(params)`. Where the path of an array ends with that of a parameter and both have
+        the same shape, it has the parameter's sharding. The rest is replicated on the same mesh: counts, metrics, the
+        factored moments of Adafactor. If all parameters are in one kind of memory, the rest is there too.
+
+    Raises:
+        TypeError: if `optimizer` is not an optimizer.
+        ValueError: if a parameter has no sharding, or a sharding no parameter.
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, optax, wdjax
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        >>> params = {"kernel": jax.ShapeDtypeStruct((64, 8), jnp.float32)}
+        >>> adam, _ = wdjax.state_shardings(optax.adam(0.1), params, rows)
+        >>> print(tuple(adam.count.spec), tuple(adam.mu["kernel"].spec))
+        () ('data',)
+    """
+    where = "state_shardings"
+    inner = checks.finished(where, optimizer, f"{where}(optimizer, params, shardings)")
+    leaves = {path: leaf for path, leaf in trees.flatten_with_paths(params) if not trees.is_hole(leaf)}
+    found = {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}
+    if shardings is not None:
+        given = {path: each for path, each in trees.flatten_with_paths(shardings) if each is not None}
+        found = {path: next((given[p] for p in prefixes(path) if p in given), None) for path in leaves}
+        used = {prefix for path in leaves for prefix in prefixes(path)}
+        if extra := [path for path in given if path not in used]:
+            raise ValueError(f"{where}: the shardings have {named(extra)}, and params do not. {_GIVE}")
+    if bare := [path for path, sharding in found.items() if sharding is None]:
+        raise ValueError(f"{where}: {named(bare)} has no sharding. {_GIVE}")
+    shapes = jax.eval_shape(inner.init, params)
+    of_state = trees.flatten_with_paths(shapes)
+    # A parameter may be called like a field of a state, such as "mu". The base of a tree like params has most of them.
+    bases = collections.Counter(base for path, _ in of_state for base, end in _cuts(path) if end in leaves)
+    everywhere = _everywhere(list(found.values()))
+
+    def sharding_of(path: str, leaf: Any) -> Any:
+        if trees.is_hole(leaf):
+            return leaf
+        ends = [(bases[base], end) for base, end in _cuts(path) if end in leaves]
+        _, end = max(ends, key=lambda cut: cut[0], default=(0, None))
+        return found[end] if end is not None and np.shape(leaves[end]) == leaf.shape else everywhere
+
+    return jax.tree.unflatten(trees.structure(shapes), [sharding_of(*each) for each in of_state])
+
+
+_GIVE = "Give a tree like params, or one sharding for all: state_shardings(optimizer, params, shardings)."
+
+
+def _everywhere(shardings: Sequence[Any]) -> Any:
+    """The sharding of what is whole on every device."""
+    named = [each for each in shardings if isinstance(each, NamedSharding)]
+    kinds = {getattr(each, "memory_kind", None) for each in shardings}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if named:
+        widest = max(named, key=lambda each: each.mesh.size)
+        return NamedSharding(widest.mesh, PartitionSpec(), memory_kind=kind)
+    widest = max(shardings, key=lambda each: len(getattr(each, "device_set", ())), default=None)
+    if widest is None or isinstance(widest, PartitionSpec):
+        return None if widest is None else PartitionSpec()
+    if widest.is_fully_replicated:
+        return widest
+    devices = sorted(widest.device_set, key=lambda device: device.id)
+    return NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec(), memory_kind=kind)
