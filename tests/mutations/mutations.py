@@ -326,6 +326,20 @@ MUTATIONS = [
         (ARRAYS,),
     ),
     Mutation(
+        "`per` names the axes of a norm",
+        "penalties.py",
+        "return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)",
+        "return axes",
+        ("test_penalties.py",),
+    ),
+    Mutation(
+        "several axes of a norm count as an array that the penalty holds",
+        "penalties.py",
+        "if parts and held and not is_ours(kind):",
+        "if parts and held:",
+        ("test_penalties.py",),
+    ),
+    Mutation(
         "continuous decay is its first-order approximation",
         "in_update.py",
         "rate._replace(value=-jnp.expm1(-rate.value))",
