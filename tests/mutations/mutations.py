@@ -535,6 +535,20 @@ MUTATIONS = [
         (PLANS, FREEZE),
     ),
     Mutation(
+        "a thousand steps remove the sum of what each removes",
+        "plans/__init__.py",
+        "    if (fractions < 1).all():\n",
+        "    return fractions.sum(0)\n    if (fractions < 1).all():\n",
+        (PLANS,),
+    ),
+    Mutation(
+        "a parameter whose schedule is 0 at this step does not decay",
+        "plans/__init__.py",
+        "    ever = _shown(factors, leaf, _never_known)\n",
+        "    ever = _shown(factors, leaf, values)\n",
+        (PLANS,),
+    ),
+    Mutation(
         "an audit measures half the rate",
         "audits/_measures.py",
         "return float(np.median(-np.real(moved[moves] / weights[moves])))",
