@@ -22,6 +22,7 @@ from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
 from ._engine.masks import flags
+from ._engine.probe import gated
 from ._engine.rules import check_booleans
 from ._engine.steps import SKIPPING, nodes, stepped
 from ._engine.types import Anchor, Mask, Optimizer, Rate
@@ -102,7 +103,9 @@ def with_decoupled_decay(
 
         if shares:
             after = jax.tree.map(subtract_from_iterate, after, is_leaf=is_free)
-        updates = subtract(updates, *real, *shares)
+        new = subtract(updates, *real, *shares)
+        probe = extra_args.get("decay_probe")
+        updates = gated(probe, action, params, lambda u: subtract(u, *real, *shares), updates, new)
         count = state.decay.count
         next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
