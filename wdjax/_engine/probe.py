@@ -77,6 +77,6 @@ def _gated(update: jax.Array, decay: jax.Array, gate: jax.Array) -> jax.Array:
 
 @_gated.defjvp
 def _gated_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    update, decay, _ = primals
+    _, decay, _ = primals
     of_update, _, of_gate = tangents
-    return update, of_update + decay * cast(of_gate, decay.dtype)
+    return _gated(*primals), of_update + decay * cast(of_gate, decay.dtype)

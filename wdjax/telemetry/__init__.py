@@ -98,9 +98,10 @@ def monitor(
             an independent decay. A schedule is called with the monitor's own count of real steps, which starts at 0.
             With None it is the learning rate that `optax.inject_hyperparams` keeps, or else 1. Without a weight_decay,
             a learning rate is only needed for the metric weight_decay, and to log it with `scalars`.
-        groups: None for one group for each rule that decays parameters, as `plan` names it, and "undecayed" for the
-            rest; "a + b" if two decays act on the same parameters by rules a and b; or `Rules` whose values are strings; or a function from a `Leaf` to a string, such as
-            `lambda leaf: leaf.path`. A checkpoint of the state can be restored into monitors with the same groups.
+        groups: None for one group for each rule that decays parameters, as `plan` names it ("a + b" for two decays by
+            the rules a and b), and "undecayed" for the rest; or `Rules` whose values are strings; or a function from a
+            `Leaf` to a string, such as `lambda leaf: leaf.path`. A checkpoint of the state can be restored into
+            monitors with the same groups.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then
             measures the whole parameters. An array that is known to be the same on all devices of the axis counts once.
             With check_vma=False nothing is known, and all arrays count as split. Under `jit` and `pmap` leave it out.
@@ -305,7 +306,7 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
         5.0
     """
     found: dict[str, jax.Array] = {}
-    monitors = _nodes(opt_state, MonitorState)
+    monitors = _nodes(opt_state, "measured")
     if not monitors:
         raise ValueError(
             "scalars: there is no MonitorState in this state. Wrap the optimizer before init: "
@@ -318,9 +319,9 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
                 write = "Give their groups different names: monitor(..., groups=lambda leaf: 'encoder')."
                 raise ValueError(f"{what} {write}")
             found[prefix + path] = value
-    injected = [node["hyperparams"] for kind in INJECTED for node in _nodes(opt_state, kind)]
+    injected = [node["hyperparams"] for node in _nodes(opt_state, "hyperparams")]
     for name in ("learning_rate", "weight_decay"):
-        for tables in (injected, [monitor["rates"] for monitor in monitors]):
+        for tables in (injected, [monitor.get("rates", {}) for monitor in monitors]):
             values = [value for table in tables for key, value in trees.flatten_with_paths(table) if key == name]
             for i, value in enumerate(values):
                 key = name if len(values) == 1 else f"{name}_{i}"
@@ -330,17 +331,22 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
     return found
 
 
-def _nodes(state: PyTree, kind: Any) -> list[Mapping[str, Any]]:
-    """The fields of each node of this type, however deep. NNX and checkpoints turn named tuples into mappings."""
+def _nodes(state: PyTree, field: str) -> list[Mapping[str, Any]]:
+    """The fields of each named tuple around an optimizer that has this field, however deep.
+
+    NNX and checkpoints turn named tuples into mappings. NNX leaves empty fields out.
+    """
+
+    def fields(node: Any) -> Mapping[str, Any]:
+        return node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, Mapping) else {}
 
     def is_one(node: Any) -> bool:
-        return isinstance(node, kind) or (isinstance(node, Mapping) and set(node) == set(kind._fields))
+        return {field, "inner_state"} <= set(fields(node))
 
     found = []
     for node in jax.tree.leaves(state, is_leaf=is_one):
         if is_one(node):
-            fields = node._asdict() if isinstance(node, kind) else node
-            found += [fields, *_nodes(fields["inner_state"], kind)]
+            found += [fields(node), *_nodes(fields(node)["inner_state"], field)]
     return found
 
 
