@@ -472,8 +472,8 @@ MUTATIONS = [
     Mutation(
         "the monitor measures skipped steps",
         "telemetry/__init__.py",
-        "lambda new, old: jnp.where(is_step, new, old), new, (state.measured, state.rates))",
-        "lambda new, old: new, new, (state.measured, state.rates))",
+        "lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)",
+        "lambda new, old: new, (measured, rates), before)",
         (TELEMETRY,),
     ),
     Mutation(
@@ -507,7 +507,7 @@ MUTATIONS = [
     Mutation(
         "MultiSteps drops extra arguments",
         "_engine/checks.py",
-        "optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)",
+        "optimizer = optax.GradientTransformationExtraArgs(*optimizer.gradient_transformation())",
         "optimizer = optimizer.gradient_transformation()",
         (TELEMETRY,),
     ),

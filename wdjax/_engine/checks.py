@@ -85,8 +85,8 @@ def positive(where: str, name: str, value: Any, write: str) -> float:
 def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:
     """Checks a finished optimizer: a gradient transformation, or an `optax.MultiSteps`."""
     if isinstance(optimizer, optax.MultiSteps):
-        # Its own `gradient_transformation()` drops extra arguments.
-        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+        # Its `update` takes extra arguments, but the transformation that it makes of itself would drop them.
+        optimizer = optax.GradientTransformationExtraArgs(*optimizer.gradient_transformation())
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {optimizer!r}. Write {write}.")
     return optax.with_extra_args_support(optimizer)

@@ -87,8 +87,8 @@ def plan(
         first = _checked_step(step or 0)
         values = _values_at(range(first, first + (1 if learning_rate is None else MANY)))
     rows = [
-        row_of(trees.describe(path, leaf), trees.is_decayable(leaf), *decisions, values=values)
-        for (path, leaf), *decisions in zip(leaves, chosen, rates, kept, factors, strict=True)
+        row_of(trees.describe(path, leaf), trees.is_decayable(leaf), choice, rate, keep, factor, values=values)
+        for (path, leaf), choice, rate, keep, factor in zip(leaves, chosen, rates, kept, factors, strict=True)
         if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
     ]
     _warn(rows)
@@ -124,8 +124,8 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
             found = values_of(schedule, counts)
-            is_rate = found is not None and found.shape == (len(counts),)
-            known[id(schedule)] = found.astype(np.float64) if is_rate else None
+            is_none = found is None or found.shape != (len(counts),)
+            known[id(schedule)] = None if is_none else found.astype(np.float64)
         return known[id(schedule)]
 
     return values

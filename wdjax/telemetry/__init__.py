@@ -136,8 +136,11 @@ def monitor(
             f"{where}: mask and toward belong to a weight_decay, and none is given. Write {where}(optimizer) to read "
             f"the decays from the optimizer, or {where}(optimizer, 0.1, mask) to give all arguments."
         )
-    rates = {"weight_decay": weight_decay if is_told else 0.0, "learning_rate": learning_rate}
-    given = Action(where, {**rates, "learning_rate": 1.0} if learning_rate is None else rates, mask, toward)
+    factors = {
+        "weight_decay": 0.0 if weight_decay is None else weight_decay,
+        "learning_rate": 1.0 if learning_rate is None else learning_rate,
+    }
+    given = Action(where, factors, mask, toward)
     _check_groups(where, groups)
     axes = mesh_axes.names(where, axis_name)
 
@@ -187,14 +190,15 @@ def monitor(
             rate = action_and_rate(after, count)[1]
             anchors = found.anchors(after)
             terms = [Term((), anchor=anchors[path]) if path in decays else None for path, _ in leaves]
-        new = _measured(found, groups, updates, after, params, axes, rate, terms, decays), kept(rate)
+        measured, rates = _measured(found, groups, updates, after, params, axes, rate, terms, decays), kept(rate)
         flags = jnp.array(stepped(state.inner_state, after), bool)
         next_count = optax.safe_increment(count)
         if flags.size:
             is_step = jnp.all(flags)
-            new = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), new, (state.measured, state.rates))
+            before = state.measured, state.rates
+            measured, rates = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)
             next_count = jnp.where(is_step, next_count, count)
-        return updates, MonitorState(state.decay._replace(count=next_count), *new, after)
+        return updates, MonitorState(state.decay._replace(count=next_count), measured, rates, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

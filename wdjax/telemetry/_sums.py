@@ -108,8 +108,8 @@ def sums(update: Any, param: Any, term: Term | None, is_written: bool, decay: An
     total.setdefault("step", total["update"])
     if term is not None:
         total.setdefault("away", total["weight"])
-        if "decay" not in total:
-            total["decay"] = rate**2 * total["away"]
+        if rate is not None:
+            total.setdefault("decay", rate**2 * total["away"])
         total.setdefault("landed", total["decay"])
     return Sums(w.size, **total)
 
