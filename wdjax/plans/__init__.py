@@ -124,8 +124,7 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
             found = values_of(schedule, counts)
-            is_none = found is None or found.shape != (len(counts),)
-            known[id(schedule)] = None if is_none else found.astype(np.float64)
+            known[id(schedule)] = None if found is None or found.shape != (len(counts),) else found.astype(np.float64)
         return known[id(schedule)]
 
     return values
