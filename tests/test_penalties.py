@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -76,6 +77,60 @@ def test_group_lasso_zeroes_whole_groups(axis: Any) -> None:
         np.testing.assert_array_equal(found == 0, [[False, True, False]] * 2)
 
 
+# The axes that index the groups, the shape of one layer, and the axes of the norm.
+PER = {
+    "a dense kernel of Flax": (-1, (4, 3), (0,)),
+    "a convolution of Flax": (-1, (3, 2, 4, 5), (0, 1, 2)),
+    "a dense kernel of Equinox": (0, (3, 4), (1,)),
+    "a convolution of Equinox": (0, (5, 4, 3, 2), (1, 2, 3)),
+    "heads": ((-2, -1), (4, 2, 3), (0,)),
+    "NumPy's integer": (np.int64(1), (4, 3), (0,)),
+    "a bias": (-1, (3,), ()),
+}
+
+
+@pytest.mark.parametrize("name", PER)
+def test_per_names_the_axes_that_index_the_groups(name: str) -> None:
+    per, shape, axis = PER[name]
+    kind = wdjax.GroupLasso(per=per)
+    w = RNG.normal(size=(2, *shape))  # Two layers in a stack.
+    of_norm = tuple(a + 1 for a in axis)
+    norms = np.sqrt(np.sum(w**2, axis=of_norm, keepdims=True))
+    indexed = w[0].size // max(norms[0].size, 1)
+    assert kind.groups(shape) == (norms[0].size, indexed) == wdjax.GroupLasso(axis).groups(shape)
+    np.testing.assert_allclose(kind.value(jnp.asarray(w[0])), norms[0].sum(), rtol=1e-14)
+    np.testing.assert_allclose(kind.gradient(jnp.asarray(w[0])), w[0] / norms[0], rtol=1e-14)
+    found = kind.prox(jnp.asarray(w[0]), jnp.asarray(0.5))
+    np.testing.assert_allclose(found, w[0] * np.maximum(1 - 0.5 / norms[0], 0), rtol=1e-13)
+    # In a stack it counts within a layer, and a strength may differ from group to group but not within one.
+    params, strengths = {"layers": jnp.asarray(w)}, np.arange(1.0, 1 + norms[0].size).reshape(norms[0].shape)
+    for strength in (0.1, {"layers": 0.1 * strengths}):
+        rate = strength if isinstance(strength, float) else strength["layers"]
+        loss = wdjax.penalty(params, kind, strength, stacked_axes=1)
+        np.testing.assert_allclose(loss, np.sum(rate * norms), rtol=1e-13)
+        place = wdjax.add_penalty_to_grads(kind, strength, stacked_axes=1)
+        grads, _ = place.update({"layers": jnp.zeros(w.shape)}, place.init(params), params)
+        np.testing.assert_allclose(grads["layers"], rate * w / norms, rtol=1e-13)
+    if axis:
+        wrong = {"layers": np.ones(w.shape[1:])}
+        with pytest.raises(ValueError, match=rf"differs within a group of GroupLasso\(per={re.escape(str(per))}\)"):
+            wdjax.penalty(params, kind, wrong, stacked_axes=1)
+
+
+def test_one_strength_for_each_output_of_kernels_of_any_rank() -> None:
+    params = {"dense": jnp.ones((4, 2)), "conv": jnp.ones((3, 3, 2, 2))}
+    table = wdjax.by_path({"*": np.array([1.0, 2.0])})
+    found = wdjax.penalty(params, wdjax.GroupLasso(per=-1), table)
+    np.testing.assert_allclose(found, 3 * np.sqrt(4) + 3 * np.sqrt(18), rtol=1e-14)
+
+
+def test_group_lasso_is_written_as_it_was_made() -> None:
+    for written in ("GroupLasso()", "GroupLasso(axis=(0, 1))", "GroupLasso(per=-1, axis_name='data')"):
+        kind = eval(written, {"GroupLasso": wdjax.GroupLasso})
+        assert repr(kind) == written
+        assert hash(kind) == hash(eval(repr(kind), {"GroupLasso": wdjax.GroupLasso}))
+
+
 def test_elastic_net_ends_at_l2_and_l1() -> None:
     w, step = jnp.asarray(RNG.normal(size=7)), jnp.asarray(0.3)
     for ratio, end in ((0.0, wdjax.L2()), (1.0, wdjax.L1())):
@@ -143,6 +198,11 @@ def test_parameters_of_a_penalty_may_be_numpys() -> None:
     assert wdjax.GroupLasso(np.int64(0)) == wdjax.GroupLasso(0)
     with pytest.raises(TypeError, match=r"GroupLasso: axis must be an integer, .*got 'in'"):
         wdjax.GroupLasso("in")
+    for per in ("", [0], 1.0):
+        with pytest.raises(TypeError, match=r"GroupLasso: per must be an integer, .*got .*GroupLasso\(per=-1\)"):
+            wdjax.GroupLasso(per=per)
+    with pytest.raises(ValueError, match=r"axis=0 names the axes of a norm and per=\(-1,\) the others.*give one"):
+        wdjax.GroupLasso(0, per=(-1,))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), "0.5", True])
@@ -160,6 +220,14 @@ def test_huber_refuses_a_delta_that_is_none(delta: Any) -> None:
 def test_group_lasso_names_the_axis_that_an_array_lacks() -> None:
     with pytest.raises(ValueError, match=r"GroupLasso: axis=1 is out of range for a 1-dimensional array.*mask"):
         wdjax.GroupLasso(1).value(jnp.ones(3))
+    for shape, per in (((3,), -2), ((3, 2), (0, 2))):
+        with pytest.raises(
+            ValueError, match=rf"per={re.escape(str(per))} is out of range for a {len(shape)}-dim.*mask"
+        ):
+            wdjax.GroupLasso(per=per).groups(shape)
+    for kind in (wdjax.GroupLasso((0, -2)), wdjax.GroupLasso(per=(0, -2))):
+        with pytest.raises(ValueError, match=r"\(0, -2\) names an axis twice for a 2-dimensional array"):
+            kind.gradient(jnp.ones((2, 2)))
 
 
 @pytest.mark.parametrize(

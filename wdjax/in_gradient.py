@@ -61,7 +61,7 @@ def add_penalty_to_grads(
     Source: that of `kind`.
 
     Args:
-        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(per=-1)`, `Huber(delta)`, or your own `Penalty`.
         strength, mask, toward: as `decoupled_decay`; the strength is its weight_decay.
         stacked_axes: how many leading axes stack layers: a number for all parameters, or a dictionary from patterns to
             numbers, {"layers": 1}. The penalty is then taken for each layer. This matters for penalties of groups.

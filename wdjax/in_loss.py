@@ -83,7 +83,7 @@ def penalty(
     Source: that of `kind`.
 
     Args:
-        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own `Penalty`.
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(per=-1)`, `Huber(delta)`, or your own `Penalty`.
         params, strength, mask, toward: as `l2_penalty`.
         axis_name: as `l2_penalty`. Pass a mesh axis that splits norms to the penalty instead:
             `GroupLasso(axis_name="data")`.

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from ._engine import checks, trees
-from ._engine.arithmetic import Strength, away, cast, compute_dtype, minus, plus, stateless, subtracted
+from ._engine.arithmetic import Strength, away, cast, minus, plus, stateless, subtracted
 from ._engine.loop import Action, transformation
 from ._engine.loop import DecayState as DecayState
+from ._engine.probe import blank
 from ._engine.types import Anchor, Mask, Rate
 
 PyTree = Any
@@ -63,7 +64,7 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
         {'bias': 2.0, 'kernel': 1.9}
     """
     action = Action("decoupled_decay", {"weight_decay": weight_decay}, mask, toward)
-    return transformation(action, _DECOUPLED)
+    return transformation(action, _DECOUPLED, is_decay=True)
 
 
 @checks.known_arguments
@@ -95,7 +96,7 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
         1.8
     """
     action = Action("independent_decay", {"weight_decay": weight_decay}, mask, toward, is_per_step=True)
-    return transformation(action, _SUBTRACTED)
+    return transformation(action, _SUBTRACTED, is_decay=True)
 
 
 @checks.known_arguments
@@ -127,7 +128,7 @@ def continuous_decay(
     """
     rates = {"weight_decay": weight_decay, "learning_rate": learning_rate}
     action = Action("continuous_decay", rates, mask, toward, is_per_step=True, can_overshoot=False)
-    return transformation(action, _CONTINUOUS)
+    return transformation(action, _CONTINUOUS, is_decay=True)
 
 
 def _decoupled(update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
@@ -184,16 +185,11 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given("cautious", params)
-        blanks = jax.tree.map(_blank, updates, is_leaf=trees.is_hole)
+        blanks = jax.tree.map(blank, updates, is_leaf=trees.is_hole)
         terms, state = inner.update(blanks, state, params, **extra_args)
         return jax.tree.map(_add_where_agreed, updates, blanks, terms, is_leaf=trees.is_hole), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _blank(update: Any) -> Any:
-    # Adding minus zero changes no bit of any number.
-    return -jnp.zeros_like(update, dtype=compute_dtype(update)) if trees.is_decayable(update) else update
 
 
 def _add_where_agreed(update: Any, blank: Any, term: Any) -> Any:

@@ -38,7 +38,7 @@ def proximal_step(
     Source: Parikh & Boyd 2014; AdamProx (arXiv 2202.00089) and Adan (arXiv 2208.06677) for L2.
 
     Args:
-        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(axis)`, `Huber(delta)`, or your own
+        kind: a penalty: `L2()`, `L1()`, `ElasticNet(r)`, `GroupLasso(per=-1)`, `Huber(delta)`, or your own
             `ProximalPenalty`.
         strength, mask, toward: as `decoupled_decay`; the strength is its weight_decay.
         learning_rate: the optimizer's number or schedule. A schedule is called with this transformation's own count of

@@ -9,7 +9,7 @@ array and compute in its dtype. `gradient` and `prox` keep its shape.
 | `L2()` | sum w^2 / 2 | w | w / (1 + k) |
 | `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
 | `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
-| `GroupLasso(axis)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
+| `GroupLasso(per=-1)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
 | `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
@@ -20,6 +20,7 @@ import functools
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -77,8 +78,8 @@ def weighted_value(where: str, kind: Any, w: jax.Array, strength: Strength) -> j
     """The sum of strength times value over the parts of an array, each of which has one strength."""
     check_strength(where, kind, strength.value)
     parts = _parts(strength.value)
-    held = [name for name, x in getattr(kind, "__dict__", {}).items() if parts and np.ndim(x)]
-    if held:
+    held = [name for name, x in getattr(kind, "__dict__", {}).items() if np.ndim(x)]
+    if parts and held and not is_ours(kind):
         raise ValueError(
             f"{where}: {kind!r} holds an array, {held[0]!r}, and is called for each part of a parameter whose strength "
             "is an array. Multiply that array into the strength."
@@ -194,50 +195,91 @@ class ElasticNet:
         return L1().prox(w, step * self.l1_ratio) / (1 + step * (1 - self.l1_ratio))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GroupLasso:
     """The sum of the norms of groups of weights: whole groups become zero together.
 
+    Layouts differ, so say which axes index the groups. `per=-1` makes one group of all weights of an output unit or
+    channel, for a dense kernel (inputs, outputs) and a convolution (height, width, inputs, outputs) alike: the layout
+    of Flax and Haiku. In Equinox and PyTorch outputs come first, (outputs, inputs, height, width): write `per=0`. In a
+    bias, each number is then a group of its own. To leave biases out, use a mask.
+
     Args:
-        axis: the axes to take a norm over. The other axes index the groups. For a kernel of shape (inputs, outputs),
-            `axis=1` groups the weights of each input and `axis=0` the weights of each output unit. With None the whole
-            array is one group.
+        axis: the axes to take a norm over, if you would rather name these. The other axes index the groups. With
+            neither `axis` nor `per`, the whole array is one group.
+        per: the axes that index the groups: one group for each index along them. The norm is over all other axes. For
+            layers in a stack, both count the axes of one layer.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits the axes of a norm. Norms then
             cover the whole array. An array that is known to be the same on all devices of that axis counts once. With
             check_vma=False nothing is known, and every array counts as split. Under `jit` leave it out: there a norm
-            always covers the whole array.
+            always covers the whole array. If the mesh axis splits only axes that index groups, leave it out, too.
 
-    Raises: TypeError for an invalid axis or axis name; ValueError on use, if an array or the mesh lacks the axis.
+    Raises: TypeError for an invalid axis or axis name; ValueError for both `axis` and `per`, and on use, if an array or
+            the mesh lacks the axis.
     Units:  of a weight; not scaled by the square root of the group size. The gradient of a zero group is zero.
     Source: Yuan & Lin 2006. The norm is computed at three scales, as in Blue 1978, so that it never overflows or
             underflows.
+
+    Example:
+
+        >>> import wdjax
+        >>> dense, convolution = (64, 32), (3, 3, 64, 32)  # 32 outputs each, in Flax
+        >>> wdjax.GroupLasso(per=-1).groups(dense), wdjax.GroupLasso(per=-1).groups(convolution)
+        ((32, 64), (32, 576))
+        >>> wdjax.GroupLasso(axis=-1).groups(convolution)  # the norm over the outputs: one group for each input weight
+        (576, 32)
+        >>> wdjax.GroupLasso(per=0).groups((32, 64, 3, 3))  # 32 outputs in Equinox
+        (32, 576)
     """
 
     axis: int | tuple[int, ...] | None = None
+    per: int | tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
     axis_name: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         mesh_axes.names("GroupLasso", self.axis_name)
-        if self.axis is None:
-            return
-        try:
-            axis = tuple(map(operator.index, self.axis)) if isinstance(self.axis, tuple) else operator.index(self.axis)
-        except TypeError:
-            raise TypeError(
-                f"GroupLasso: axis must be an integer, a tuple of integers or None, got {self.axis!r}. "
-                "Write GroupLasso(axis=0)."
-            ) from None
-        object.__setattr__(self, "axis", axis)
+        for name in ("axis", "per"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            try:
+                axes = tuple(map(operator.index, given)) if isinstance(given, tuple) else operator.index(given)
+            except TypeError:
+                raise TypeError(
+                    f"GroupLasso: {name} must be an integer, a tuple of integers or None, got {given!r}. "
+                    "Write GroupLasso(per=-1) for one group for each index along the last axis, or GroupLasso(axis=0)."
+                ) from None
+            object.__setattr__(self, name, axes)
+        if self.axis is not None and self.per is not None:
+            raise ValueError(
+                f"GroupLasso: axis={self.axis} names the axes of a norm and per={self.per} the others, so give one of "
+                f"them. Write GroupLasso(per={self.per}) or GroupLasso(axis={self.axis})."
+            )
+
+    def __repr__(self) -> str:
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return f"GroupLasso({', '.join(f'{name}={value!r}' for name, value in fields if value is not None)})"
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The axes of a norm, for an array with `ndim` axes."""
-        axes = tuple(range(ndim)) if self.axis is None else self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        if any(not -ndim <= axis < ndim for axis in axes):
+        name, given = ("axis", self.axis) if self.per is None else ("per", self.per)
+        if given is None:
+            return tuple(range(ndim))
+        named = given if isinstance(given, tuple) else (given,)
+        axes = tuple(axis % ndim for axis in named if -ndim <= axis < ndim)
+        if len(set(axes)) < len(named):
+            fault = "names an axis twice" if len(axes) == len(named) else "is out of range"
             raise ValueError(
-                f"GroupLasso: axis={self.axis} is out of range for a {ndim}-dimensional array. "
+                f"GroupLasso: {name}={given} {fault} for a {ndim}-dimensional array. "
                 "Use a mask to select arrays with that axis, such as only('kernel')."
             )
-        return tuple(axis % ndim for axis in axes)
+        return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)
+
+    def groups(self, shape: Sequence[int]) -> tuple[int, int]:
+        """How many groups an array of this shape has, and how many weights are in each."""
+        of_norm = self.axes(len(shape))
+        others = (size for axis, size in enumerate(shape) if axis not in of_norm)
+        return math.prod(others), math.prod(shape[axis] for axis in of_norm)
 
     def _norm(self, w: jax.Array) -> jax.Array:
         split = mesh_axes.split_over("GroupLasso", w, mesh_axes.names("GroupLasso", self.axis_name))

@@ -29,6 +29,7 @@ from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype, stateless, subtracted
 from ._engine.loop import Action, DecayState
 from ._engine.masks import flags
+from ._engine.probe import gated
 from ._engine.rates import values_of
 from ._engine.rules import check_booleans
 from ._engine.steps import INJECTED, SKIPPING, injected, learning_rates, nodes, stepped
@@ -120,7 +121,8 @@ def with_decoupled_decay(
 
         if shares:
             after = jax.tree.map(subtract_from_iterate, after, is_leaf=is_free)
-        updates = subtract(updates, *shares)
+        new, probe = subtract(updates, *shares), extra_args.get("decay_probe")
+        updates = gated(probe, action, params, lambda u: subtract(u, *shares), updates, new)
         count = state.decay.count
         next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
         return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)

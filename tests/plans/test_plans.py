@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,168 @@ def test_rates_that_are_known_only_in_training() -> None:
     jax.jit(trace)(0.1)
     assert (seen[0]["embed/embedding"].rate, seen[0]["head/kernel"].rate) == ("0.5 × traced", "traced")
     np.testing.assert_allclose(plan(PARAMS, jnp.float32(0.5), only("kernel"))["head/kernel"].rate, 0.5)  # pyright: ignore
+
+
+# What comes of schedules and learning rates.
+@pytest.fixture
+def promotion() -> Iterator[None]:
+    """Optax's cosine schedules do not run under the strict promotion of the other tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+WARMUP = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 500, 5000, 1e-3)
+KERNELS = {"kernel": np.ones((2, 2)), "bias": np.ones(2)}
+
+
+def removed(rates: Any) -> Any:
+    """1 - the product of (1 - rate) over the steps, in float64."""
+    left = 1.0
+    for rate in np.asarray(rates, np.float64):
+        left = left * (1 - rate)
+    return 1 - left
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("step", [None, 0, 300, 4800, np.int64(7)])
+def test_what_a_decay_comes_to_at_a_step(step: Any) -> None:
+    decay = optax.linear_schedule(0.3, 0.1, 2000)
+    table = decay * by_path({"kernel": 0.5, "bias": 0.0})
+    it = plan(KERNELS, table, learning_rate=WARMUP, step=step)
+    counts = np.arange(1000) + (step or 0)
+    eta, wd = (np.array([schedule(count) for count in counts], np.float64) for schedule in (WARMUP, decay))
+    row: Any = it["kernel"]
+    np.testing.assert_allclose(row.rate, 0.5 * wd[0], rtol=1e-6)
+    np.testing.assert_allclose(row.per_step, 0.5 * wd[0] * eta[0], rtol=1e-5)
+    np.testing.assert_allclose(row.per_thousand, removed(0.5 * wd * eta), rtol=1e-5)
+    assert row.decays  # At step 0 the learning rate is 0, but not for long.
+    assert it["bias"][3:5] + it["bias"][7:] == (False, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_a_step_alone_evaluates_the_schedules() -> None:
+    it = plan(KERNELS, 0.5 * by_path({"kernel": WARMUP}, default=0.1), only("kernel"), step=500)
+    np.testing.assert_allclose(it["kernel"].rate, 5e-3, rtol=1e-6)  # pyright: ignore
+    assert (it["kernel"].per_step, it["kernel"].per_thousand) == (None, None)
+    assert it.text() == "0\tbias\n0.005\tkernel\n"
+    off = plan(KERNELS, WARMUP, only("kernel"), step=0)
+    assert off["kernel"][3:5] == (True, 0.0)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_tables_and_layers_of_learning_rates() -> None:
+    params = {"layers": {"kernel": np.ones((3, 2, 2))}, "head": {"kernel": np.ones((2, 2))}}
+    rates, etas = by_depth("layers", 0.5, axis=0), by_path({"head": 1e-3}, default=1e-2)
+    it = plan(params, 0.1 * rates, learning_rate=etas)
+    layers: Any = it["layers/kernel"]
+    np.testing.assert_allclose(layers.per_step, [1.25e-4, 2.5e-4, 5e-4], rtol=1e-12)
+    np.testing.assert_allclose(layers.per_thousand, 1 - (1 - np.array(layers.per_step)) ** 1000, rtol=1e-10)
+    np.testing.assert_allclose(it["head/kernel"][7:], [1e-4, 1 - (1 - 1e-4) ** 1000], rtol=1e-10)  # pyright: ignore
+    assert plan(params, 0.1, learning_rate=1e-2 * rates)["layers/kernel"].per_step == layers.per_step
+    rows = plan(KERNELS, {"kernel": np.array([[0.1], [0.2]]), "bias": None}, learning_rate=1e-2)
+    assert rows["kernel"][4] == "0.1 to 0.2"
+    assert rows["kernel"][7:] == ("0.001 to 0.002", f"{1 - 0.999**1000:.6g} to {1 - 0.998**1000:.6g}")
+    tiny: Any = plan(KERNELS, 1e-9, only("kernel"), learning_rate=1e-9)["kernel"]
+    np.testing.assert_allclose(tiny.per_thousand, 1e-15, rtol=1e-12)
+    wild: Any = plan(KERNELS, 1.5, only("kernel"), learning_rate=optax.piecewise_constant_schedule(1.0, {1: 0.0}))
+    np.testing.assert_allclose(wild["kernel"].per_thousand, 1.5)  # It overshoots once.
+
+
+@pytest.mark.usefixtures("promotion")
+def test_the_plan_per_thousand_steps_is_what_happens() -> None:
+    schedule = optax.cosine_decay_schedule(1e-2, 1500)
+    optimizer = wdjax.sgdw(schedule, 0.3)
+    params = {"kernel": jnp.ones(())}
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        updates, state = optimizer.update({"kernel": jnp.zeros(())}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = params, optimizer.init(params)
+    (middle, state), _ = jax.lax.scan(step, start, length=250)
+    (end, _), _ = jax.lax.scan(step, (middle, state), length=1000)
+    row: Any = plan(params, 0.3, learning_rate=schedule, step=250)["kernel"]
+    np.testing.assert_allclose(1 - end["kernel"] / middle["kernel"], row.per_thousand, rtol=1e-4)
+
+
+def test_each_schedule_is_evaluated_once_in_one_program() -> None:
+    calls = []
+
+    def schedule(count: Any) -> Any:
+        calls.append(count)
+        return 1e-3 * jnp.cos(count)
+
+    params = {f"w{i}": np.ones(2) for i in range(20)}
+    plan(params, by_path({"w3": schedule, "w4": 0.0}, default=0.1) * schedule, learning_rate=schedule)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("promotion")
+def test_rates_that_are_still_unknown_at_a_step() -> None:
+    seen: list[Any] = []
+
+    def trace(rate: jax.Array) -> jax.Array:
+        seen.append(plan(KERNELS, 0.5 * by_path({"kernel": WARMUP, "bias": 0.0}), learning_rate=rate, step=500))
+        seen.append(plan(KERNELS, lambda count: rate * count, only("kernel"), learning_rate=1e-2))
+        return rate
+
+    jax.jit(trace)(0.1)
+    row = seen[0]["kernel"]
+    np.testing.assert_allclose(row.rate, 5e-3, rtol=1e-6)
+    assert row[7:] == ("0.005 × traced", "unknown")
+    assert seen[0]["bias"][7:] == (0.0, 0.0)
+    assert seen[1]["kernel"][4] == "schedule"
+    assert seen[1]["kernel"][7:] == ("0.01 × schedule", "unknown")
+    assert "unknown" in str(seen[0])
+
+
+def test_the_rates_per_step_are_shown_everywhere_and_kept() -> None:
+    from rich.console import Console
+
+    params = {"blocks": [KERNELS, KERNELS]}
+    bare = plan(params, 0.1, only("kernel"))
+    it = plan(params, 0.1, only("kernel"), learning_rate=1e-2)
+    lines = [re.split(r"  +", line) for line in str(it).splitlines()]
+    assert lines[0][5:8] == ["rate", "per step", "per 1000 steps"]
+    assert lines[3][0].startswith("blocks/{0,1}/kernel")
+    assert lines[3][5:8] == ["0.1", "0.001", "0.6323"]
+    assert "<th>per step</th><th>per 1000 steps</th>" in it._repr_html_()
+    assert "<td>0.001</td><td>0.6323</td>" in it._repr_html_()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(it)
+    assert "per 1000 steps" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    data = json.loads(json.dumps(it.to_dict()))
+    assert wdjax.Plan.from_dict(data) == it
+    # Without a learning rate all is as before, and golden files know no learning rate.
+    assert it.text() == bare.text()
+    assert "per step" not in f"{bare}{bare._repr_html_()}"
+    assert not {"per_step", "per_thousand"} & set(bare.to_dict()["parameters"][0])
+    stacked = plan({"kernel": np.ones((2, 2))}, 0.1 * by_depth("kernel", 0.5, axis=0), learning_rate=1e-2)
+    assert wdjax.Plan.from_dict(json.loads(json.dumps(stacked.to_dict()))) == stacked
+
+    faster = plan({**params, "head": KERNELS}, 0.1, only("kernel"), learning_rate=2e-2)
+    assert str(it.diff(faster)).splitlines() == [
+        "head/bias: 0, per step 0, per 1000 steps 0, new",
+        "head/kernel: 0.1, per step 0.002, per 1000 steps 0.8649, new",
+        "blocks/{0,1}/kernel: per step 0.001 → 0.002, per 1000 steps 0.6323 → 0.8649, by 'kernel'",
+    ]
+    assert not bare.diff(it)  # What only one of them knows is no difference.
+    # In a schedule two plans may agree at a step and not in the steps that follow.
+    constant, falling = (
+        plan(params, 0.1, only("kernel"), learning_rate=optax.linear_schedule(1e-2, end, 1000)) for end in (1e-2, 0.0)
+    )
+    assert str(constant.diff(falling)) == "blocks/{0,1}/kernel: per 1000 steps 0.6323 → 0.3939, by 'kernel'"
+
+
+def test_errors_of_steps_and_learning_rates() -> None:
+    for step, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError), (2**31, ValueError), ("1", TypeError)):
+        with pytest.raises(kind, match=rf"plan: step must be an integer from 0 to \d+, .*got {step!r}\. Write plan\("):
+            plan(KERNELS, 0.1, only("kernel"), step=step)
+    with pytest.raises(ValueError, match=r"plan: learning_rate must be finite and not negative, got -0\.1"):
+        plan(KERNELS, 0.1, only("kernel"), learning_rate=-0.1)
+    with pytest.raises(ValueError, match=r"plan: the pattern 'kernle' matches no parameter"):
+        plan(KERNELS, 0.1, only("kernel"), learning_rate=by_path({"kernle": 0.1}, default=0.2))
 
 
 def test_stacked_layers_have_a_rate_each() -> None:

@@ -601,8 +601,13 @@ def test_extra_arguments_reach_the_optimizer() -> None:
     inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
     params = make_params()
     optimizer = monitor(inner)
-    optimizer.update(params, optimizer.init(params), params, value=3, other=4)
+    state = optimizer.init(params)
+    optimizer.update(params, state, params, value=3, other=4)
+    assert seen.pop("decay_probe").gate.shape == ()  # With it, decays report.
     assert seen == {"value": 3, "other": 4}
+    seen.clear()
+    monitor(inner, 0.0).update(params, state, params, value=3)
+    assert seen == {"value": 3}
 
 
 # Transformations of JAX, and libraries.
@@ -708,10 +713,6 @@ def test_rates_that_are_injected_are_followed() -> None:
         state.hyperparams["learning_rate"] = jnp.asarray(learning_rate)
         _, state = jax.jit(optimizer.update)(params, state, params)
         np.testing.assert_allclose(scalars(state)["all/effective_rate"], learning_rate * WD, rtol=1e-5)
-    # Injected within, the monitor knows only what it was told.
-    within = monitor(optax.inject_hyperparams(wdjax.adamw)(LR, WD), WD, learning_rate=LR)
-    _, state = jax.jit(within.update)(params, within.init(params), params)
-    np.testing.assert_allclose(scalars(state)["all/effective_rate"], LR * WD, rtol=1e-5)
 
 
 @pytest.mark.peers
@@ -750,7 +751,8 @@ def test_a_train_state_of_linen() -> None:
 
     state, logged = step(state)
     chex.assert_trees_all_equal(logged, scalars(state, "train/"), scalars(state.opt_state, "train/"))
-    assert set(logged) == {f"train/{group}/{name}" for group in ("weights_only", "undecayed") for name in METRICS}
+    names = {f"{group}/{name}" for group in ("weights_only", "undecayed") for name in METRICS}
+    assert set(logged) == {f"train/{name}" for name in (*names, "weights_only/weight_decay")}
     np.testing.assert_allclose(logged["train/weights_only/weight_norm"], norm, rtol=1e-6)
 
 
@@ -773,7 +775,8 @@ def test_an_optimizer_of_nnx() -> None:
     step(model, optimizer)
     for holder in (optimizer, optimizer.opt_state, nnx.state(optimizer)):
         logged = jax.device_get(scalars(holder))
-        assert set(logged) == {f"{group}/{name}" for group in ("kernel", "undecayed") for name in METRICS}
+        names = {f"{group}/{name}" for group in ("kernel", "undecayed") for name in METRICS}
+        assert set(logged) == {*names, "kernel/weight_decay"}
         assert all(isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float32 for x in logged.values())
         np.testing.assert_allclose(logged["kernel/weight_norm"], norm, rtol=0.5)
 

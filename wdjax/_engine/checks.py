@@ -85,7 +85,8 @@ def positive(where: str, name: str, value: Any, write: str) -> float:
 def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:
     """Checks a finished optimizer: a gradient transformation, or an `optax.MultiSteps`."""
     if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
+        # Its `update` takes extra arguments, but the transformation that it makes of itself would drop them.
+        optimizer = optax.GradientTransformationExtraArgs(*optimizer.gradient_transformation())
     if not isinstance(optimizer, optax.GradientTransformation):
         given = shown(optimizer)
         raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {given}. Write {write}.")

@@ -25,6 +25,7 @@ import optax
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
 from .masks import flags
+from .probe import DecayProbe, gated
 from .rates import rate_or_rules
 from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
 from .unstable import as_arguments
@@ -336,17 +337,26 @@ class Action:
         return [given.get(path) for path, _ in leaves]
 
 
-def transformation(action: Action, rule: LeafRule, axis_name: mesh_axes.Names = ()) -> optax.GradientTransformation:
-    """The gradient transformation that runs the action at every update and counts the updates."""
+def transformation(
+    action: Action, rule: LeafRule, axis_name: mesh_axes.Names = (), *, is_decay: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """The gradient transformation that runs the action at every update and counts the updates.
+
+    If it is a decay, it can be read by `monitor`: it adds something to each update that does not depend on the update.
+    """
 
     def init_fn(params: PyTree) -> DecayState:
         return action.init(params, rule)
 
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, DecayState]:
-        updates, leaf = action.run(rule, updates, state, params, axis_name=axis_name)
-        return updates, state._replace(count=optax.safe_increment(state.count), leaf=leaf)
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree = None, *, decay_probe: DecayProbe | None = None, **extra_args: Any
+    ) -> tuple[PyTree, DecayState]:
+        new, leaf = action.run(rule, updates, state, params, axis_name=axis_name)
+        if is_decay:
+            new = gated(decay_probe, action, params, lambda u: action.run(rule, u, state, params)[0], updates, new)
+        return new, state._replace(count=optax.safe_increment(state.count), leaf=leaf)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _is_zero(value: Any) -> bool:

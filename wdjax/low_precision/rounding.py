@@ -61,7 +61,16 @@ def spacing_of(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jax.lax.bitcast_convert_type(bits[0], jnp.float32), jax.lax.bitcast_convert_type(bits[1], jnp.float32)
 
 
+@jax.custom_jvp
 def step_to(p: jax.Array, target: jax.Array, step: jax.Array) -> jax.Array:
-    """The float32 update with which `optax.apply_updates` lands on the target. If the step is 0, no bit changes."""
+    """The float32 update with which `optax.apply_updates` lands on the target. If the step is 0, no bit changes.
+
+    Its derivative is that of the step, as if nothing were rounded.
+    """
     p = p.astype(jnp.float32)
     return jnp.where((target == p) | (step == 0), jnp.float32(-0.0), target - p)
+
+
+@step_to.defjvp
+def _step_to_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return step_to(*primals), tangents[2]

@@ -53,7 +53,7 @@ class Plan:
         added = tuple(planned for path, planned in after.items() if path not in before)
         removed = tuple(planned for path, planned in before.items() if path not in after)
         both = [(planned, after[path]) for path, planned in before.items() if path in after]
-        changed = tuple((old, new) for old, new in both if show_rate(old.rate) != show_rate(new.rate))
+        changed = tuple((old, new) for old, new in both if table.different(old, new))
         return PlanDiff(added, removed, changed)
 
     def text(self) -> str:
@@ -62,7 +62,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in plain dictionaries, lists, strings, numbers and booleans, for JSON, TOML or a tracker."""
-        return {"totals": str(self.totals), "parameters": [plain(planned) for planned in self.parameters]}
+        rows = [{key: value for key, value in row._asdict().items() if value is not None} for row in self.parameters]
+        return {"totals": str(self.totals), "parameters": plain(tuple(rows))}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Plan":
@@ -90,7 +91,7 @@ class Plan:
         totals = self.totals_by_rule.items()
         by_rule = [f"  {rule}: {total}" for rule, total in totals] if len(totals) > 1 else []
         cells = [cells for cells, _ in table.lines_of(self.parameters)]
-        lines = table.in_columns(table.HEADER, cells, table.NUMBERS)
+        lines = table.in_columns(table.header(self.parameters), cells, table.NUMBERS)
         return "\n".join((*lines, "", str(self.totals), *by_rule))
 
     __repr__ = __str__
@@ -104,7 +105,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlanDiff:
-    """How one plan differs from another; falsy if it does not. `changed` has pairs of rows whose rate differs."""
+    """How one plan differs from another; falsy if it does not. `changed` has pairs of rows whose rates differ."""
 
     added: tuple[Planned, ...]
     removed: tuple[Planned, ...]

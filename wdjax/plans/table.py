@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from .._engine.text import merged, merged_texts
 
-HEADER = ("path", "arrays", "shape", "dtype", "parameters", "rate", "rule", "why")
-NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate")
+MANY = 1000
+_OF_STEPS = {"per_step": "per step", "per_thousand": f"per {MANY} steps"}  # Fields of a row, and their columns.
+NUMBERS = ("arrays", "shape", "dtype", "parameters", "rate", *_OF_STEPS.values())
 _NUMBER = re.compile(r"\d+")
 _DISPENSABLE = ("dtype", "arrays", "rule", "shape", "parameters")  # Dropped in this order if the terminal is narrow.
 PlannedRate = float | tuple[float, ...] | str
@@ -21,6 +22,8 @@ class Planned(NamedTuple):
 
     `rate` is a number, 0.0 if the parameter does not decay; a number for each of stacked layers; or a string if it is
     known only during training (a schedule, a traced rate). `rule` is the rule that decided, and `reason` says why.
+    `per_step` and `per_thousand` are the fractions of a weight that the decay alone removes in a step and in a thousand
+    steps. They are None if the plan was made without a learning rate.
     """
 
     path: str
@@ -30,6 +33,8 @@ class Planned(NamedTuple):
     rate: PlannedRate
     rule: str
     reason: str
+    per_step: PlannedRate | None = None
+    per_thousand: PlannedRate | None = None
 
     @property
     def size(self) -> int:
@@ -69,6 +74,23 @@ def count(number: int) -> str:
     return str(number)
 
 
+def _fields_of_steps(rows: Sequence[Planned | None]) -> list[str]:
+    """The fields of rates per step that all of these rows have."""
+    return [field for field in _OF_STEPS if all(row and getattr(row, field) is not None for row in rows)]
+
+
+def different(old: Planned, new: Planned) -> list[str]:
+    """The fields of the rates that differ in golden files, of those that both rows have."""
+    fields = ("rate", *_fields_of_steps((old, new)))
+    return [field for field in fields if show_rate(getattr(old, field)) != show_rate(getattr(new, field))]
+
+
+def header(parameters: Sequence[Planned]) -> tuple[str, ...]:
+    """The names of the columns. The rates per step are shown if they were planned."""
+    of_steps = [_OF_STEPS[field] for field in _fields_of_steps(parameters)] if parameters else []
+    return ("path", "arrays", "shape", "dtype", "parameters", "rate", *of_steps, "rule", "why")
+
+
 def lines_of(parameters: Sequence[Planned]) -> list[tuple[tuple[str, ...], bool]]:
     """The cells of each line, and whether it decays. Rows that differ only in their numbers are one line."""
     groups: dict[Any, list[Planned]] = collections.defaultdict(list)
@@ -79,7 +101,8 @@ def lines_of(parameters: Sequence[Planned]) -> list[tuple[tuple[str, ...], bool]
     for part in (part for group in groups.values() for part in merged(group)):
         path, why = merged_texts([p.path for p in part]), merged_texts([p.reason for p in part])
         first, size = part[0], count(sum(p.size for p in part))
-        cells = (path, str(len(part)), str(first.shape), first.dtype, size, _rates(part), first.rule, why)
+        rates = [_rates(part, field) for field in ("rate", *_fields_of_steps(parameters))]
+        cells = (path, str(len(part)), str(first.shape), first.dtype, size, *rates, first.rule, why)
         lines.append((cells, first.decays))
     return lines
 
@@ -99,9 +122,9 @@ def as_rich(title: str, parameters: Sequence[Planned], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    lines = lines_of(parameters)
-    columns = zip(HEADER, *(cells for cells, _ in lines), strict=True)
-    needed = {name: max(map(len, column)) for name, column in zip(HEADER, columns, strict=True)}
+    lines, names = lines_of(parameters), header(parameters)
+    columns = zip(names, *(cells for cells, _ in lines), strict=True)
+    needed = {name: max(map(len, column)) for name, column in zip(names, columns, strict=True)}
     for name in _DISPENSABLE:
         if sum(size + 3 for size in needed.values()) >= width:
             del needed[name]
@@ -110,7 +133,7 @@ def as_rich(title: str, parameters: Sequence[Planned], width: int) -> Any:
         table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for line, decays in lines:
         # As Text, because rich would read brackets in a pattern as markup.
-        cells = [Text(cell) for cell, name in zip(line, HEADER, strict=True) if name in needed]
+        cells = [Text(cell) for cell, name in zip(line, names, strict=True) if name in needed]
         table.add_row(*cells, style="green" if decays else "dim")
     return table
 
@@ -123,7 +146,7 @@ def as_html(title: str, parameters: Sequence[Planned]) -> str:
 
     lines = lines_of(parameters)
     body = "".join(row(cells, "td", "" if decays else ' style="opacity: 0.6"') for cells, decays in lines)
-    return f"<p>{html.escape(title)}</p><table>{row(HEADER, 'th')}{body}</table>"
+    return f"<p>{html.escape(title)}</p><table>{row(header(parameters), 'th')}{body}</table>"
 
 
 def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]:
@@ -137,16 +160,22 @@ def changes(pairs: Iterable[tuple[Planned | None, Planned | None]]) -> list[str]
         for part in merged([old or new for old, new in group.values()]):
             paths = [row.path for row in part]
             before, after = zip(*(group[path] for path in paths), strict=True)
-            rates = " → ".join(_rates(rows) for rows in (before, after) if rows[0] is not None)
+            there = [rows for rows in (before, after) if rows[0] is not None]
+            fields = ("rate", *_fields_of_steps([row for rows in there for row in rows]))
+            if len(there) == 2:
+                differing = {field for old, new in zip(*there, strict=True) for field in different(old, new)}
+                fields = [field for field in fields if field in differing]
+            rates = [[_OF_STEPS.get(field), " → ".join(_rates(rows, field) for rows in there)] for field in fields]
+            shown = ", ".join(" ".join(filter(None, rate)) for rate in rates)
             kind = "new" if before[0] is None else "gone" if after[0] is None else f"by {after[0].rule}"
-            lines.append(f"{merged_texts(paths)}: {rates}, {kind}")
+            lines.append(f"{merged_texts(paths)}: {shown}, {kind}")
     return lines
 
 
-def _rates(group: Sequence[Planned]) -> str:
+def _rates(group: Sequence[Planned], field: str) -> str:
     """The common rate; the first and the last if rates rise or fall with the numbers; otherwise all of them."""
     ordered = sorted(group, key=lambda planned: list(map(int, _NUMBER.findall(planned.path))))
-    each = list(dict.fromkeys(planned.rate for planned in ordered))
+    each = list(dict.fromkeys(getattr(planned, field) for planned in ordered))
     rates: list[Any] = list(each[0]) if len(each) == 1 and isinstance(each[0], tuple) else list(each)
     shown = list(dict.fromkeys(show_rate(rate, digits=4) for rate in rates))
     are_numbers = all(isinstance(rate, float) for rate in rates)

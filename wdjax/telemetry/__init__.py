@@ -3,11 +3,13 @@
 `monitor` wraps a finished optimizer, changes nothing, and keeps a few scalars for each group of parameters in its
 state. `scalars` reads them from any state that holds the monitor.
 
-An update does not show which part of it is decay, so the monitor computes that part from the arguments of the decay.
-For each array, one fused reduction (`_sums`) sums a few products of parameter, update and decay. All metrics are
-arithmetic on these sums.
+An update does not show which part of it is decay. The decays of wdjax tell: `_engine.probe` says how. Any other decay
+the monitor computes from its arguments. For each array, one fused reduction (`_sums`) sums a few products of parameter,
+update and decay. All metrics are arithmetic on these sums.
 """
 
+import collections
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,16 +18,18 @@ import jax.numpy as jnp
 import optax
 
 from .._engine import checks, mesh_axes, trees
+from .._engine.arithmetic import Term
 from .._engine.loop import Action, DecayState
+from .._engine.probe import DecayProbe
 from .._engine.rules import Decision, decisions, possible_values
-from .._engine.steps import nodes, stepped
+from .._engine.steps import INJECTED, learning_rates, nodes, stepped
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low, is_narrow
 from ..paths import Leaf, Rules
 from ..plans import asked, row_of
 from ._sums import METRICS as METRICS
-from ._sums import Sums, metrics, sums
+from ._sums import Sums, metrics, ratio, sums
 
 PyTree = Any
 UNDECAYED = "undecayed"
@@ -36,24 +40,25 @@ class MonitorState(NamedTuple):
 
     decay: DecayState  # The count of real steps, and the anchor if there is one.
     measured: dict[str, dict[str, jax.Array]]  # For each group, the metrics of the last real step: shape (), float32.
+    rates: dict[str, jax.Array]  # The learning rate of that step, if the monitor was given a number or a schedule.
     inner_state: Any  # The state of the wrapped optimizer.
 
 
 @checks.known_arguments
 def monitor(
     optimizer: Optimizer,
-    weight_decay: Rate = 0.0,
+    weight_decay: Rate | None = None,
     mask: Mask = None,
     *,
-    learning_rate: Rate = 1.0,
+    learning_rate: Rate | None = None,
     toward: Anchor = None,
     groups: Rules | Callable[[Leaf], str] | None = None,
     axis_name: Hashable = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures, in each step of an optimizer, what its decay and its updates do to the weights.
 
-    Rule:   u <- the optimizer's u, unchanged. It measures u, the weights p before the step, and the decay
-            d = learning_rate * weight_decay * (p - toward)
+    Rule:   u <- the optimizer's u, unchanged. It measures u, the weights p before the step, and the decay d in u, read
+            from the optimizer; or if it is given, d = learning_rate * weight_decay * (p - toward)
     Place:  around the whole optimizer, within `freeze`, directly before `optax.apply_updates`.
     Units:  per step. For each group, as one vector:
 
@@ -69,6 +74,8 @@ def monitor(
             rounded_away     of the weights that d should move, the fraction that land where they would without it
             decay_landed     the fraction of d in the step as it lands: 1 in exact arithmetic, 0 if rounding removes all
                              of it in each step, about 1 if different weights are rounded a step further each time
+            weight_decay     lambda: the effective rate, divided by the learning rate unless the decay is independent of
+                             it. Only for groups that decay in one of these ways, if the learning rate is known
     Source: Kosson et al. 2024 (arXiv 2305.17212) for angular updates and equilibrium; Zamirai et al. 2020 (arXiv
             2010.06192) for decays that round away; otherwise ours.
 
@@ -80,16 +87,21 @@ def monitor(
 
     Args:
         optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with the decay inside.
-        weight_decay, mask, toward: the arguments of the decay in the optimizer; 0 if there is none. The monitor does
-            not know modifiers such as `cautious` and measures the decay without them. L2 in the gradient is a decay of
-            unknown size: leave weight_decay at 0 and look at the shrinkage.
-        learning_rate: the factor of the decay: the number or schedule of the optimizer, or 1 for `independent_decay`.
-            A schedule is called with the monitor's own count of real steps, which starts at 0. For values that change
-            in `optax.inject_hyperparams`, inject the monitor too:
-            `inject_hyperparams(lambda lr: monitor(adamw(lr, 0.1), 0.1, learning_rate=lr))(lr=1e-3)`.
-        groups: None for one group for each rule that decays parameters, as `plan` names it, and "undecayed" for the
-            rest; or `Rules` whose values are strings; or a function from a `Leaf` to a string, such as
-            `lambda leaf: leaf.path`. A checkpoint of the state can be restored into monitors with the same groups.
+        weight_decay: None to read the decays from the optimizer: `decoupled_decay`, `independent_decay` and
+            `continuous_decay`, also in recipes and in `cautious`, and `with_decoupled_decay`. The derivative of the
+            update with respect to a factor of all decays tells what they are after everything that follows them. For
+            another decay, such as that of `optax.adamw`, its weight_decay. The monitor then computes d from the
+            arguments and does not know what follows. 0 if there is no decay. L2 in the gradient is a decay of unknown
+            size: look at the shrinkage.
+        mask, toward: with a weight_decay, the arguments of the same decay.
+        learning_rate: with a weight_decay, the factor of the decay: the number or schedule of the optimizer, or 1 for
+            an independent decay. A schedule is called with the monitor's own count of real steps, which starts at 0.
+            With None it is the learning rate that `optax.inject_hyperparams` keeps, or else 1. Without a weight_decay,
+            a learning rate is only needed for the metric weight_decay, and to log it with `scalars`.
+        groups: None for one group for each rule that decays parameters, as `plan` names it ("a + b" for two decays by
+            the rules a and b), and "undecayed" for the rest; or `Rules` whose values are strings; or a function from a
+            `Leaf` to a string, such as `lambda leaf: leaf.path`. A checkpoint of the state can be restored into
+            monitors with the same groups.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then
             measures the whole parameters. An array that is known to be the same on all devices of the axis counts once.
             With check_vma=False nothing is known, and all arrays count as split. Under `jit` and `pmap` leave it out.
@@ -98,14 +110,15 @@ def monitor(
         An `optax.GradientTransformationExtraArgs` with a `MonitorState`. Its `update` needs `params`. In a mini-step of
         `optax.MultiSteps`, and in a step that `apply_if_finite` skips, the metrics do not change.
 
-    Raises: as `decoupled_decay`; a TypeError also if `optimizer` is not an optimizer or groups are not strings, and at
-        `init` and `update` errors for groups that don't fit params.
+    Raises: as `decoupled_decay`; a TypeError also if `optimizer` is not an optimizer or groups are not strings; a
+        ValueError for a mask or an anchor without a weight_decay, for a weight_decay with several injected learning
+        rates, and at `init` if the decays can't be read; and at `init` and `update` errors for groups that don't fit
+        params.
 
     Example:
 
         >>> import jax.numpy as jnp, wdjax
-        >>> mask = wdjax.only("kernel")
-        >>> optimizer = wdjax.monitor(wdjax.adamw(0.5, 0.1, mask), 0.1, mask, learning_rate=0.5)
+        >>> optimizer = wdjax.monitor(wdjax.adamw(0.5, 0.1, wdjax.only("kernel")))
         >>> params = {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([2.0])}
         >>> updates, state = optimizer.update({k: jnp.zeros_like(p) for k, p in params.items()},
         ...                                   optimizer.init(params), params)
@@ -117,29 +130,155 @@ def monitor(
     """
     where = "monitor"
     inner = checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)")
-    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward)
+    is_told = weight_decay is not None
+    if not is_told and not (mask is None and toward is None):
+        raise ValueError(
+            f"{where}: mask and toward belong to a weight_decay, and none is given. Write {where}(optimizer) to read "
+            f"the decays from the optimizer, or {where}(optimizer, 0.1, mask) to give all arguments."
+        )
+    factors = {
+        "weight_decay": 0.0 if weight_decay is None else weight_decay,
+        "learning_rate": 1.0 if learning_rate is None else learning_rate,
+    }
+    given = Action(where, factors, mask, toward)
     _check_groups(where, groups)
     axes = mesh_axes.names(where, axis_name)
 
+    def action_and_rate(inner_state: Any, count: Any) -> tuple[Action, Any]:
+        """The decay as it was given, and the learning rate, if it is known and one number for all parameters."""
+        rate = given.rates["learning_rate"]
+        if learning_rate is not None:
+            return given, rate(jnp.asarray(count)) if callable(rate) else None if isinstance(rate, Rules) else rate
+        if not is_told:
+            return given, _rate_of_all_decays(inner_state)
+        found = learning_rates(inner_state)
+        if len(found) > 1:
+            raise ValueError(
+                f"{where}: the optimizer holds {len(found)} learning rates. Say which one multiplies the decay, "
+                f"{where}(optimizer, 0.1, learning_rate=schedule), or {where}(optimizer) to read the decays from it."
+            )
+        rate = found[0] if found else 1.0
+        return dataclasses.replace(given, rates={**given.rates, "learning_rate": rate}), rate
+
+    def kept(rate: Any) -> dict[str, jax.Array]:
+        is_given = learning_rate is not None and rate is not None
+        return {"learning_rate": jnp.asarray(rate, jnp.float32)} if is_given else {}
+
     def init_fn(params: PyTree) -> MonitorState:
-        measured = _nothing_measured(action, groups, params)
+        inner_state = inner.init(params)
         # The decay itself warns of arrays that occur twice.
-        return MonitorState(action.init(params, aliases=lambda path: False), measured, inner.init(params))
+        decay = given.init(params, aliases=lambda path: False)
+        action, rate = action_and_rate(inner_state, decay.count)
+        found = _Found()
+        if is_told:
+            found.report(action, params)
+        elif trees.flatten_with_paths(params):
+            _try_to_read(inner, found, inner_state, params)
+        measured = _nothing_measured(found, groups, params, rate)
+        return MonitorState(decay, measured, jax.tree.map(jnp.zeros_like, kept(rate)), inner_state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
         checks.params_given(where, params)
-        updates, after = inner.update(updates, state.inner_state, params, **extra_args)
-        measured = _measured(action, groups, updates, state._replace(inner_state=after), params, axes)
+        leaves, found, count = trees.flatten_with_paths(params), _Found(), state.decay.count
+        if is_told:
+            updates, after = inner.update(updates, state.inner_state, params, **extra_args)
+            action, rate = action_and_rate(after, count)
+            found.report(action, params)
+            terms, decays = action.terms(params, leaves, state.decay), {}
+        else:
+            decays, (updates, after) = _read(inner, found, updates, state.inner_state, params, **extra_args)
+            rate = action_and_rate(after, count)[1]
+            anchors = found.anchors(after)
+            terms = [Term((), anchor=anchors[path]) if path in decays else None for path, _ in leaves]
+        measured, rates = _measured(found, groups, updates, after, params, axes, rate, terms, decays), kept(rate)
         flags = jnp.array(stepped(state.inner_state, after), bool)
-        count = state.decay.count
         next_count = optax.safe_increment(count)
         if flags.size:
             is_step = jnp.all(flags)
-            measured = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), measured, state.measured)
+            before = state.measured, state.rates
+            measured, rates = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)
             next_count = jnp.where(is_step, next_count, count)
-        return updates, MonitorState(state.decay._replace(count=next_count), measured, after)
+        return updates, MonitorState(state.decay._replace(count=next_count), measured, rates, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _read(
+    inner: optax.GradientTransformationExtraArgs,
+    found: "_Found",
+    updates: PyTree,
+    inner_state: Any,
+    params: PyTree,
+    *,
+    decay_probe: DecayProbe | None = None,
+    **extra_args: Any,
+) -> tuple[dict[str, jax.Array], tuple[PyTree, Any]]:
+    """The decays in the update of an optimizer, by path, and what the update returns. `found` gets what they report."""
+    paths = [path for path, _ in trees.flatten_with_paths(params)]
+
+    def run(gate: jax.Array) -> tuple[dict[str, jax.Array], tuple[PyTree, Any]]:
+        probe = DecayProbe(gate, found.report).within(decay_probe)
+        new, after = inner.update(updates, inner_state, params, decay_probe=probe, **extra_args)
+        each, _ = trees.beside("monitor", new, params, paths)
+        decayed = {path: u for path, u in zip(paths, each, strict=True) if path in found.rules}
+        return {path: -u for path, u in decayed.items() if trees.is_decayable(u)}, (new, after)
+
+    one = jnp.ones([], jnp.float32)
+    _, decays, results = jax.jvp(run, (one,), (one,), has_aux=True)
+    return decays, results
+
+
+def _try_to_read(
+    inner: optax.GradientTransformationExtraArgs, found: "_Found", inner_state: Any, params: PyTree
+) -> None:
+    """Lets the decays in an optimizer report in an update that is only traced. Here gradients are like parameters."""
+    try:
+        jax.eval_shape(lambda: _read(inner, found, params, inner_state, params)[0])
+    except Exception as error:
+        raise ValueError(
+            "monitor: to find the decays in the optimizer, its update is traced, and that failed: "
+            f"{type(error).__name__}: {str(error)[:200]}\nIf the update needs more arguments, give the monitor the "
+            "arguments of the decay, monitor(optimizer, 0.1, mask, learning_rate=1e-3), or 0.0 if there is no decay."
+        ) from error
+
+
+def _rate_of_all_decays(state: Any) -> Any:
+    """The learning rate that `optax.inject_hyperparams` keeps, if there is one and each decay is within."""
+    holders = [node for node in nodes(state, INJECTED) if learning_rates(node)]
+    rates = [rate for node in holders for rate in learning_rates(node)]
+    are_within = [len(nodes(part, (DecayState,))) for part in (state, *holders)]
+    return rates[0] if len(rates) == 1 and are_within[0] == are_within[1] else None
+
+
+class _Found:
+    """What the decays in an optimizer say of the parameters that they act on, by path."""
+
+    def __init__(self) -> None:
+        self.rules: dict[str, dict[str, None]] = collections.defaultdict(dict)  # The rules that decide, in order.
+        # Whether the learning rate multiplies weight_decay: in decoupled decays, but not in an independent one.
+        self.is_scaled: dict[str, set[bool]] = collections.defaultdict(set)
+        self._toward: dict[str, Any] = {}
+
+    def report(self, action: Action, params: PyTree) -> None:
+        leaves = trees.flatten_with_paths(params)
+        toward = {} if isinstance(action.toward, str) else dict(trees.flatten_with_paths(action.toward))
+        for (path, _), rule in zip(leaves, _rules(action, params, leaves), strict=True):
+            if rule not in (None, UNDECAYED):
+                self.rules[path][rule] = None
+                self.is_scaled[path].add(not action.is_per_step or "learning_rate" in action.rates)
+                self._toward[path] = "init" if isinstance(action.toward, str) else toward.get(path)
+
+    def anchors(self, state: Any) -> dict[str, Any]:
+        """The anchor of each parameter. The anchors that a decay copies at `init` are in its state."""
+        held = [dict(trees.flatten_with_paths(node.anchor)) for node in nodes(state, (DecayState,))]
+        initial = {path: anchor for tree in held for path, anchor in tree.items() if not trees.is_hole(anchor)}
+        return {path: initial.get(path) if isinstance(a, str) else a for path, a in self._toward.items()}
+
+    def is_rate_scaled(self, label: str, labels: Sequence[str | None], paths: Sequence[str], rate: Any) -> bool | None:
+        """Whether the learning rate scales the weight decay of a group. None if its weight decay is not known."""
+        members = [path for path, own in zip(paths, labels, strict=True) if own == label]
+        kinds = {kind for path in members for kind in self.is_scaled.get(path, ())}
+        return None if len(kinds) != 1 or (True in kinds and rate is None) else True in kinds
 
 
 @checks.known_arguments
@@ -154,8 +293,11 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
             `TrainState`, an `nnx.Optimizer` or its `nnx.state`, a checkpoint that was restored into dictionaries.
         prefix: a string before each name, such as "train/".
 
-    Returns: {prefix + "group/metric": value} for every monitor in the state. Values are 0-d float32 arrays; under
-        `vmap` and `pmap` they have more axes. `jax.device_get` turns them all into NumPy scalars at once.
+    Returns: {prefix + "group/metric": value} for every monitor in the state. {prefix + "learning_rate": value} is the
+        learning rate that `optax.inject_hyperparams` keeps anywhere in the state, or else the one that the monitor was
+        given; "weight_decay" an injected weight decay. If there are several, they are "learning_rate_0" and so on, in
+        the order of the state. Values are 0-d float32 arrays; under `vmap` and `pmap` they have more axes.
+        `jax.device_get` turns them all into NumPy scalars at once.
     Raises: a ValueError if the state holds no monitor, or several monitors with the same group name.
 
     Example:
@@ -168,44 +310,62 @@ def scalars(opt_state: PyTree, prefix: str = "") -> dict[str, jax.Array]:
         5.0
     """
     found: dict[str, jax.Array] = {}
-    monitors = _monitors(opt_state)
+    monitors = _nodes(opt_state, "measured")
     if not monitors:
         raise ValueError(
             "scalars: there is no MonitorState in this state. Wrap the optimizer before init: "
             "monitor(optax.adamw(1e-3, weight_decay=0.1), 0.1, learning_rate=1e-3)."
         )
-    for measured in monitors:
-        for path, value in trees.flatten_with_paths(measured):
+    for monitor in monitors:
+        for path, value in trees.flatten_with_paths(monitor["measured"]):
             if prefix + path in found:
                 what = f"scalars: {len(monitors)} monitors in this state measure {path!r}."
                 write = "Give their groups different names: monitor(..., groups=lambda leaf: 'encoder')."
                 raise ValueError(f"{what} {write}")
             found[prefix + path] = value
+    injected = [node["hyperparams"] for node in _nodes(opt_state, "hyperparams")]
+    for name in ("learning_rate", "weight_decay"):
+        for tables in (injected, [monitor.get("rates", {}) for monitor in monitors]):
+            values = [value for table in tables for key, value in trees.flatten_with_paths(table) if key == name]
+            for i, value in enumerate(values):
+                key = name if len(values) == 1 else f"{name}_{i}"
+                found[prefix + key] = jnp.asarray(value, jnp.float32)
+            if values:
+                break
     return found
 
 
-def _monitors(state: PyTree) -> list[Any]:
-    """What each monitor in a state measured."""
+def _nodes(state: PyTree, field: str) -> list[Mapping[str, Any]]:
+    """The fields of each named tuple around an optimizer that has this field, however deep.
+
+    NNX and checkpoints turn named tuples into mappings. NNX leaves empty fields out.
+    """
+
+    def fields(node: Any) -> Mapping[str, Any]:
+        return node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, Mapping) else {}
+
+    def is_one(node: Any) -> bool:
+        return {field, "inner_state"} <= set(fields(node))
+
     found = []
-    for node in jax.tree.leaves(state, is_leaf=_is_monitor):
-        if _is_monitor(node):
-            fields = node._asdict() if isinstance(node, MonitorState) else node
-            found += [fields["measured"], *_monitors(fields["inner_state"])]
+    for node in jax.tree.leaves(state, is_leaf=is_one):
+        if is_one(node):
+            found += [fields(node), *_nodes(fields(node)["inner_state"], field)]
     return found
 
 
-def _is_monitor(node: Any) -> bool:
-    # NNX and checkpoints turn named tuples into mappings.
-    return isinstance(node, MonitorState) or (isinstance(node, Mapping) and set(node) == set(MonitorState._fields))
-
-
-def _nothing_measured(action: Action, groups: Any, params: PyTree) -> Any:
+def _nothing_measured(found: _Found, groups: Any, params: PyTree, rate: Any) -> Any:
     leaves = trees.flatten_with_paths(params)
     if not leaves:
         # `optax.tree.map_params` calls init on an empty tree; one leaf then stands for any groups.
         return jnp.zeros([], jnp.float32)
-    labels = dict.fromkeys(label for label in _labels(action, groups, params, leaves) if label is not None)
-    return {label: {name: jnp.zeros([], jnp.float32) for name in METRICS} for label in labels}
+    labels, paths = _labels(found, groups, leaves), [path for path, _ in leaves]
+    measured = {}
+    for label in dict.fromkeys(label for label in labels if label is not None):
+        is_known = found.is_rate_scaled(label, labels, paths, rate) is not None
+        names = (*METRICS, "weight_decay") if is_known else METRICS
+        measured[label] = {name: jnp.zeros([], jnp.float32) for name in names}
+    return measured
 
 
 def _check_groups(where: str, groups: Any) -> None:
@@ -221,18 +381,19 @@ def _check_groups(where: str, groups: Any) -> None:
         )
 
 
-def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
+def _labels(found: _Found, groups: Any, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """The group of each leaf; None for leaves that can't decay."""
     if groups is None:
-        return _rules(action, params, leaves)
+        labels = [" + ".join(found.rules.get(path, (UNDECAYED,))) for path, _ in leaves]
+        return [label if trees.is_decayable(leaf) else None for label, (_, leaf) in zip(labels, leaves, strict=True)]
     if isinstance(groups, Rules):
-        found = decisions(groups, action.where, leaves)
-        return [d.value if d and trees.is_decayable(leaf) else None for d, (_, leaf) in zip(found, leaves, strict=True)]
+        chosen = decisions(groups, "monitor", leaves)
+        return [d.value if d and trees.is_decayable(x) else None for d, (_, x) in zip(chosen, leaves, strict=True)]
     labels: list[str | None] = []
     for path, leaf in leaves:
         label = groups(trees.describe(path, leaf)) if trees.is_decayable(leaf) else None
         if trees.is_decayable(leaf) and not isinstance(label, str):
-            raise TypeError(f"{action.where}: groups must return a string, but returned {label!r} for {path!r}.")
+            raise TypeError(f"monitor: groups must return a string, but returned {label!r} for {path!r}.")
         labels.append(label)
     return labels
 
@@ -254,24 +415,38 @@ def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) ->
 
 
 def _measured(
-    action: Action, groups: Any, updates: PyTree, state: MonitorState, params: PyTree, axes: mesh_axes.Names
+    found: _Found,
+    groups: Any,
+    updates: PyTree,
+    inner_state: Any,
+    params: PyTree,
+    axes: mesh_axes.Names,
+    rate: Any,
+    terms: Sequence[Term | None],
+    decays: Mapping[str, jax.Array],
 ) -> dict[str, dict[str, jax.Array]]:
-    """The metrics of each group. `state` holds the decay before the step, and the optimizer's state after it."""
+    """The metrics of each group. `terms` has the decay of each leaf, and `decays` those that were read, by path."""
     # A writer of low precision in the optimizer sets the parameters that it acts on.
-    kinds = {type(node) for node in nodes(state.inner_state, WRITERS)}
+    kinds = {type(node) for node in nodes(inner_state, WRITERS)}
     is_written = is_narrow if CompensatedState in kinds else is_low if kinds else lambda leaf: False
     leaves = trees.flatten_with_paths(params)
-    labels, terms = _labels(action, groups, params, leaves), action.terms(params, leaves, state.decay)
-    found, _ = trees.beside(action.where, updates, params, [path for path, _ in leaves])
+    labels, paths = _labels(found, groups, leaves), [path for path, _ in leaves]
+    each, _ = trees.beside("monitor", updates, params, paths)
     parts = []
-    for (path, param), label, update, term in zip(leaves, labels, found, terms, strict=True):
+    for (path, param), label, update, term in zip(leaves, labels, each, terms, strict=True):
         if label is not None:
             update = update if trees.is_decayable(update) else jnp.zeros_like(param)
-            checks.same_shape(action.where, path, update, param)
+            checks.same_shape("monitor", path, update, param)
             with jax.numpy_dtype_promotion("standard"):  # A real rate may multiply complex weights.
-                parts.append((label, sums(update, param, term, is_written(param)), param))
+                parts.append((label, sums(update, param, term, is_written(param), decays.get(path)), param))
     if not parts:
-        return _nothing_measured(action, groups, params)
-    totals = mesh_axes.added_up(action.where, parts, axes, jnp.float32)
+        return _nothing_measured(found, groups, params, rate)
+    totals = mesh_axes.added_up("monitor", parts, axes, jnp.float32)
     values = metrics(Sums(*(jnp.stack(column) for column in zip(*totals.values(), strict=True))))
-    return {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(totals)}
+    measured = {label: {name: values[name][i] for name in METRICS} for i, label in enumerate(totals)}
+    for label, row in measured.items():
+        is_scaled = found.is_rate_scaled(label, labels, paths, rate)
+        if is_scaled is not None:
+            scale = jax.lax.stop_gradient(jnp.asarray(rate, jnp.float32)) if is_scaled else jnp.ones([], jnp.float32)
+            row["weight_decay"] = ratio(row["effective_rate"], scale)
+    return measured

@@ -49,29 +49,32 @@ class Sums(NamedTuple):
 def metrics(s: Sums) -> dict[str, jax.Array]:
     """The metrics of the groups, from their sums."""
     weight, update, decay = (jnp.sqrt(x) for x in (s.weight, s.update, s.decay))
-    radial = _ratio(s.along, weight)
+    radial = ratio(s.along, weight)
     # The part of the step orthogonal to the weights. The tangent is precise for small angles; the cosine is not.
     across = jnp.sqrt(jnp.maximum(s.step - radial**2, 0.0))
     return {
         "weight_norm": weight,
-        "weight_rms": jnp.sqrt(_ratio(s.weight, s.size)),
+        "weight_rms": jnp.sqrt(ratio(s.weight, s.size)),
         "update_norm": update,
         "decay_norm": decay,
-        "decay_to_update": _ratio(decay, update),
+        "decay_to_update": ratio(decay, update),
         "angular_update": jnp.where(weight == 0, 0.0, jnp.arctan2(across, weight + radial)),
-        "effective_rate": _ratio(decay, jnp.sqrt(s.away)),
-        "shrinkage": _ratio(-s.along, s.weight),
-        "rounded_away": _ratio(s.lost, s.moving),
-        "decay_landed": _ratio(s.landed, s.decay),
+        "effective_rate": ratio(decay, jnp.sqrt(s.away)),
+        "shrinkage": ratio(-s.along, s.weight),
+        "rounded_away": ratio(s.lost, s.moving),
+        "decay_landed": ratio(s.landed, s.decay),
     }
 
 
-def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole))
 
 
-def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
-    """The sums of one array. `term` is the decay in the update; nothing is lost if a writer sets the array."""
+def sums(update: Any, param: Any, term: Term | None, is_written: bool, decay: Any = None) -> Sums:
+    """The sums of one array; nothing is lost if a writer sets the array.
+
+    `term` has the rate and the anchor of the decay in the update. If the decay itself is given, the rate is not used.
+    """
     dtype = compute_dtype(update, param)
     real = jnp.finfo(dtype).dtype
     # Metrics have no gradient, even if the caller differentiates the step.
@@ -85,14 +88,17 @@ def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
         each |= {"step": _product(step, step), "along": _product(step, w)}
     rate = None
     if term is not None:
-        rate = jax.lax.stop_gradient(term.strength(dtype).value)
         pull = away(w, None if term.anchor is None else jax.lax.stop_gradient(cast(term.anchor, dtype)))
-        decay = rate * pull
-        moving = (rate > 0) & (pull != 0)
+        if decay is None:
+            rate = jax.lax.stop_gradient(term.strength(dtype).value)
+            decay, moving = rate * pull, (rate > 0) & (pull != 0)
+        else:
+            decay = jax.lax.stop_gradient(cast(decay, dtype))
+            moving = decay != 0
         each["moving"] = moving.astype(real)
         if term.anchor is not None:
             each["away"] = _product(pull, pull)
-        if np.ndim(rate):
+        if rate is None or np.ndim(rate):
             each["decay"] = _product(decay, decay)
         if not is_written:
             without = _as(w + _as(u + decay, narrow_update), narrow)
@@ -100,9 +106,10 @@ def sums(update: Any, param: Any, term: Term | None, is_written: bool) -> Sums:
             each["lost"] = (moving & (after == without)).astype(real)
     total = dict(zip(each, _totals(tuple(each.values())), strict=True))
     total.setdefault("step", total["update"])
-    if rate is not None:
+    if term is not None:
         total.setdefault("away", total["weight"])
-        total.setdefault("decay", rate**2 * total["away"])
+        if rate is not None:
+            total.setdefault("decay", rate**2 * total["away"])
         total.setdefault("landed", total["decay"])
     return Sums(w.size, **total)
 
