@@ -115,7 +115,8 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
         frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
         state = jax.eval_shape(finished.init, params)
-        jax.eval_shape(lambda *args: finished.update(*args, **extra_args), grads, state, params)
+        after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
+        drift, writers = _drift(state, after), {type(node) for node in nodes(state, WRITERS)}
 
         def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
             with jax.enable_x64(True) if exact else contextlib.nullcontext():
@@ -143,15 +144,15 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             values = {count: float(rate(count)) for count in steps}
             scales = {i: _follows([(one, values[count]) for count, one in facts[i].row.rates]) for i in facts}
 
-        def in_own_dtypes(longest: int | None) -> tuple[dict[int, float], str, set[int]]:
+        def in_own_dtypes(longest: int | None) -> tuple[dict[int, float], set[int]]:
             own = Probes(finished, params, extra_args, longest=longest, exact=False)
             is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
-            drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
+            no_number = own.without_a_number() if is_narrow else set()
             rows = {i: fact.row for i, fact in facts.items()}
-            return _kept(own, probes.calls, rows, can_run=not (drift or no_number)), drift, no_number
+            return _kept(own, writers, probes.calls, rows, can_run=not (drift or no_number)), no_number
 
         # Thousands of steps are slow with large arrays, so small ones come first.
-        kept, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
+        kept, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
         calls, offset = probes.calls, probes.offset
         wanted = {}
         if expected is not None:
@@ -191,9 +192,10 @@ def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
     return False if np.allclose([rate for rate, _ in pairs], pairs[0][0], rtol=1e-2) else None
 
 
-def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -> dict[int, float]:
-    """The share of each parameter's decay that survives rounding."""
-    writers = {type(node) for node in nodes(own.init(own.weights, wide=False), WRITERS)}
+def _kept(
+    own: Probes, writers: set[type], calls: int, rows: dict[int, Audited], *, can_run: bool
+) -> dict[int, float]:
+    """The share of each parameter's decay that survives rounding, with these writers of low precision."""
     shares = {}
     for i, row in rows.items():
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
@@ -216,9 +218,8 @@ def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -
     return shares
 
 
-def _drift(own: Probes) -> str:
+def _drift(before: PyTree, after: PyTree) -> str:
     """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
-    before, after = own.shapes_of_states()
     if jax.tree.structure(after) != jax.tree.structure(before):
         return "the structure of the state changes with an update"
     leaves = jax.tree_util.tree_leaves_with_path(before)

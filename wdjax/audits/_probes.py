@@ -1,6 +1,7 @@
 """Probe weights and gradients, and the optimizer's steps on them. `_measures` interprets the steps."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..low_precision.rounding import is_low
 
 PyTree = Any
 Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
+_SMALLEST = 8  # Axes of probes of further layers.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -46,7 +48,6 @@ class Probes:
         leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
-        update: the optimizer's compiled update.
         first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
@@ -60,7 +61,7 @@ class Probes:
         self.eps, self.update_eps = 2.0 ** (-52 if exact else -23), 0.0
         self.first, self.calls, self.offset = 0, 1, 0
         self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
-        shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
+        shapes = _probe_shapes(self.leaves, longest)
         rng = np.random.default_rng(0)
 
         def drawn(least: float, most: float) -> Arrays:
@@ -75,7 +76,7 @@ class Probes:
         asked_of_true_shapes = trees.shapes_taken_for({x.path: x.shape for x in self.leaves} if is_small else {})
         self._init = asked_of_true_shapes(optimizer.init)
         self._update = asked_of_true_shapes(lambda *args: optimizer.update(*args, **extra_args))
-        self.update = jax.jit(self._update)
+        self._compiled_init, self._compiled_call = jax.jit(self._init), jax.jit(self._call)
 
     @property
     def tolerance(self) -> float:
@@ -92,7 +93,7 @@ class Probes:
                     dtype = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
                 elif wide and is_low(jax.ShapeDtypeStruct((), dtype)):
                     dtype = jnp.float32
-                return jnp.asarray(arrays[i], dtype)
+                return np.asarray(arrays[i], dtype)
             if not isinstance(given, jax.ShapeDtypeStruct):
                 return jax.tree.map(jnp.zeros_like, given) if zeros and not _is(given, jax.dtypes.prng_key) else given
             if _is(given, jax.dtypes.prng_key):
@@ -112,18 +113,26 @@ class Probes:
 
     def init(self, weights: Arrays, *, wide: bool = True) -> PyTree:
         """The optimizer's state for these weights."""
-        return self._init(self.tree(weights, wide=wide))
+        return self._compiled_init(self.tree(weights, wide=wide))
+
+    def _call(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        updates, state = self._update(grads, state, params)
+        return updates, state, apply_updates(params, updates)
+
+    def call(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[Arrays, PyTree, PyTree]:
+        """What one call of `update` adds to the weights, the new state and the new weights."""
+        updates, state, params = self._compiled_call(grads, state, params)
+        dtypes = {x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x)}
+        self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
+        return self.numbers(updates), state, params
 
     def step(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int | None = None) -> Step:
         """Runs the calls of one real step from a state, or this many."""
         params, grads = self.tree(weights), self.gradients_of(gradients)
         start, before, moved = self.numbers(params), state, []
         for _ in range(self.calls if calls is None else calls):
-            updates, state = self.update(grads, state, params)
-            dtypes = (x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x))
-            self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
-            moved.append(self.numbers(updates))
-            params = apply_updates(params, updates)
+            added, state, params = self.call(grads, state, params)
+            moved.append(added)
         return Step(start, moved, before, state)
 
     def find_rhythm(self) -> None:
@@ -137,9 +146,9 @@ class Probes:
         states = [self.init(self.weights)] * 2
         reacting, moving = [], []
         for call in range(_MOST_CALLS):
-            results = [self.update(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
-            states = [state for _, state in results]
-            with_gradients, without = (self.numbers(updates) for updates, _ in results)
+            results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
+            with_gradients, without = (added for added, *_ in results)
+            states = [state for _, state, _ in results]
             if any(not np.array_equal(with_gradients[i], without[i]) for i in self.indices):
                 reacting.append(call)
             if any(np.any(without[i] != 0) for i in self.indices):
@@ -155,19 +164,15 @@ class Probes:
         grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=wide)
         start = self.tree(self.weights, wide=wide), self.init(self.weights, wide=wide)
 
-        def call(carry: Any, _: Any) -> Any:
-            params, state = carry
-            updates, state = self._update(grads, state, params)
-            return (apply_updates(params, updates), state), None
+        @jax.jit
+        def run(grads: PyTree, params: PyTree, state: PyTree) -> PyTree:
+            def call(carry: Any, _: Any) -> Any:
+                _, state, params = self._call(grads, carry[1], carry[0])
+                return (params, state), None
 
-        (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(start)
-        return self.numbers(params)
+            return jax.lax.scan(call, (params, state), length=steps)[0][0]
 
-    def shapes_of_states(self) -> tuple[PyTree, PyTree]:
-        """The shapes and dtypes of the state before and after an update in the parameters' own dtypes."""
-        params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
-        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=False)
-        return jax.eval_shape(lambda: (state, self._update(grads, state, params)[1]))
+        return self.numbers(run(grads, *start))
 
     def without_a_number(self) -> set[int]:
         """Leaves whose updates are not finite in their own dtypes, with zero or nonzero gradients."""
@@ -175,7 +180,7 @@ class Probes:
         found: set[int] = set()
         for factor in (0.0, 1.0):
             grads = self.gradients_of(self.scaled(self.gradients, factor), wide=False)
-            moved = self.numbers(self.update(grads, state, params)[0])
+            moved = self.call(grads, state, params)[0]
             found |= {i for i in self.indices if not np.all(np.isfinite(moved[i]))}
         return found
 
@@ -191,10 +196,20 @@ class Probes:
         return {i: number(i) for i in self.indices}
 
 
-def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
-    """The shape, with its axes cut to `longest` if the array has more than 4 * longest**2 elements."""
-    is_large = longest is not None and math.prod(shape) > 4 * longest**2
-    return tuple(min(size, longest) for size in shape) if is_large else tuple(shape)  # pyright: ignore[reportArgumentType]
+def _probe_shapes(leaves: Sequence[trees.Leaf], longest: int | None) -> list[tuple[int, ...]]:
+    """The shapes, with axes cut to `longest` in arrays of more than 4 * longest**2 elements.
+
+    Of such arrays whose paths differ only in their numbers, all but the first have axes of at most 8.
+    """
+    shapes, seen = [], set[object]()
+    for leaf in leaves:
+        shape = tuple(leaf.shape)
+        if longest is not None and math.prod(shape) > 4 * longest**2:
+            layer = (re.sub(r"\d+", "", leaf.path), shape, leaf.dtype)
+            shape = tuple(min(size, _SMALLEST if layer in seen else longest) for size in shape)
+            seen.add(layer)
+        shapes.append(shape)
+    return shapes
 
 
 def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: float, most: float) -> np.ndarray:
