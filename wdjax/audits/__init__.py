@@ -29,7 +29,7 @@ from ..low_precision.writers import NARROW_UPDATES
 from ..paths import Rules
 from ..paths.roles import role
 from ..paths.standard import parameter_at
-from ._measures import Facts, measure
+from ._measures import Facts, find_step_sizes, look_behind_the_moments, measure
 from ._probes import Probes
 from ._report import Audit as Audit
 from ._report import Audited as Audited
@@ -69,7 +69,7 @@ def audit(
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
         params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
         expected: the rate that you expect in the first real step: a number, a schedule or a `by_path` table.
-        mask: with `expected`: which parameters should decay.
+        mask: which parameters should decay, at the rate `expected` if it is given.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
         frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
@@ -113,6 +113,7 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             check_booleans(frozen, where)
         frozen_flags = [False] * len(leaves) if frozen is None else flags(where, frozen, params, leaves)
         frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
+        mask_flags = flags(where, mask, params, leaves)
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
         state = jax.eval_shape(finished.init, params)
         after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
@@ -135,6 +136,8 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
                 error.add_note("audit probes small copies of large arrays. Does audit(..., full_size=True) run?")
             raise
 
+        with jax.enable_x64(True) if probes.exact else contextlib.nullcontext():
+            facts = find_step_sizes(probes, look_behind_the_moments(probes, facts), extra_args)
         scales: dict[int, bool | None] = {}
         if is_function:
             halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
@@ -154,11 +157,14 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
         # Thousands of steps are slow with large arrays, so small ones come first.
         kept, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
         calls, offset = probes.calls, probes.offset
-        wanted = {}
+        wanted, wanted_later, masked = {}, {}, {}
         if expected is not None:
-            terms = action.terms(params, leaves, DecayState(jnp.asarray(offset // calls, jnp.int32)))
-            rates = [0.0 if term is None else term.known() for term in terms]
-            wanted = {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
+            wanted = _rates_at(action, params, offset // calls)
+            later = {count: _rates_at(action, params, count) for count in steps}
+            if any(rates != wanted for rates in later.values()):  # A schedule, which says what should come later.
+                wanted_later = {c: {path: most for path, (_, most) in rates.items()} for c, rates in later.items()}
+        elif mask is not None:
+            masked = {path: bool(np.any(flag)) for (path, _), flag in zip(leaves, mask_flags, strict=True)}
         shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
         for i, fact in facts.items():
             path, found = fact.row.path, role(parameter_at(fact.row.path, shapes))
@@ -166,6 +172,7 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             if row.decays:
                 row = row._replace(scales_with_learning_rate=scales.get(i))
             said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
+            said |= {"should_decay": masked.get(path), "expected_later": {c: at[path] for c, at in wanted_later.items()}}
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
         findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
@@ -178,6 +185,14 @@ def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             return run(kind)
     return run(kinds[-1])
+
+
+def _rates_at(action: Action, params: Params, count: int) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest expected rate of each parameter at a count."""
+    leaves = trees.flatten_with_paths(params)
+    terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
+    rates = [0.0 if term is None else term.known() for term in terms]
+    return {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
 
 
 def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:

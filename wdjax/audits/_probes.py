@@ -1,8 +1,9 @@
 """Probe weights and gradients, and the optimizer's steps on them. `_measures` interprets the steps."""
 
+import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,9 @@ from ..low_precision.rounding import is_low
 
 PyTree = Any
 Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
+Change = Callable[[PyTree], PyTree]  # From a state to a state.
 _SMALLEST = 8  # Axes of probes of further layers.
+_MOST_SIZES = 64  # The most step sizes that an optimizer keeps in one array.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -72,8 +75,12 @@ class Probes:
             half = len(found) // 2
             for arrays in (self.weights, self.origin):
                 arrays |= {i: arrays[i - half] for i in self.indices if i >= half}
-        is_small = shapes != [leaf.shape for leaf in self.leaves]
-        asked_of_true_shapes = trees.shapes_taken_for({x.path: x.shape for x in self.leaves} if is_small else {})
+        self._shapes = {} if shapes == [leaf.shape for leaf in self.leaves] else {x.path: x.shape for x in self.leaves}
+        self._optimizer = optimizer
+        self._compile(extra_args)
+
+    def _compile(self, extra_args: Mapping[str, Any]) -> None:
+        asked_of_true_shapes, optimizer = trees.shapes_taken_for(self._shapes), self._optimizer
         self._init = asked_of_true_shapes(optimizer.init)
         self._update = asked_of_true_shapes(lambda *args: optimizer.update(*args, **extra_args))
         self._compiled_init, self._compiled_call = jax.jit(self._init), jax.jit(self._call)
@@ -134,6 +141,30 @@ class Probes:
             added, state, params = self.call(grads, state, params)
             moved.append(added)
         return Step(start, moved, before, state)
+
+    def first_step(
+        self,
+        weights: Arrays,
+        gradients: Arrays,
+        origin: Arrays | None = None,
+        change: Change = lambda state: state,
+        idle: Arrays | None = None,
+    ) -> Step:
+        """The first real step from a new state, which is made at the weights or the origin, and then changed.
+
+        The calls before it have zero gradients, or the idle ones.
+        """
+        state = self.init(weights if origin is None else origin)
+        if self.offset:
+            before = self.step(weights, self.scaled(weights, 0.0) if idle is None else idle, state, self.offset)
+            weights, state = before.end(), before.after
+        return self.step(weights, gradients, change(state))
+
+    def with_extra_args(self, extra_args: Mapping[str, Any]) -> "Probes":
+        """The same probes with other keyword arguments for `update`."""
+        other = copy.copy(self)
+        other._compile(extra_args)
+        return other
 
     def find_rhythm(self) -> None:
         """Finds the first call that makes a real step, and how many calls make one.
@@ -222,13 +253,26 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
     return (magnitudes * signs).astype(dtype).astype(np.float64)
 
 
-def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
-    """The leaves of a state that are integers and that a step raised by one, or by its number of calls."""
+def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[int, int]]:
+    """The leaves of a state that count steps: their values before one, and what it adds: 1, or its number of calls."""
     if jax.tree.structure(before) != jax.tree.structure(after):
-        return []
+        return {}
     pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     scalars = [(i, old, new) for i, (old, new) in pairs if _is(old, jnp.integer) and jnp.ndim(old) == 0]
-    return [i for i, old, new in scalars if int(new) - int(old) in (1, calls)]
+    found = {i: (int(old), int(new) - int(old)) for i, old, new in scalars}
+    return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
+
+
+def sizes_of(state: PyTree, params: PyTree) -> dict[str, list[int]]:
+    """The leaves of a state that may be step sizes, by name: a few numbers, or floats beside all the parameters."""
+    found: dict[str, list[int]] = {}
+    beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
+    for i, (keys, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+        name = jax.tree_util.keystr(keys)
+        suffix = max((one for one in beside if one and name.endswith(one)), key=len, default="")
+        if _is(leaf, jnp.floating) and (suffix or jnp.size(leaf) <= _MOST_SIZES):
+            found.setdefault(name.removesuffix(suffix), []).append(i)
+    return found
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
@@ -238,7 +282,7 @@ def positions_of_keys(state: PyTree) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if are_raw[i] or _is(leaf, jax.dtypes.prng_key)]
 
 
-def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], Any]) -> PyTree:
+def replaced(state: PyTree, positions: Collection[int], new: Callable[[int, Any], Any]) -> PyTree:
     """The state with `new(i, leaf)` for the leaves at these positions."""
     leaves, treedef = jax.tree.flatten(state)
     return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
