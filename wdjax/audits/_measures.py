@@ -5,18 +5,19 @@ The part that does not change sign comes from the anchor. With a gradient, the o
 same number, the decay is in the update. If not, the decay is scaled with the gradient, or the moments remember it.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._probes import Arrays, Change, Probes, Step, counters_of, positions_of_keys, replaced, sizes_of
+from ._probes import Arrays, Change, Probes, PyTree, Step, counters_of, positions_of_keys, replaced, sizes_of
 from ._report import GRADIENT_AND_UPDATE, Audited
 
 _STRONG = 100.0  # Gradients beside which a decay is so small that the moments respond to it in proportion.
+_BOUND = re.compile(r"hyperparams.*(norm|clip|max|bound|threshold)")  # A bound on gradients is meant to spare the decay.
 
 
 class Facts(NamedTuple):
@@ -156,14 +157,14 @@ def _run(
 
 
 def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, nudged: bool = False) -> Facts:
-    leaf, w = probes.leaves[i], probes.weights[i]
-    steps = runs.steps
+    leaf, steps = probes.leaves[i], runs.steps
+    w = (steps["plus"].start[i] - steps["minus"].start[i]) / 2  # Calls before the first step may have moved them.
     total = {name: step.total(i) for name, step in steps.items()}
     plus, minus, plus_grad, minus_grad = (total[name] for name in ("plus", "minus", "plus_grad", "minus_grad"))
     odd, even, beside = (plus - minus) / 2, (plus + minus) / 2, (plus_grad - minus_grad) / 2
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i]))
     rounding = 8 * probes.eps * scale
-    moves = nudged or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
+    moves = nudged or i in probes.moved or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
     later = []
     for count, after, one, other, given in runs.later:
         part, by_gradient = (one.total(i) - other.total(i)) / 2, given.total(i) - one.total(i)
@@ -187,7 +188,7 @@ def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, 
     # Weights next to zero, if they move at all, move exactly to zero.
     if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
-    elif not nudged and _is_remembered(total, start["plus"] - start["still"], 8 * rounding):
+    elif not nudged and _is_remembered(total, start, 8 * rounding):
         place = "gradient"
     elif not _same(beside - _along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance):
         if _same(2 * beside, odd, 2 * noise, probes.tolerance):
@@ -214,7 +215,7 @@ def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, 
     )
     return facts._replace(
         row=row,
-        grows=bool(np.all(ratios <= 0) or (kind == "L2" and np.any(odd / w * np.sign(w) ** 2 > rounding / np.abs(w)))),
+        grows=bool(np.all(ratios <= 0) or (kind == "L2" and np.any(-ratios * np.abs(w) > rounding))),
         is_proportional=kind == "L2" and float(np.std(ratios)) <= 1e-2 * abs(rate),
         lapse=lapse,
         is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
@@ -250,7 +251,8 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
     starts = {"plus": (1, 0), "minus": (-1, 0), "double": (2, 0), "up": (1, 1), "down": (1, -1)}
     for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init",))):
         those = [i for i, fact in facts.items() if fact.row.place == "gradient" and fact.row.toward in toward]
-        if not those or any(facts[i].rescaled and facts[i].is_proportional for i in those):
+        those = [i for i in those if not (facts[i].rescaled and facts[i].is_proportional)]
+        if not those:
             continue
         first, second = {}, {}
         for name, (factor, shift) in starts.items():
@@ -272,23 +274,24 @@ def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second:
         odd, noise = (plus - minus) / 2, 64 * probes.eps * np.abs(plus)
         return np.where(np.abs(odd) > noise, odd, 0.0), double - (plus + minus) / 2, (up - down) / 2
 
-    (odd, odd_double, response), remembered = halves(first), halves(second)
-    has_memory = bool(np.any(remembered[0]))
-    part, double, beside = remembered if has_memory else (odd, odd_double, response)
+    direct, remembered = halves(first), halves(second)
+    odd, _, response = direct
+    size = np.abs(first["plus"].total(i))
+    is_direct, has_memory = np.all(np.abs(response) > 1e-6 * size), bool(np.any(remembered[0]))
     with np.errstate(all="ignore"):
-        ratios = part / beside
-        penalty, penalty_double = ratios * w, double / beside * w
-    strength, kind = 0.0, "unknown"
-    if np.any(part) and np.all(np.isfinite(penalty) & np.isfinite(penalty_double)):
-        kind = _kind(penalty, penalty_double, w)
-        strength = float(np.median(np.real(ratios))) if np.std(ratios) <= 1e-2 * np.abs(np.mean(ratios)) else 0.0
-    row = fact.row if fact.row.kind == "L2" else fact.row._replace(kind=kind)
+        part, double, beside = direct if is_direct else remembered
+        penalty, penalty_double = part / beside * w, double / beside * w
+        strengths = np.real(remembered[0] / remembered[2])
+        strength = float(np.median(strengths)) if np.std(strengths) <= 1e-2 * np.abs(np.mean(strengths)) else 0.0
+    is_known = np.any(part) and np.all(np.isfinite(penalty) & np.isfinite(penalty_double))
+    kind = fact.row.kind if fact.row.kind == "L2" else _kind(penalty, penalty_double, w) if is_known else "unknown"
+    row = fact.row._replace(kind=kind)
     # A decay in the update is the part of the first step that the penalty does not explain.
     rest = odd - strength * response
     in_update = _rate(rest, w)
-    is_seen = np.all(np.abs(rest) > 1e-3 * np.abs(odd) + 1e3 * probes.eps * np.abs(first["plus"].total(i)))
-    can_tell = strength if has_memory else not np.any(response)
-    if can_tell and is_seen and np.std(rest / w) <= 1e-2 * abs(in_update):
+    is_seen = np.all(np.abs(rest) > 1e-3 * np.abs(odd) + 1e3 * probes.eps * size)
+    can_tell = strength > 0 if has_memory else not np.any(response)
+    if can_tell and is_seen and np.std(rest / w) <= 1e-2 * in_update:
         return fact._replace(row=row._replace(place=GRADIENT_AND_UPDATE, in_update=in_update), strength=strength)
     return fact._replace(row=row)
 
@@ -296,8 +299,8 @@ def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second:
 def find_step_sizes(probes: Probes, facts: dict[int, Facts], extra_args: Mapping[str, Any]) -> dict[int, Facts]:
     """The facts with the number in the state, or in the extra arguments, that scales steps but not the decay.
 
-    Each number that may be a step size is halved before the second step. If that halves the gradient's part of the
-    step (or takes a power of 2 from it) and leaves the decay as it is, the decay is not times the step size.
+    Each number that may be a step size is halved, before the first step and before the second. If that changes the
+    gradient's part of the step by one factor and leaves the decay as it is, the decay is not times the step size.
     """
     found = dict(facts)
     for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init",))):
@@ -312,53 +315,62 @@ def _step_sizes(
     probes: Probes, those: Sequence[int], origin: Arrays | None, extra_args: Mapping[str, Any]
 ) -> list[tuple[str, int]]:
     zeros, gradients = probes.scaled(probes.weights, 0.0), probes.gradients
+    kinds = ((1.0, zeros), (-1.0, zeros), (1.0, gradients))  # A gradient beside the positive weights only.
+
+    def same(state: PyTree) -> PyTree:
+        return state
+
+    def parts(change: Change = same, probes: Probes = probes, before: Sequence[Step] = ()) -> tuple[Arrays, Arrays]:
+        """The gradient's part of the first step, or of the one after, and the decay."""
+        if before:
+            steps = [probes.step(one.end(), given, change(one.after)) for one, (_, given) in zip(before, kinds, strict=True)]
+        else:
+            steps = [probes.first_step(_from(origin, probes.weights, f), given, origin, change) for f, given in kinds]
+        plus, minus, given = ({i: step.total(i) for i in those} for step in steps)
+        return {i: given[i] - plus[i] for i in those}, {i: (plus[i] - minus[i]) / 2 for i in those}
+
     plus, minus = (probes.first_step(_from(origin, probes.weights, sign), gradients, origin) for sign in (1.0, -1.0))
-
-    def parts(change: Change, probes: Probes = probes) -> tuple[Arrays, Arrays]:
-        """The gradient's part of the second step, and the decay."""
-        (bare, other), given = (
-            [probes.step(one.end(), zeros, change(one.after)) for one in (plus, minus)],
-            probes.step(plus.end(), gradients, change(plus.after)),
-        )
-        moved = {i: given.total(i) - bare.total(i) for i in those}
-        return moved, {i: (bare.total(i) - other.total(i)) / 2 for i in those}
-
-    def scaled(positions: Sequence[int], factor: float) -> tuple[Arrays, Arrays]:
-        return parts(lambda state: replaced(state, positions, lambda _, leaf: factor * leaf))
-
-    def with_argument(name: str, factor: float) -> tuple[Arrays, Arrays]:
-        return parts(lambda state: state, probes.with_extra_args({**extra_args, name: factor * extra_args[name]}))
-
-    numbers = {name: value for name, value in extra_args.items() if isinstance(value, float)}
-    runs = {
-        f"state{name}": functools.partial(scaled, positions) for name, positions in sizes_of(plus.after, probes.tree(gradients)).items()
-    } | {name: functools.partial(with_argument, name) for name in numbers}
-    moved, decay = parts(lambda state: state)
     found = []
-    for name, run in runs.items():
-        half = run(0.5)
-        shares = {i: _share(half[0][i], moved[i]) for i in those if _share(half[1][i], decay[i]) == 1.0}
-        if shares := {i: share for i, share in shares.items() if share < 0.95}:
-            quarter = run(0.25)[0]
-            found += [
-                (name, i) for i, share in shares.items() if np.isclose(_share(quarter[i], moved[i]), share**2, rtol=2e-2)
-            ]
+    for before in ((), (plus, minus, plus)):
+        moved, decay = parts(before=before)
+
+        def shares(run: Callable[..., tuple[Arrays, Arrays]], moved: Arrays = moved, decay: Arrays = decay) -> Arrays:
+            """By which factor steps changed, where the decay did not."""
+            new_moved, new_decay = run()
+            stays = [i for i in those if abs(_share(new_decay[i], decay[i]) - 1) < 0.01]
+            return {i: share for i in stays if abs((share := _share(new_moved[i], moved[i])) - 1) > 0.05}
+
+        def halved(positions: Sequence[int], factor: float, before: Sequence[Step] = before) -> Any:
+            return lambda: parts(lambda state: replaced(state, positions, lambda _, leaf: factor * leaf), before=before)
+
+        for (name, is_for_each), positions in sizes_of(plus.after, probes.tree(gradients)).items():
+            half = {} if _BOUND.search(name) else shares(halved(positions, 0.5))
+            if half and (is_for_each or "hyperparams" in name):  # A step size enters as a power of itself.
+                quarter = shares(halved(positions, 0.25))
+                half = {i: s for i, s in half.items() if s < 1 and abs(quarter.get(i, 0.0) - s**2) < 0.01}
+            found += [(f"state{name}", i) for i in half]
+        for name, value in extra_args.items():
+            if isinstance(value, float):
+                other = probes.with_extra_args({**extra_args, name: value / 2})
+                found += [(name, i) for i in shares(lambda other=other: parts(probes=other, before=before))]
     return found
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:
-    """The factor from one array to the other, in full per cent; NaN if there is no common one."""
+    """The factor from one array to the other; NaN if there is no common one."""
     with np.errstate(all="ignore"):
         ratios = np.real(part / whole)[whole != 0]
     middle = float(np.median(ratios)) if ratios.size else np.nan
-    return round(middle, 2) if np.allclose(ratios, middle, rtol=1e-2) else np.nan
+    return middle if np.allclose(ratios, middle, rtol=1e-2) else np.nan
 
 
-def _is_remembered(total: dict[str, np.ndarray], offset: np.ndarray, noise: Any) -> bool:
+def _is_remembered(total: dict[str, np.ndarray], start: dict[str, np.ndarray], noise: Any) -> bool:
     """Whether a decay comes back in the next step, so that a state that saw it steps differently from a new one."""
     second, fresh = ((total[f"plus_{name}"] - total[f"minus_{name}"]) / 2 for name in ("second", "fresh"))
+    weights = [start[f"plus_{name}"] - start[f"minus_{name}"] for name in ("second", "fresh")]
+    fresh = fresh * np.divide(*weights, out=np.ones_like(fresh), where=weights[1] != 0)
     # An optimizer with its own copy of the weights goes all the way back to it from anywhere. That is not a memory.
-    if 0.5 < _rate(total["foreign"], offset) < 1.5 or not np.all(np.isfinite(second)):
+    if 0.5 < _rate(total["foreign"], start["plus"] - start["still"]) < 1.5 or not np.all(np.isfinite(second)):
         return False
     # If the step size itself changed, steps with a gradient change by the same ratio.
     with np.errstate(divide="ignore", invalid="ignore"):

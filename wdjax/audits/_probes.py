@@ -51,6 +51,7 @@ class Probes:
         leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
+        moved: the leaves that gradients move.
         first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
@@ -63,6 +64,7 @@ class Probes:
         self.longest, self.exact = longest, exact
         self.eps, self.update_eps = 2.0 ** (-52 if exact else -23), 0.0
         self.first, self.calls, self.offset = 0, 1, 0
+        self.moved: set[int] = set()
         self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
         shapes = _probe_shapes(self.leaves, longest)
         rng = np.random.default_rng(0)
@@ -180,9 +182,10 @@ class Probes:
             results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             with_gradients, without = (added for added, *_ in results)
             states = [state for _, state, _ in results]
-            if any(not np.array_equal(with_gradients[i], without[i]) for i in self.indices):
+            if moved := {i for i in self.indices if not np.array_equal(with_gradients[i], without[i])}:
                 reacting.append(call)
-            if any(np.any(without[i] != 0) for i in self.indices):
+                self.moved |= moved
+            if any(np.any(np.isfinite(without[i]) & (without[i] != 0)) for i in self.indices):
                 moving.append(call)
             if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
                 break
@@ -263,15 +266,18 @@ def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[in
     return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
 
 
-def sizes_of(state: PyTree, params: PyTree) -> dict[str, list[int]]:
-    """The leaves of a state that may be step sizes, by name: a few numbers, or floats beside all the parameters."""
-    found: dict[str, list[int]] = {}
+def sizes_of(state: PyTree, params: PyTree) -> dict[tuple[str, bool], list[int]]:
+    """The leaves of a state that may be step sizes, by name and whether they are for each parameter.
+
+    They are floats beside all the parameters, or an array of a few floats.
+    """
+    found: dict[tuple[str, bool], list[int]] = {}
     beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
     for i, (keys, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
         name = jax.tree_util.keystr(keys)
-        suffix = max((one for one in beside if one and name.endswith(one)), key=len, default="")
+        suffix = max((one for one in beside if name.endswith(one)), key=len, default="")
         if _is(leaf, jnp.floating) and (suffix or jnp.size(leaf) <= _MOST_SIZES):
-            found.setdefault(name.removesuffix(suffix), []).append(i)
+            found.setdefault((name.removesuffix(suffix), bool(suffix)), []).append(i)
     return found
 
 

@@ -47,8 +47,8 @@ def _unexpected(facts: Facts) -> str:
         return f"it is {_range(row.least, row.most)} per step, not {_range(*facts.expected)}"
     if facts.should_decay is not None and facts.should_decay != row.decays and 0 not in row.shape:
         return f"it is {_range(row.least, row.most)} per step, not {'more than 0' if facts.should_decay else '0'}"
-    for count, rate in row.rates:
-        want = facts.expected_later.get(count, rate)
+    for count, want in facts.expected_later.items():
+        rate = dict(row.rates).get(count, want)
         if not np.isclose(rate, want, rtol=facts.tolerance, atol=1e-12):
             return f"it is {rate:.6g} per step at step {count}, not {want:.6g}"
     return ""
