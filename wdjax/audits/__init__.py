@@ -8,7 +8,7 @@ results (`findings`) and reports them (`_report`): a table to read, and values t
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.masks import flags
 from .._engine.rules import check_booleans
 from .._engine.steps import nodes
+from .._engine.text import shown
 from .._engine.types import Mask, Optimizer, Params, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low
@@ -31,6 +32,7 @@ from ..paths.roles import role
 from ..paths.standard import parameter_at
 from ._measures import Facts, find_step_sizes, look_behind_the_moments, measure
 from ._probes import Probes
+from ._progress import progress
 from ._report import Audit as Audit
 from ._report import Audited as Audited
 from ._report import Finding as Finding
@@ -95,11 +97,12 @@ def audit(
 weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
     """
     where, write, extra_args = "audit", "audit(optax.adamw(1e-3), params)", extra_args or {}
+    _check_options(steps, extra_args, full_size)
     is_function = not isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)) and callable(optimizer)
     build: Any = optimizer if is_function else lambda _: optimizer
     if is_function and learning_rate is None:
         learning_rate = 1e-3
-    with warnings.catch_warnings(record=True) as caught:
+    with progress("audit: measuring what the optimizer does"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")  # The audit reports vanishing rates and the like itself.
         rate: Any = learning_rate
         if learning_rate is not None:
@@ -172,11 +175,26 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             if row.decays:
                 row = row._replace(scales_with_learning_rate=scales.get(i))
             said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
-            said |= {"should_decay": masked.get(path), "expected_later": {c: at[path] for c, at in wanted_later.items()}}
+            said |= {
+                "should_decay": masked.get(path),
+                "expected_later": {c: at[path] for c, at in wanted_later.items()},
+            }
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
         findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
         return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
+
+
+def _check_options(steps: Any, extra_args: Any, full_size: Any) -> None:
+    counts = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, (str, bytes)) else [None]
+    if not all(isinstance(count, (int, np.integer)) and not isinstance(count, bool) and count >= 0 for count in counts):
+        raise TypeError(f"audit: steps must be counts, integers >= 0, got {shown(steps)}. Write steps=(0, 10, 100).")
+    if not isinstance(extra_args, Mapping):
+        raise TypeError(
+            f"audit: extra_args must map names to values, got {shown(extra_args)}. Write extra_args={{'value': 1.0}}."
+        )
+    if not isinstance(full_size, bool):
+        raise TypeError(f"audit: full_size must be True or False, got {shown(full_size)}.")
 
 
 def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
@@ -207,9 +225,7 @@ def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
     return False if np.allclose([rate for rate, _ in pairs], pairs[0][0], rtol=1e-2) else None
 
 
-def _kept(
-    own: Probes, writers: set[type], calls: int, rows: dict[int, Audited], *, can_run: bool
-) -> dict[int, float]:
+def _kept(own: Probes, writers: set[type], calls: int, rows: dict[int, Audited], *, can_run: bool) -> dict[int, float]:
     """The share of each parameter's decay that survives rounding, with these writers of low precision."""
     shares = {}
     for i, row in rows.items():

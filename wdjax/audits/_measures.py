@@ -6,18 +6,20 @@ same number, the decay is in the update. If not, the decay is scaled with the gr
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._probes import Arrays, Change, Probes, PyTree, Step, counters_of, positions_of_keys, replaced, sizes_of
+from ._probes import Arrays, Change, Probes, Step, counters_of, numbers_in, positions_of_keys, replaced
 from ._report import GRADIENT_AND_UPDATE, Audited
 
 _STRONG = 100.0  # Gradients beside which a decay is so small that the moments respond to it in proportion.
-_BOUND = re.compile(r"hyperparams.*(norm|clip|max|bound|threshold)")  # A bound on gradients is meant to spare the decay.
+_BOUND = re.compile(
+    r"hyperparams.*(norm|clip|max|bound|threshold)"
+)  # A bound on gradients is meant to spare the decay.
 
 
 class Facts(NamedTuple):
@@ -38,7 +40,7 @@ class Facts(NamedTuple):
     step_size: str = ""  # A number in the state that scales the step of the gradient, but not the decay.
     tolerance: float = 0.0  # By how much rates may differ, relatively.
     expected: tuple[float, float] | None = None  # The smallest and the largest expected rate, if one was given.
-    expected_later: Mapping[int, float] = {}  # noqa: RUF012  The expected rates by count, if a schedule was given.
+    expected_later: Mapping[int, float] = {}  # The expected rates by count, if a schedule was given.
     should_decay: bool | None = None  # The mask that was given.
     is_frozen: bool = False  # Whether the user says that it is frozen.
 
@@ -314,46 +316,53 @@ def find_step_sizes(probes: Probes, facts: dict[int, Facts], extra_args: Mapping
 def _step_sizes(
     probes: Probes, those: Sequence[int], origin: Arrays | None, extra_args: Mapping[str, Any]
 ) -> list[tuple[str, int]]:
+    """The names of step sizes that scale no decay, and the leaves."""
     zeros, gradients = probes.scaled(probes.weights, 0.0), probes.gradients
     kinds = ((1.0, zeros), (-1.0, zeros), (1.0, gradients))  # A gradient beside the positive weights only.
-
-    def same(state: PyTree) -> PyTree:
-        return state
-
-    def parts(change: Change = same, probes: Probes = probes, before: Sequence[Step] = ()) -> tuple[Arrays, Arrays]:
-        """The gradient's part of the first step, or of the one after, and the decay."""
-        if before:
-            steps = [probes.step(one.end(), given, change(one.after)) for one, (_, given) in zip(before, kinds, strict=True)]
-        else:
-            steps = [probes.first_step(_from(origin, probes.weights, f), given, origin, change) for f, given in kinds]
-        plus, minus, given = ({i: step.total(i) for i in those} for step in steps)
-        return {i: given[i] - plus[i] for i in those}, {i: (plus[i] - minus[i]) / 2 for i in those}
-
     plus, minus = (probes.first_step(_from(origin, probes.weights, sign), gradients, origin) for sign in (1.0, -1.0))
+
+    def parts(
+        is_second: bool, change: Change = lambda state: state, probes: Probes = probes
+    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """The gradient's part of the first step, or of the second, and the decay."""
+        moved = []
+        for factor, given in kinds:
+            before = plus if factor > 0 else minus
+            if is_second:
+                step = probes.step(before.end(), given, change(before.after))
+            else:
+                step = probes.first_step(_from(origin, probes.weights, factor), given, origin, change)
+            moved.append({i: step.total(i) for i in those})
+        return {i: moved[2][i] - moved[0][i] for i in those}, {i: (moved[0][i] - moved[1][i]) / 2 for i in those}
+
+    def scaled(i: int, factor: float) -> Change:
+        return lambda state: replaced(state, [i], lambda _, leaf: factor * leaf)
+
+    numbers = {name: i for name, i in numbers_in(plus.after, probes.tree(gradients)).items() if not _BOUND.search(name)}
+    others = {
+        name: probes.with_extra_args({**extra_args, name: value / 2})
+        for name, value in extra_args.items()
+        if isinstance(value, float)
+    }
     found = []
-    for before in ((), (plus, minus, plus)):
-        moved, decay = parts(before=before)
-
-        def shares(run: Callable[..., tuple[Arrays, Arrays]], moved: Arrays = moved, decay: Arrays = decay) -> Arrays:
-            """By which factor steps changed, where the decay did not."""
-            new_moved, new_decay = run()
-            stays = [i for i in those if abs(_share(new_decay[i], decay[i]) - 1) < 0.01]
-            return {i: share for i in stays if abs((share := _share(new_moved[i], moved[i])) - 1) > 0.05}
-
-        def halved(positions: Sequence[int], factor: float, before: Sequence[Step] = before) -> Any:
-            return lambda: parts(lambda state: replaced(state, positions, lambda _, leaf: factor * leaf), before=before)
-
-        for (name, is_for_each), positions in sizes_of(plus.after, probes.tree(gradients)).items():
-            half = {} if _BOUND.search(name) else shares(halved(positions, 0.5))
-            if half and (is_for_each or "hyperparams" in name):  # A step size enters as a power of itself.
-                quarter = shares(halved(positions, 0.25))
-                half = {i: s for i, s in half.items() if s < 1 and abs(quarter.get(i, 0.0) - s**2) < 0.01}
-            found += [(f"state{name}", i) for i in half]
-        for name, value in extra_args.items():
-            if isinstance(value, float):
-                other = probes.with_extra_args({**extra_args, name: value / 2})
-                found += [(name, i) for i in shares(lambda other=other: parts(probes=other, before=before))]
+    for is_second in (False, True) if numbers or others else ():
+        old = parts(is_second)
+        for name, i in numbers.items():
+            shares = _shares(old, parts(is_second, scaled(i, 0.5)))
+            if shares and "hyperparams" in name:  # Such as b1. A step size enters as a power of itself.
+                quarter = _shares(old, parts(is_second, scaled(i, 0.25)))
+                shares = {k: s for k, s in shares.items() if s < 1 and abs(quarter.get(k, 0.0) - s**2) < 0.01}
+            found += [(f"state{name}", k) for k in shares]
+        for name, other in others.items():
+            found += [(name, k) for k in _shares(old, parts(is_second, probes=other))]
     return found
+
+
+def _shares(old: Any, new: Any) -> dict[int, float]:
+    """By which factor the gradient's part changed, where it did and the decay did not."""
+    stays = [i for i in old[1] if abs(_share(new[1][i], old[1][i]) - 1) < 0.01]
+    shares = {i: _share(new[0][i], old[0][i]) for i in stays}
+    return {i: share for i, share in shares.items() if abs(share - 1) > 0.05}
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:
@@ -371,6 +380,8 @@ def _is_remembered(total: dict[str, np.ndarray], start: dict[str, np.ndarray], n
     fresh = fresh * np.divide(*weights, out=np.ones_like(fresh), where=weights[1] != 0)
     # An optimizer with its own copy of the weights goes all the way back to it from anywhere. That is not a memory.
     if 0.5 < _rate(total["foreign"], start["plus"] - start["still"]) < 1.5 or not np.all(np.isfinite(second)):
+        return False
+    if np.all(np.abs(second) <= noise):  # The decay pauses.
         return False
     # If the step size itself changed, steps with a gradient change by the same ratio.
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -19,7 +19,7 @@ PyTree = Any
 Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
 Change = Callable[[PyTree], PyTree]  # From a state to a state.
 _SMALLEST = 8  # Axes of probes of further layers.
-_MOST_SIZES = 64  # The most step sizes that an optimizer keeps in one array.
+_FEW = 64  # The most step sizes that an optimizer keeps in one array.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -177,7 +177,7 @@ class Probes:
         params = self.tree(self.weights)
         kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
         states = [self.init(self.weights)] * 2
-        reacting, moving = [], []
+        reacting, moving, descends = [], [], True
         for call in range(_MOST_CALLS):
             results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             with_gradients, without = (added for added, *_ in results)
@@ -185,6 +185,8 @@ class Probes:
             if moved := {i for i in self.indices if not np.array_equal(with_gradients[i], without[i])}:
                 reacting.append(call)
                 self.moved |= moved
+                along = sum(np.real(np.vdot(self.gradients[i], with_gradients[i] - without[i])) for i in moved)
+                descends = descends and bool(along < 0)
             if any(np.any(np.isfinite(without[i]) & (without[i] != 0)) for i in self.indices):
                 moving.append(call)
             if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
@@ -192,6 +194,9 @@ class Probes:
         rhythms = [(found[1] - found[0], found[0]) for found in (reacting, moving) if len(found) > 1]
         self.calls, self.first = max(rhythms, default=(1, (reacting or [0])[0]))
         self.offset = max(self.first + 1 - self.calls, 0)
+        # If every call descends, every call is a step, and only the decay pauses. Ascents of SAM go up.
+        if descends and len(rhythms) == 2 and rhythms[0][0] == 1 < self.calls:
+            self.calls, self.first, self.offset = 1, reacting[0], max(reacting[0], moving[0])
 
     def trajectory(self, steps: int, *, wide: bool) -> Arrays:
         """The probe weights after many calls with zero gradients, in their own dtypes or in wide ones."""
@@ -266,19 +271,12 @@ def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[in
     return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
 
 
-def sizes_of(state: PyTree, params: PyTree) -> dict[tuple[str, bool], list[int]]:
-    """The leaves of a state that may be step sizes, by name and whether they are for each parameter.
-
-    They are floats beside all the parameters, or an array of a few floats.
-    """
-    found: dict[tuple[str, bool], list[int]] = {}
+def numbers_in(state: PyTree, params: PyTree) -> dict[str, int]:
+    """The leaves of a state that are a float or a few, beside no parameter, by name."""
     beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
-    for i, (keys, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
-        name = jax.tree_util.keystr(keys)
-        suffix = max((one for one in beside if name.endswith(one)), key=len, default="")
-        if _is(leaf, jnp.floating) and (suffix or jnp.size(leaf) <= _MOST_SIZES):
-            found.setdefault((name.removesuffix(suffix), bool(suffix)), []).append(i)
-    return found
+    leaves = enumerate(jax.tree_util.tree_leaves_with_path(state))
+    few = ((jax.tree_util.keystr(keys), i) for i, (keys, x) in leaves if _is(x, jnp.floating) and x.size <= _FEW)
+    return {name: i for name, i in few if not (name.endswith(beside) and "" not in beside)}
 
 
 def positions_of_keys(state: PyTree) -> list[int]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -124,7 +125,11 @@ class Audit:
         return {row.path: row for row in self.parameters}
 
     def finding(self, name: str) -> Finding | None:
-        """The first finding of this name, or None."""
+        """The first finding of this name, or None. Raises a ValueError if no finding has this name."""
+        from .findings import NAMES  # It imports this module.
+
+        if name not in NAMES:
+            raise ValueError(f"Audit: no finding is named {name!r}. The names are: {', '.join(map(repr, NAMES))}.")
         return next((finding for finding in self.findings if finding.name == name), None)
 
     def table(self) -> str:
@@ -143,7 +148,7 @@ class Audit:
 def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
     """One line for all parameters whose paths differ only in their numbers."""
     groups: dict[object, list[Audited]] = collections.defaultdict(list)
-    for row in (part for row in rows for part in _decays(row)):
+    for row in itertools.chain.from_iterable(map(_decays, rows)):
         groups[tuple(re.split(r"\d+", row.path)), _cells(row)].append(row)
     return [
         (merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))

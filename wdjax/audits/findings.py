@@ -12,6 +12,7 @@ from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
 from ._measures import LAPSES, Facts
 from ._report import GRADIENT_AND_UPDATE, Finding
 
+_ROUNDING = 1e-6  # Of a rate that is the product of two numbers.
 _WEIGHTS = (KERNEL, EMBEDDING, ADAPTER)
 
 
@@ -93,7 +94,7 @@ _CHECKS = (
         "diverges",
         "the rate is 2 or more per step, so weights never settle",
         "Is a factor missing, such as the learning rate?",
-        lambda f: f.row.most >= 2,
+        lambda f: f.row.most >= 2 - _ROUNDING,
         _rate,
     ),
     _Check(
@@ -108,7 +109,7 @@ _CHECKS = (
         "wrong",
         "rounds to nothing",
         "the decay is lost in rounding to the parameter's dtype",
-        lambda f: remedy_for(f.row.dtype),
+        lambda f: remedy_for(f.row.dtype).replace(" and ignore this warning", ""),
         lambda f: f.row.decays and f.row.kept < 0.5,
         lambda f: f"{_rate(f)} in {f.row.dtype}, which keeps no change below {smallest_fraction(f.row.dtype):.3g}",
     ),
@@ -141,7 +142,7 @@ _CHECKS = (
         "overshoots",
         "the rate is 1 or more per step, so weights land on zero or jump past it",
         "Lower the rate, or use continuous_decay or proximal_step(L2(), ...), which never overshoot.",
-        lambda f: 1 <= f.row.most < 2,
+        lambda f: 1 - _ROUNDING <= f.row.most < 2 - _ROUNDING,
         _rate,
     ),
     _Check(
@@ -174,9 +175,11 @@ _CHECKS = (
         "a decay in the update acts beside a penalty in the gradient",
         "Remove one: set weight_decay=0.0 in the optimizer, or leave out the L2 in front of it.",
         lambda f: f.row.place == GRADIENT_AND_UPDATE,
-        lambda f: f"{f.row.in_update:.6g} per step in the update, and {f.row.kind}"
-        + (f" of {f.strength:.3g}" if f.strength else "")
-        + " in the gradient",
+        lambda f: (
+            f"{f.row.in_update:.6g} per step in the update, and {f.row.kind}"
+            + (f" of {f.strength:.3g}" if f.strength else "")
+            + " in the gradient"
+        ),
     ),
     _Check(
         "suspect",
@@ -273,16 +276,18 @@ def _left_out(facts: Sequence[Facts]) -> list[Finding]:
 
 
 def _uneven(facts: Sequence[Facts]) -> list[Finding]:
-    """Layers that are alike and decay at different rates; suspect if there are just two rates for three layers."""
+    """Layers that are alike and decay at different rates; suspect if just two rates are shared by three or more."""
     layers: dict[object, list[Facts]] = {}
     for each in facts:
-        if each.row.decays and each.is_proportional and _is_judged_by_role(each):
+        is_rate = each.is_proportional or (each.row.place == "update" and each.row.kind == "L2")
+        if each.row.decays and is_rate and _is_judged_by_role(each):
             layers.setdefault((re.sub(r"\d+", "", each.row.path), each.row.shape), []).append(each)
     those: dict[str, list[Facts]] = {}
     for group in layers.values():
-        rates = {f"{each.row.rate:.3g}" for each in group}
+        rates = {f"{rate:.3g}" for each in group for rate in (each.row.least, each.row.most)}
         if len(rates) > 1:
-            those.setdefault("suspect" if len(rates) == 2 < len(group) else "note", []).extend(group)
+            are_two = len(rates) == 2 < len(group) and all(each.is_proportional for each in group)
+            those.setdefault("suspect" if are_two else "note", []).extend(group)
     remedy = "If this is not intended, check the table of rates by path. by_depth does this on purpose."
     message = "layers that are alike decay at different rates"
     return [_finding(harm, _UNEVEN, message, remedy, group, _rate) for harm, group in those.items()]
