@@ -625,6 +625,7 @@ BROKEN: dict[str, tuple[Any, dict[str, set[str]]]] = {
         {"not in every step": {"block_0/kernel"}, "weights left out": KERNELS - {"block_0/kernel"}},
     ),
     "all at once": (decayed(1.0), {"overshoots": WEIGHTS_OF_BLOCKS}),
+    "far too much later": (decayed(optax.linear_schedule(WD, 3.0, 1000)), {"diverges": WEIGHTS_OF_BLOCKS}),
     "two decays": (
         optax.chain(wdjax.add_l2_to_grads(0.1, STACKED), decayed(WD)),
         {"two decays": WEIGHTS_OF_BLOCKS, "seen by the moments": WEIGHTS_OF_BLOCKS},

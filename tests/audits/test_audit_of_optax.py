@@ -107,8 +107,16 @@ def check_findings(row: Row, audit: wdjax.Audit) -> None:
     assert bool({"seen by the moments", "rescaled"} & names) == (row.place == "gradient")
     assert ("not finite" in names) == (row.nan_from_step == 1)
     assert ("weights left out" in names) == (audit["Dense_0/bias"].decays and not audit["Dense_0/kernel"].decays)
-    assert ("stops" in names) == ("halved each step" in row.name)
-    never = {"twice", "not as expected", "decays frozen", "raw gradients", "decays between steps", "two decays"}
+    assert ("diverges" in names) == ("halved each step" in row.name)  # 2**count overflows, and the rate is infinite.
+    never = {
+        "stops",
+        "twice",
+        "not as expected",
+        "decays frozen",
+        "raw gradients",
+        "decays between steps",
+        "two decays",
+    }
     assert not (never | {"not times the step size", "starts late", "not in every step", "uneven"}) & names
 
 

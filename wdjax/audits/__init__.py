@@ -59,8 +59,8 @@ def audit(
     """Measures which decay an optimizer applies, wdjax or not: its rate, place, kind and anchor for each parameter.
 
     The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
-    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so a large model
-    costs little. Rules of wdjax decide on the copies as on the model itself.
+    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128 (8 for further
+    layers), so a large model costs little. Rules of wdjax decide on the copies as on the model itself.
 
     A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
     of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
@@ -70,7 +70,8 @@ def audit(
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
         params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
-        expected: the rate that you expect in the first real step: a number, a schedule or a `by_path` table.
+        expected: the rate that you expect in the first real step: a number, a schedule (for all `steps`) or a
+            `by_path` table.
         mask: which parameters should decay, at the rate `expected` if it is given.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
@@ -94,7 +95,7 @@ def audit(
         Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
         <BLANKLINE>
         suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that is not a layer's \
-weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
+weight: 0.0001 per step ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
     """
     where, write, extra_args = "audit", "audit(optax.adamw(1e-3), params)", extra_args or {}
     _check_options(steps, extra_args, full_size)

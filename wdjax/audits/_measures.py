@@ -48,7 +48,7 @@ class Facts(NamedTuple):
 class Later(NamedTuple):
     """The decay of one leaf in a step from a new state whose counters were set."""
 
-    count: int
+    at: int  # The count.
     after: int  # 0 for the step at this count, 1 for the next one.
     rate: float
     moved: float  # The size of the gradient's part of the step.
@@ -58,7 +58,7 @@ class Runs(NamedTuple):
     """Steps by name, and for counts: the count, 0 or 1 for the step after it, and "plus", "minus" and "plus_grad"."""
 
     steps: dict[str, Step]
-    later: list[tuple[int, int, Step, Step, Step]]
+    later: Sequence[tuple[int, int, Step, Step, Step]]
 
 
 def measure(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
@@ -149,12 +149,11 @@ def _run(
         steps[f"{name}_second"] = probes.step(one.end(), given, one.after).bare()
         steps[f"{name}_fresh"] = step_from(one.end(), given, to_second).bare()
     steps["foreign"] = probes.step(plus.start, zeros, still.after).bare()
-    kinds = ((1.0, zeros), (-1.0, zeros), (1.0, gradients))
-    later = [
-        (count, after, *(step(factor, given, to(count, after)).bare() for factor, given in kinds))
-        for count in (counts if counters else ())
-        for after in (0, 1)
-    ]
+    later = []
+    for count, after in [(count, after) for count in (counts if counters else ()) for after in (0, 1)]:
+        there = to(count, after)
+        three = step(1.0, zeros, there), step(-1.0, zeros, there), step(1.0, gradients, there)
+        later.append((count, after, three[0].bare(), three[1].bare(), three[2].bare()))
     return Runs(steps, later)
 
 
@@ -172,7 +171,7 @@ def _facts(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *, 
         part, by_gradient = (one.total(i) - other.total(i)) / 2, given.total(i) - one.total(i)
         rate = 0.0 if _is_noise(part, w, rounding) else _rate(part, w)
         later.append(Later(count, after, rate, float(np.linalg.norm(by_gradient))))
-    rates = tuple((one.count, one.rate) for one in later if not one.after)
+    rates = tuple((one.at, one.rate) for one in later if not one.after)
     facts = Facts(
         Audited(leaf.path, leaf.shape, np.dtype(leaf.dtype).name, rates=rates),
         later=tuple(later),

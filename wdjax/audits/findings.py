@@ -26,9 +26,15 @@ def _rate(facts: Facts) -> str:
 
 def _rates(facts: Facts) -> str:
     """The rate at each count, where it changes."""
-    pairs = [(one.count + one.after, one.rate) for one in facts.later]
+    pairs = [(one.at + one.after, one.rate) for one in facts.later]
     texts = [f"{rate:.3g} (step {count})" for k, (count, rate) in enumerate(pairs) if not k or rate != pairs[k - 1][1]]
-    return ", ".join(texts[:6]) if texts else _rate(facts)
+    return ", ".join(texts[:6]) if len(texts) > 1 else _rate(facts)
+
+
+def _largest(facts: Facts) -> float:
+    """The largest rate, also at later counts, where it may be infinite."""
+    later = [one.rate for one in facts.later] if facts.is_proportional else []
+    return max(facts.row.most, *later) if later else facts.row.most
 
 
 def _is_times(facts: Facts, factor: float) -> bool:
@@ -94,8 +100,8 @@ _CHECKS = (
         "diverges",
         "the rate is 2 or more per step, so weights never settle",
         "Is a factor missing, such as the learning rate?",
-        lambda f: f.row.most >= 2 - _ROUNDING,
-        _rate,
+        lambda f: _largest(f) >= 2 - _ROUNDING,
+        _rates,
     ),
     _Check(
         "wrong",
@@ -142,8 +148,8 @@ _CHECKS = (
         "overshoots",
         "the rate is 1 or more per step, so weights land on zero or jump past it",
         "Lower the rate, or use continuous_decay or proximal_step(L2(), ...), which never overshoot.",
-        lambda f: 1 - _ROUNDING <= f.row.most < 2 - _ROUNDING,
-        _rate,
+        lambda f: 1 - _ROUNDING <= _largest(f) < 2 - _ROUNDING,
+        _rates,
     ),
     _Check(
         "suspect",
