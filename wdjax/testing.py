@@ -177,14 +177,14 @@ def assert_audit(
     expected: Rate | None = None,
     mask: Mask = None,
     *,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     **options: Any,
 ) -> Audit:
     """Asserts that an audit finds nothing wrong or suspect in an optimizer, and returns the audit for more assertions.
 
     Args:
         optimizer, params, expected, mask: as `wdjax.audit`.
-        allow: names of findings that you accept: ["seen by the moments"] for L2 regularization.
+        allow: one name of a finding that you accept, or several: "seen by the moments" for L2 regularization.
         **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
 
     Returns the audit. Raises an AssertionError with what was found.
@@ -197,6 +197,7 @@ def assert_audit(
         ('update', 'L2', 'zero')
     """
     __tracebackhide__ = True  # So pytest shows the audit and not this function.
+    allow = (allow,) if isinstance(allow, str) else allow
     if unknown := [name for name in allow if name not in NAMES]:
         known = ", ".join(map(repr, sorted(NAMES)))
         raise ValueError(f"assert_audit: no finding is named {unknown[0]!r}. The names are: {known}.")

@@ -1,6 +1,8 @@
 """The audit: what it says of optimizers whose decay is known, and what it finds in those that are wrong."""
 
 import json
+import sys
+import time
 from typing import Any
 
 import equinox as eqx
@@ -11,10 +13,13 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from optax import contrib
 from slow import slow_but
 
 import wdjax
 from wdjax import testing
+from wdjax.audits import _progress
+from wdjax.audits._probes import Probes
 
 pytestmark = pytest.mark.peers
 
@@ -84,7 +89,22 @@ KNOWN: dict[str, tuple[Any, tuple[float, str, str, str]]] = {
 }
 # Of these the rate depends on the weight: place and kind.
 OTHERS: dict[str, tuple[Any, tuple[str, str]]] = {
-    "adam_l2": (wdjax.adam_l2(LR, WD, WEIGHTS), ("gradient", "L1")),
+    "adam_l2": (wdjax.adam_l2(LR, WD, WEIGHTS), ("gradient", "L2")),
+    "adam_l2 toward init": (wdjax.adam_l2(LR, WD, WEIGHTS, toward="init"), ("gradient", "L2")),
+    "adagrad": (in_chain(wdjax.add_l2_to_grads(WD, WEIGHTS), optax.adagrad(LR)), ("gradient", "L2")),
+    "rmsprop": (in_chain(wdjax.add_l2_to_grads(WD, WEIGHTS), optax.rmsprop(LR)), ("gradient", "L2")),
+    "sign, which tells nothing": (
+        in_chain(wdjax.add_l2_to_grads(WD, WEIGHTS), optax.lion(LR, weight_decay=0.0)),
+        ("gradient", "unknown"),
+    ),
+    "elastic net, adapted": (
+        in_chain(wdjax.add_penalty_to_grads(wdjax.ElasticNet(0.5), WD, WEIGHTS), optax.adam(LR)),
+        ("gradient", "other"),
+    ),
+    "Huber, adapted": (
+        in_chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS), optax.adam(LR)),
+        ("gradient", "Huber"),
+    ),
     "L1": (in_chain(wdjax.add_penalty_to_grads(wdjax.L1(), WD, WEIGHTS), SGD), ("update", "L1")),
     "Huber": (in_chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS), SGD), ("update", "Huber")),
     "group": (in_chain(wdjax.add_penalty_to_grads(wdjax.GroupLasso(), WD, WEIGHTS), SGD), ("update", "norm")),
@@ -384,13 +404,6 @@ RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "noise before": (optax.chain(optax.add_noise(0.1, 0.55, 0), wdjax.adamw(LR, WD, WEIGHTS)), {}),
     "noise behind": (optax.chain(wdjax.adamw(LR, WD, WEIGHTS), optax.add_noise(1e-3, 0.55, 0)), {}),
-    "a decay at every fourth step": (
-        optax.chain(
-            optax.adam(LR),
-            optax.conditionally_transform(optax.add_decayed_weights(-WD, WEIGHTS.mask), lambda step: step % 4 == 0),
-        ),
-        {},
-    ),
     "updates in bfloat16": (
         optax.chain(
             wdjax.adamw(LR, WD, WEIGHTS),
@@ -459,7 +472,7 @@ def test_a_decay_that_starts_later() -> None:
     np.testing.assert_allclose(row.rates, [(0, 0.0), (10, 0.0), (100, WD), (1000, WD)], rtol=1e-5)
     np.testing.assert_allclose(row.rate, WD, rtol=1e-5)
     assert (row.place, row.kind, row.toward) == ("update", "L2", "zero")
-    assert not audit.findings
+    assert names(audit) == {"starts late"}
 
 
 def test_what_is_to_be_frozen_and_moves_without_decay() -> None:
@@ -511,6 +524,266 @@ def test_lookahead_and_partition() -> None:
     assert not audit.findings
 
 
+# Wrong decays, without `expected`.
+
+BLOCKS = {f"block_{i}": {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)} for i in range(3)} | {
+    "embed": {"embedding": jnp.ones((7, 5))},
+    "stack": {"kernel": jnp.ones((3, 5, 4)), "bias": jnp.ones((3, 4))},
+}
+STACKED = wdjax.weights_only(stacked_axes={"stack": 1})
+
+
+def decayed(rate: Any, mask: Any = STACKED) -> Any:
+    return optax.chain(optax.adam(LR), wdjax.independent_decay(rate, mask))
+
+
+def toggling(starts: bool) -> Any:
+    def update(updates: Any, is_on: Any, params: Any = None) -> Any:
+        factor = jnp.where(is_on, WD, 0.0)
+        kernel = updates["block_0"]["kernel"] - factor * params["block_0"]["kernel"]
+        return {**updates, "block_0": {**updates["block_0"], "kernel": kernel}}, ~is_on
+
+    return optax.chain(SGD, optax.GradientTransformation(lambda params: jnp.asarray(starts), update))
+
+
+def from_step(first: int, last: int = 10**6, every: int = 1) -> Any:
+    return lambda count: jnp.where((count >= first) & (count <= last) & (count % every == 0), WD, 0.0)
+
+
+def inverted(params: Any) -> Any:
+    return jax.tree.map(lambda decays: not decays, STACKED.mask(params))
+
+
+KERNELS = {"block_0/kernel", "block_1/kernel", "block_2/kernel", "stack/kernel"}
+WEIGHTS_OF_BLOCKS = {*KERNELS, "embed/embedding"}
+BIASES = {"block_0/bias", "block_1/bias", "block_2/bias", "stack/bias"}
+# The optimizer, and the paths of each finding.
+BROKEN: dict[str, tuple[Any, dict[str, set[str]]]] = {
+    "right": (decayed(WD), {}),
+    "an inverted mask": (
+        optax.adamw(LR, weight_decay=WD, mask=inverted),
+        {"decays non-weights": BIASES, "weights left out": KERNELS},
+    ),
+    "one kernel of several": (
+        decayed(WD, wdjax.only("block_1/kernel")),
+        {"weights left out": KERNELS - {"block_1/kernel"}},
+    ),
+    "all kernels except one": (
+        decayed(wdjax.by_path({"block_1": 0.0}, default=WD)),
+        {"weights left out": {"block_1/kernel"}},
+    ),
+    "embeddings left out": (decayed(WD, wdjax.weights_only(embeddings=False, stacked_axes={"stack": 1})), {}),
+    "a frozen block": (wdjax.freeze(decayed(WD), wdjax.only("block_0")), {}),
+    "vectors alone": (
+        decayed(WD, lambda params: jax.tree.map(lambda p: p.ndim == 1, params)),
+        {"decays non-weights": BIASES - {"stack/bias"}, "weights left out": KERNELS},
+    ),
+    "stacked biases": (
+        decayed(WD, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        {"decays non-weights": {"stack/bias"}},
+    ),
+    "one block twice": (
+        decayed(WD * wdjax.by_path({"block_2": 2.0}, default=1.0)),
+        {"uneven": {"block_0/kernel", "block_1/kernel", "block_2/kernel"}},
+    ),
+    "by depth": (
+        decayed(WD * wdjax.by_path({"block_*": wdjax.by_depth("block_*", 0.5)}, default=1.0)),
+        {"uneven": {"block_0/kernel", "block_1/kernel", "block_2/kernel"}},
+    ),
+    "a wrong sign for one": (
+        optax.chain(decayed(WD), optax.add_decayed_weights(2 * WD, wdjax.only("stack/kernel").mask)),
+        {"grows": {"stack/kernel"}},
+    ),
+    "one layer of a stack": (
+        decayed(wdjax.by_path({"stack": np.array([WD, WD, 0]).reshape(3, 1, 1)}, default=WD)),
+        {"uneven": {"stack/kernel"}},
+    ),
+    "nothing after the first step": (decayed(from_step(0, 0)), {"stops": WEIGHTS_OF_BLOCKS}),
+    "nothing after some steps": (decayed(from_step(0, 500)), {"stops": WEIGHTS_OF_BLOCKS}),
+    "a schedule of its own to 0": (decayed(optax.linear_schedule(WD, 0.0, 100)), {"stops": WEIGHTS_OF_BLOCKS}),
+    "a schedule to 0 of both": (wdjax.adamw(optax.cosine_decay_schedule(LR, 1000), WD, STACKED), {}),
+    "a warm-up of the decay": (decayed(optax.linear_schedule(0.0, WD, 100)), {}),
+    "a late start": (decayed(from_step(50)), {"starts late": WEIGHTS_OF_BLOCKS}),
+    "every other step": (decayed(from_step(0, every=2)), {"not in every step": WEIGHTS_OF_BLOCKS}),
+    "every other step, from the second": (
+        decayed(lambda count: jnp.where(count % 2 == 1, WD, 0.0)),
+        {"not in every step": WEIGHTS_OF_BLOCKS},
+    ),
+    "every fourth step": (
+        optax.chain(
+            optax.adam(LR),
+            optax.conditionally_transform(optax.add_decayed_weights(-WD, STACKED.mask), lambda step: step % 4 == 0),
+        ),
+        {"not in every step": WEIGHTS_OF_BLOCKS},
+    ),
+    "every other step, without a count": (
+        toggling(True),
+        {"not in every step": {"block_0/kernel"}, "weights left out": KERNELS - {"block_0/kernel"}},
+    ),
+    "the same, from the second": (
+        toggling(False),
+        {"not in every step": {"block_0/kernel"}, "weights left out": KERNELS - {"block_0/kernel"}},
+    ),
+    "all at once": (decayed(1.0), {"overshoots": WEIGHTS_OF_BLOCKS}),
+    "far too much later": (decayed(optax.linear_schedule(WD, 3.0, 1000)), {"diverges": WEIGHTS_OF_BLOCKS}),
+    "two decays": (
+        optax.chain(wdjax.add_l2_to_grads(0.1, STACKED), decayed(WD)),
+        {"two decays": WEIGHTS_OF_BLOCKS, "seen by the moments": WEIGHTS_OF_BLOCKS},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_wrong_decay_is_named(name: str) -> None:
+    optimizer, found = BROKEN[name]
+    audit = wdjax.audit(optimizer, BLOCKS)
+    assert {finding.name: set(finding.paths) for finding in audit.findings} == found
+    uneven = audit.finding("uneven")
+    assert uneven is None or uneven.harm == ("suspect" if name == "one block twice" else "note")
+
+
+@pytest.mark.parametrize("in_gradient", ["adam", "momentum", "sign"])
+@pytest.mark.parametrize("toward", [None, "init"])
+def test_of_two_decays_both_are_shown(in_gradient: str, toward: Any) -> None:
+    chains = {
+        "adam": wdjax.adamw(LR, WD, WEIGHTS, toward=toward),
+        "momentum": wdjax.sgdw(LR, WD, WEIGHTS, momentum=0.9, toward=toward),
+        "sign": optax.chain(optax.scale_by_lion(), wdjax.decoupled_decay(WD, WEIGHTS, toward=toward), optax.scale(-LR)),
+    }
+    optimizer = optax.chain(wdjax.add_l2_to_grads(0.1, WEIGHTS, toward=toward), chains[in_gradient])
+    audit = wdjax.audit(optimizer, make_params())
+    row = audit["Dense_0/kernel"]
+    assert (row.place, row.toward) == ("gradient and update", toward or "zero")
+    np.testing.assert_allclose(row.in_update, LR * WD, rtol=1e-3)
+    finding = audit.finding("two decays")
+    assert finding is not None
+    of_l2 = "unknown" if in_gradient == "sign" else "L2 of 0.1"
+    assert finding.measured == (f"0.001 per step in the update, and {of_l2} in the gradient",)
+    lines = [line for line in str(audit).splitlines() if line.startswith("Dense_0/kernel")]
+    assert len(lines) == 2
+    assert "gradient" in lines[0]
+    assert "0.001  update" in lines[1]
+
+
+def test_a_finding_is_true_of_each_path_that_it_lists() -> None:
+    audit = wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("scale")), make_params(), LR * WD, WEIGHTS)
+    finding = audit.finding("not as expected")
+    assert finding is not None
+    said = dict(zip(finding.paths, finding.measured, strict=True))
+    assert said == {
+        "Dense_0/kernel": "it is 0 per step, not 0.001",
+        "norm/scale": "it is 0.001 per step, not 0",
+    }
+    assert (
+        "expected: it is 0 per step, not 0.001 ('Dense_0/kernel'); it is 0.001 per step, not 0 ('norm/scale')"
+        in str(finding)
+    )
+    blocks = {f"block_{i}": make_params() for i in range(12)}
+    text = str(wdjax.audit(optax.adamw(LR, weight_decay=WD), blocks).finding("decays non-weights"))
+    assert "weight: 0.001 per step ('block_{0..11}/Dense_0/bias', 'block_{0..11}/norm/scale'). Write" in text
+
+
+def test_a_mask_alone_says_what_should_decay() -> None:
+    optimizer = wdjax.adamw(LR, WD, wdjax.only("scale"))
+    finding = wdjax.audit(optimizer, make_params(), mask=WEIGHTS).finding("not as expected")
+    assert finding is not None
+    assert dict(zip(finding.paths, finding.measured, strict=True)) == {
+        "Dense_0/kernel": "it is 0 per step, not more than 0",
+        "norm/scale": "it is 0.001 per step, not 0",
+    }
+    audit = wdjax.audit(optimizer, make_params(), mask=wdjax.only("scale"))
+    assert names(audit) == {"decays non-weights"}
+
+
+def test_an_expected_schedule_holds_at_every_count() -> None:
+    def expected(count: Any) -> Any:
+        return LR * WD * jnp.exp(-count / 100)
+
+    right = optax.chain(optax.adam(LR), wdjax.independent_decay(expected, WEIGHTS))
+    assert "not as expected" not in names(wdjax.audit(right, make_params(), expected, WEIGHTS))
+    finding = wdjax.audit(wdjax.adamw(LR, WD, WEIGHTS), make_params(), expected, WEIGHTS).finding("not as expected")
+    assert finding is not None
+    assert finding.measured == ("it is 0.001 per step at step 10, not 0.000904837",)
+
+
+@pytest.mark.parametrize(("learning_rate", "dtype"), [(1e-7, jnp.float32), (1e-4, jnp.bfloat16)])
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
+def test_the_remedy_for_a_lost_decay_fits_the_dtype(learning_rate: float, dtype: Any) -> None:
+    finding = wdjax.audit(wdjax.sgdw(learning_rate, 0.1, WEIGHTS), make_params(dtype)).finding("rounds to nothing")
+    assert finding is not None
+    is_narrow = dtype == jnp.bfloat16
+    assert ("in float32" in finding.remedy) == is_narrow
+    assert ("larger rate" in finding.remedy) != is_narrow
+    assert f"{learning_rate * 0.1:g} per step in {np.dtype(dtype).name}, which keeps no change below" in str(finding)
+
+
+# Optimizers with a step size that is not the learning rate: the name of the number, and arguments.
+STEP_SIZES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "dadapt_adamw": (contrib.dadapt_adamw(1.0, weight_decay=0.0), "state[0].estim_lr", {}),
+    "prodigy": (contrib.prodigy(1.0, weight_decay=0.0), "state[0].estim_lr", {}),
+    "dog": (contrib.dog(1.0), "state[0][1].max_dist", {}),
+    "dowg": (contrib.dowg(1.0), "state[0][1].estim_sq_dist", {}),
+    "momo": (contrib.momo(LR), "value", {"value": 1.0}),
+    "polyak_sgd": (optax.polyak_sgd(LR), "value", {"value": 1.0}),
+    "reduce_on_plateau": (optax.chain(SGD, contrib.reduce_on_plateau()), "state[0][1].scale", {"value": 1.0}),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optax.adam)(learning_rate=LR),
+        "state[0].hyperparams['learning_rate']",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(STEP_SIZES, "dadapt_adamw", "polyak_sgd", "inject_hyperparams"))
+def test_a_step_size_that_lives_elsewhere(name: str) -> None:
+    optimizer, number, extra = STEP_SIZES[name]
+    for decay in (
+        wdjax.independent_decay(WD, WEIGHTS),
+        wdjax.independent_decay(WD, WEIGHTS, toward="init"),
+        wdjax.continuous_decay(WD, WEIGHTS, learning_rate=LR),
+        wdjax.proximal_step(wdjax.L2(), WD, WEIGHTS, learning_rate=LR),
+    )[: None if name == "dadapt_adamw" else 1]:
+        finding = wdjax.audit(optax.chain(optimizer, decay), make_params(), extra_args=extra).finding(
+            "not times the step size"
+        )
+        assert finding is not None
+        assert finding.harm == "suspect"
+        assert finding.paths == ("Dense_0/kernel",)
+        assert finding.measured[0].startswith(f"{number}, 0.0")
+
+
+def test_step_sizes_that_scale_the_decay_and_numbers_that_are_no_step_sizes() -> None:
+    injected = optax.inject_hyperparams(
+        lambda learning_rate, max_norm, b1: optax.chain(
+            optax.clip_by_global_norm(max_norm), wdjax.adamw(learning_rate, WD, WEIGHTS, b1=b1)
+        )
+    )
+    assert not wdjax.audit(injected(LR, 1.0, 0.9), make_params()).findings
+    plateau = optax.chain(wdjax.adamw(LR, WD, WEIGHTS), contrib.reduce_on_plateau())
+    assert not wdjax.audit(plateau, make_params(), extra_args={"value": 1.0}).findings
+
+
+def test_further_layers_are_probed_small_and_their_faults_are_found() -> None:
+    layer = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    params = {f"block_{i}": dict(layer) for i in range(4)}
+    audit = wdjax.audit(wdjax.sgdw(LR, WD * wdjax.by_path({"block_3": 2.0}, default=1.0)), params)
+    np.testing.assert_allclose([row.rate for row in audit.parameters], [LR * WD] * 3 + [2 * LR * WD], rtol=1e-5)
+    finding = audit.finding("uneven")
+    assert finding is not None
+    assert str(finding).count("per step") == 2
+    shapes = [x.shape for x in Probes(SGD, params, {}, longest=128, exact=False).weights.values()]
+    assert shapes == [(128, 128), (8, 8), (8, 8), (8, 8)]
+
+
+def test_a_long_audit_gives_a_sign_of_life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_progress, "_PATIENCE", 0.01)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with _progress.progress("audit: measuring"):
+            time.sleep(0.1)
+        assert ("audit: measuring: 0 s" in capsys.readouterr().err) == is_terminal
+
+
 # The report, assertions and bad input.
 
 
@@ -538,6 +811,7 @@ def test_assert_audit() -> None:
     assert audit["Dense_0/kernel"].place == "update"
     l2 = wdjax.adam_l2(LR, WD, WEIGHTS)
     testing.assert_audit(l2, params, allow=["seen by the moments"])
+    testing.assert_audit(l2, params, allow="seen by the moments")
     with pytest.raises(AssertionError, match=r"suspect \[seen by the moments\].*\n.*allow=\[\.\.\.\]"):
         testing.assert_audit(l2, params)
     with pytest.raises(
@@ -560,6 +834,15 @@ def test_bad_input() -> None:
         wdjax.audit(SGD, params, 0.1, wdjax.only("kernle"))
     with pytest.raises(ValueError, match=r"audit: learning_rate must be finite and not negative"):
         wdjax.audit(SGD, params, learning_rate=-1.0)
+    for steps in (10, "10", (0.5,), (-1,), None):
+        with pytest.raises(TypeError, match=r"audit: steps must be counts, integers >= 0, got .*Write steps=\(0, 10"):
+            wdjax.audit(SGD, params, steps=steps)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"audit: extra_args must map names to values, got \['value'\]"):
+        wdjax.audit(SGD, params, extra_args=["value"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"audit: full_size must be True or False, got 'no'"):
+        wdjax.audit(SGD, params, full_size="no")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"no finding is named 'moments'. The names are: 'state drifts'"):
+        wdjax.audit(SGD, params).finding("moments")
     with pytest.raises(ValueError, match=r"decoupled_decay: the pattern 'kernle' matches no parameter"):
         wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("kernle")), params)
 

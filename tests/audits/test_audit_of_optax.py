@@ -85,12 +85,13 @@ def check_rates(row: Row, audit: wdjax.Audit) -> None:
 
 
 def check_places_kinds_and_what_scales(row: Row, audit: wdjax.Audit) -> None:
-    kinds = {"linear": {"L2"}, "sign": {"L1"}, "none": {"none"}}
+    kinds = {"linear": {"L2"}, "none": {"none"}}
     decaying = [each for each in audit.parameters if each.decays]
     assert bool(decaying) == (row.place != "none")
     for each in decaying:
         assert each.place == row.place
-        assert each.kind in kinds.get(row.in_weight, {"norm", "other"})
+        behind_moments = {"L2"} if row.place == "gradient" else set()  # All of them have L2 there.
+        assert each.kind in kinds.get(row.in_weight, {"norm", "other", *behind_moments})
         has_own_rate = "learning rate of Adam's own" in row.name and each.path == "Dense_0/bias"
         assert each.scales_with_learning_rate == (row.scales_with_lr and not has_own_rate)
         assert each.toward in ("zero", "") if each.kind == "other" else each.toward == "zero"
@@ -105,7 +106,18 @@ def check_findings(row: Row, audit: wdjax.Audit) -> None:
     assert ("no decay" in names) == (row.place == "none")
     assert bool({"seen by the moments", "rescaled"} & names) == (row.place == "gradient")
     assert ("not finite" in names) == (row.nan_from_step == 1)
-    assert not {"twice", "not as expected", "decays frozen", "raw gradients", "decays between steps"} & names
+    assert ("weights left out" in names) == (audit["Dense_0/bias"].decays and not audit["Dense_0/kernel"].decays)
+    assert ("diverges" in names) == ("halved each step" in row.name)  # 2**count overflows, and the rate is infinite.
+    never = {
+        "stops",
+        "twice",
+        "not as expected",
+        "decays frozen",
+        "raw gradients",
+        "decays between steps",
+        "two decays",
+    }
+    assert not (never | {"not times the step size", "starts late", "not in every step", "uneven"}) & names
 
 
 # Of a finished optimizer a decay follows a schedule if it is in proportion to it, and does not if it is constant.

@@ -8,7 +8,7 @@ results (`findings`) and reports them (`_report`): a table to read, and values t
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.masks import flags
 from .._engine.rules import check_booleans
 from .._engine.steps import nodes
+from .._engine.text import shown
 from .._engine.types import Mask, Optimizer, Params, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low
@@ -29,8 +30,9 @@ from ..low_precision.writers import NARROW_UPDATES
 from ..paths import Rules
 from ..paths.roles import role
 from ..paths.standard import parameter_at
-from ._measures import Facts, measure
+from ._measures import Facts, find_step_sizes, look_behind_the_moments, measure
 from ._probes import Probes
+from ._progress import progress
 from ._report import Audit as Audit
 from ._report import Audited as Audited
 from ._report import Finding as Finding
@@ -57,8 +59,8 @@ def audit(
     """Measures which decay an optimizer applies, wdjax or not: its rate, place, kind and anchor for each parameter.
 
     The optimizer's own `init` and `update` run on probe weights and gradients, with and without each, from new states
-    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128, so a large model
-    costs little. Rules of wdjax decide on the copies as on the model itself.
+    and after steps. Arrays of more than 65,536 elements are probed by copies with axes of at most 128 (8 for further
+    layers), so a large model costs little. Rules of wdjax decide on the copies as on the model itself.
 
     A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
     of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
@@ -68,8 +70,9 @@ def audit(
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from
             a learning rate, `lambda lr: optax.adamw(lr)`, to see whether the decay scales with the learning rate.
         params: a tree of arrays or `jax.ShapeDtypeStruct`s. Structure, shapes and dtypes matter, values do not.
-        expected: the rate that you expect in the first real step: a number, a schedule or a `by_path` table.
-        mask: with `expected`: which parameters should decay.
+        expected: the rate that you expect in the first real step: a number, a schedule (for all `steps`) or a
+            `by_path` table.
+        mask: which parameters should decay, at the rate `expected` if it is given.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
         frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
@@ -92,14 +95,15 @@ def audit(
         Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
         <BLANKLINE>
         suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that is not a layer's \
-weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
+weight: 0.0001 per step ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
     """
     where, write, extra_args = "audit", "audit(optax.adamw(1e-3), params)", extra_args or {}
+    _check_options(steps, extra_args, full_size)
     is_function = not isinstance(optimizer, (optax.GradientTransformation, optax.MultiSteps)) and callable(optimizer)
     build: Any = optimizer if is_function else lambda _: optimizer
     if is_function and learning_rate is None:
         learning_rate = 1e-3
-    with warnings.catch_warnings(record=True) as caught:
+    with progress("audit: measuring what the optimizer does"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")  # The audit reports vanishing rates and the like itself.
         rate: Any = learning_rate
         if learning_rate is not None:
@@ -113,9 +117,11 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             check_booleans(frozen, where)
         frozen_flags = [False] * len(leaves) if frozen is None else flags(where, frozen, params, leaves)
         frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
+        mask_flags = flags(where, mask, params, leaves)
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
         state = jax.eval_shape(finished.init, params)
-        jax.eval_shape(lambda *args: finished.update(*args, **extra_args), grads, state, params)
+        after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
+        drift, writers = _drift(state, after), {type(node) for node in nodes(state, WRITERS)}
 
         def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
             with jax.enable_x64(True) if exact else contextlib.nullcontext():
@@ -134,6 +140,8 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
                 error.add_note("audit probes small copies of large arrays. Does audit(..., full_size=True) run?")
             raise
 
+        with jax.enable_x64(True) if probes.exact else contextlib.nullcontext():
+            facts = find_step_sizes(probes, look_behind_the_moments(probes, facts), extra_args)
         scales: dict[int, bool | None] = {}
         if is_function:
             halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
@@ -143,21 +151,24 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             values = {count: float(rate(count)) for count in steps}
             scales = {i: _follows([(one, values[count]) for count, one in facts[i].row.rates]) for i in facts}
 
-        def in_own_dtypes(longest: int | None) -> tuple[dict[int, float], str, set[int]]:
+        def in_own_dtypes(longest: int | None) -> tuple[dict[int, float], set[int]]:
             own = Probes(finished, params, extra_args, longest=longest, exact=False)
             is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
-            drift, no_number = _drift(own), own.without_a_number() if is_narrow else set()
+            no_number = own.without_a_number() if is_narrow else set()
             rows = {i: fact.row for i, fact in facts.items()}
-            return _kept(own, probes.calls, rows, can_run=not (drift or no_number)), drift, no_number
+            return _kept(own, writers, probes.calls, rows, can_run=not (drift or no_number)), no_number
 
         # Thousands of steps are slow with large arrays, so small ones come first.
-        kept, drift, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
+        kept, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
         calls, offset = probes.calls, probes.offset
-        wanted = {}
+        wanted, wanted_later, masked = {}, {}, {}
         if expected is not None:
-            terms = action.terms(params, leaves, DecayState(jnp.asarray(offset // calls, jnp.int32)))
-            rates = [0.0 if term is None else term.known() for term in terms]
-            wanted = {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
+            wanted = _rates_at(action, params, offset // calls)
+            later = {count: _rates_at(action, params, count) for count in steps}
+            if any(rates != wanted for rates in later.values()):  # A schedule, which says what should come later.
+                wanted_later = {c: {path: most for path, (_, most) in rates.items()} for c, rates in later.items()}
+        elif mask is not None:
+            masked = {path: bool(np.any(flag)) for (path, _), flag in zip(leaves, mask_flags, strict=True)}
         shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
         for i, fact in facts.items():
             path, found = fact.row.path, role(parameter_at(fact.row.path, shapes))
@@ -165,10 +176,26 @@ weight ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask 
             if row.decays:
                 row = row._replace(scales_with_learning_rate=scales.get(i))
             said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
+            said |= {
+                "should_decay": masked.get(path),
+                "expected_later": {c: at[path] for c, at in wanted_later.items()},
+            }
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
         findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
         return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
+
+
+def _check_options(steps: Any, extra_args: Any, full_size: Any) -> None:
+    counts = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, (str, bytes)) else [None]
+    if not all(isinstance(count, (int, np.integer)) and not isinstance(count, bool) and count >= 0 for count in counts):
+        raise TypeError(f"audit: steps must be counts, integers >= 0, got {shown(steps)}. Write steps=(0, 10, 100).")
+    if not isinstance(extra_args, Mapping):
+        raise TypeError(
+            f"audit: extra_args must map names to values, got {shown(extra_args)}. Write extra_args={{'value': 1.0}}."
+        )
+    if not isinstance(full_size, bool):
+        raise TypeError(f"audit: full_size must be True or False, got {shown(full_size)}.")
 
 
 def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
@@ -177,6 +204,14 @@ def _first_that_runs(run: Callable[[Any], Any], kinds: Sequence[Any]) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             return run(kind)
     return run(kinds[-1])
+
+
+def _rates_at(action: Action, params: Params, count: int) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest expected rate of each parameter at a count."""
+    leaves = trees.flatten_with_paths(params)
+    terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
+    rates = [0.0 if term is None else term.known() for term in terms]
+    return {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
 
 
 def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
@@ -191,9 +226,8 @@ def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:
     return False if np.allclose([rate for rate, _ in pairs], pairs[0][0], rtol=1e-2) else None
 
 
-def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -> dict[int, float]:
-    """The share of each parameter's decay that survives rounding."""
-    writers = {type(node) for node in nodes(own.init(own.weights, wide=False), WRITERS)}
+def _kept(own: Probes, writers: set[type], calls: int, rows: dict[int, Audited], *, can_run: bool) -> dict[int, float]:
+    """The share of each parameter's decay that survives rounding, with these writers of low precision."""
     shares = {}
     for i, row in rows.items():
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
@@ -216,9 +250,8 @@ def _kept(own: Probes, calls: int, rows: dict[int, Audited], *, can_run: bool) -
     return shares
 
 
-def _drift(own: Probes) -> str:
+def _drift(before: PyTree, after: PyTree) -> str:
     """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
-    before, after = own.shapes_of_states()
     if jax.tree.structure(after) != jax.tree.structure(before):
         return "the structure of the state changes with an update"
     leaves = jax.tree_util.tree_leaves_with_path(before)

@@ -1,7 +1,9 @@
 """Probe weights and gradients, and the optimizer's steps on them. `_measures` interprets the steps."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,9 @@ from ..low_precision.rounding import is_low
 
 PyTree = Any
 Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
+Change = Callable[[PyTree], PyTree]  # From a state to a state.
+_SMALLEST = 8  # Axes of probes of further layers.
+_FEW = 64  # The most step sizes that an optimizer keeps in one array.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -46,7 +51,7 @@ class Probes:
         leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
-        update: the optimizer's compiled update.
+        moved: the leaves that gradients move.
         first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
@@ -59,8 +64,9 @@ class Probes:
         self.longest, self.exact = longest, exact
         self.eps, self.update_eps = 2.0 ** (-52 if exact else -23), 0.0
         self.first, self.calls, self.offset = 0, 1, 0
+        self.moved: set[int] = set()
         self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
-        shapes = [_small(leaf.shape, longest) for leaf in self.leaves]
+        shapes = _probe_shapes(self.leaves, longest)
         rng = np.random.default_rng(0)
 
         def drawn(least: float, most: float) -> Arrays:
@@ -71,11 +77,15 @@ class Probes:
             half = len(found) // 2
             for arrays in (self.weights, self.origin):
                 arrays |= {i: arrays[i - half] for i in self.indices if i >= half}
-        is_small = shapes != [leaf.shape for leaf in self.leaves]
-        asked_of_true_shapes = trees.shapes_taken_for({x.path: x.shape for x in self.leaves} if is_small else {})
+        self._shapes = {} if shapes == [leaf.shape for leaf in self.leaves] else {x.path: x.shape for x in self.leaves}
+        self._optimizer = optimizer
+        self._compile(extra_args)
+
+    def _compile(self, extra_args: Mapping[str, Any]) -> None:
+        asked_of_true_shapes, optimizer = trees.shapes_taken_for(self._shapes), self._optimizer
         self._init = asked_of_true_shapes(optimizer.init)
         self._update = asked_of_true_shapes(lambda *args: optimizer.update(*args, **extra_args))
-        self.update = jax.jit(self._update)
+        self._compiled_init, self._compiled_call = jax.jit(self._init), jax.jit(self._call)
 
     @property
     def tolerance(self) -> float:
@@ -92,7 +102,7 @@ class Probes:
                     dtype = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
                 elif wide and is_low(jax.ShapeDtypeStruct((), dtype)):
                     dtype = jnp.float32
-                return jnp.asarray(arrays[i], dtype)
+                return np.asarray(arrays[i], dtype)
             if not isinstance(given, jax.ShapeDtypeStruct):
                 return jax.tree.map(jnp.zeros_like, given) if zeros and not _is(given, jax.dtypes.prng_key) else given
             if _is(given, jax.dtypes.prng_key):
@@ -112,19 +122,51 @@ class Probes:
 
     def init(self, weights: Arrays, *, wide: bool = True) -> PyTree:
         """The optimizer's state for these weights."""
-        return self._init(self.tree(weights, wide=wide))
+        return self._compiled_init(self.tree(weights, wide=wide))
+
+    def _call(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        updates, state = self._update(grads, state, params)
+        return updates, state, apply_updates(params, updates)
+
+    def call(self, grads: PyTree, state: PyTree, params: PyTree) -> tuple[Arrays, PyTree, PyTree]:
+        """What one call of `update` adds to the weights, the new state and the new weights."""
+        updates, state, params = self._compiled_call(grads, state, params)
+        dtypes = {x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x)}
+        self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
+        return self.numbers(updates), state, params
 
     def step(self, weights: Arrays, gradients: Arrays, state: PyTree, calls: int | None = None) -> Step:
         """Runs the calls of one real step from a state, or this many."""
         params, grads = self.tree(weights), self.gradients_of(gradients)
         start, before, moved = self.numbers(params), state, []
         for _ in range(self.calls if calls is None else calls):
-            updates, state = self.update(grads, state, params)
-            dtypes = (x.dtype for x in jax.tree.leaves(updates) if trees.is_decayable(x))
-            self.update_eps = max(self.update_eps, *(float(jnp.finfo(dtype).eps) for dtype in dtypes), 0.0)
-            moved.append(self.numbers(updates))
-            params = apply_updates(params, updates)
+            added, state, params = self.call(grads, state, params)
+            moved.append(added)
         return Step(start, moved, before, state)
+
+    def first_step(
+        self,
+        weights: Arrays,
+        gradients: Arrays,
+        origin: Arrays | None = None,
+        change: Change = lambda state: state,
+        idle: Arrays | None = None,
+    ) -> Step:
+        """The first real step from a new state, which is made at the weights or the origin, and then changed.
+
+        The calls before it have zero gradients, or the idle ones.
+        """
+        state = self.init(weights if origin is None else origin)
+        if self.offset:
+            before = self.step(weights, self.scaled(weights, 0.0) if idle is None else idle, state, self.offset)
+            weights, state = before.end(), before.after
+        return self.step(weights, gradients, change(state))
+
+    def with_extra_args(self, extra_args: Mapping[str, Any]) -> "Probes":
+        """The same probes with other keyword arguments for `update`."""
+        other = copy.copy(self)
+        other._compile(extra_args)
+        return other
 
     def find_rhythm(self) -> None:
         """Finds the first call that makes a real step, and how many calls make one.
@@ -135,39 +177,41 @@ class Probes:
         params = self.tree(self.weights)
         kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
         states = [self.init(self.weights)] * 2
-        reacting, moving = [], []
+        reacting, moving, descends = [], [], True
         for call in range(_MOST_CALLS):
-            results = [self.update(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
-            states = [state for _, state in results]
-            with_gradients, without = (self.numbers(updates) for updates, _ in results)
-            if any(not np.array_equal(with_gradients[i], without[i]) for i in self.indices):
+            results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
+            with_gradients, without = (added for added, *_ in results)
+            states = [state for _, state, _ in results]
+            if moved := {i for i in self.indices if not np.array_equal(with_gradients[i], without[i])}:
                 reacting.append(call)
-            if any(np.any(without[i] != 0) for i in self.indices):
+                self.moved |= moved
+                along = sum(np.real(np.vdot(self.gradients[i], with_gradients[i] - without[i])) for i in moved)
+                descends = descends and bool(along < 0)
+            if any(np.any(np.isfinite(without[i]) & (without[i] != 0)) for i in self.indices):
                 moving.append(call)
             if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
                 break
         rhythms = [(found[1] - found[0], found[0]) for found in (reacting, moving) if len(found) > 1]
         self.calls, self.first = max(rhythms, default=(1, (reacting or [0])[0]))
         self.offset = max(self.first + 1 - self.calls, 0)
+        # If every call descends, every call is a step, and only the decay pauses. Ascents of SAM go up.
+        if descends and len(rhythms) == 2 and rhythms[0][0] == 1 < self.calls:
+            self.calls, self.first, self.offset = 1, reacting[0], max(reacting[0], moving[0])
 
     def trajectory(self, steps: int, *, wide: bool) -> Arrays:
         """The probe weights after many calls with zero gradients, in their own dtypes or in wide ones."""
         grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=wide)
         start = self.tree(self.weights, wide=wide), self.init(self.weights, wide=wide)
 
-        def call(carry: Any, _: Any) -> Any:
-            params, state = carry
-            updates, state = self._update(grads, state, params)
-            return (apply_updates(params, updates), state), None
+        @jax.jit
+        def run(grads: PyTree, params: PyTree, state: PyTree) -> PyTree:
+            def call(carry: Any, _: Any) -> Any:
+                _, state, params = self._call(grads, carry[1], carry[0])
+                return (params, state), None
 
-        (params, _), _ = jax.jit(lambda carry: jax.lax.scan(call, carry, length=steps))(start)
-        return self.numbers(params)
+            return jax.lax.scan(call, (params, state), length=steps)[0][0]
 
-    def shapes_of_states(self) -> tuple[PyTree, PyTree]:
-        """The shapes and dtypes of the state before and after an update in the parameters' own dtypes."""
-        params, state = self.tree(self.weights, wide=False), self.init(self.weights, wide=False)
-        grads = self.gradients_of(self.scaled(self.weights, 0.0), wide=False)
-        return jax.eval_shape(lambda: (state, self._update(grads, state, params)[1]))
+        return self.numbers(run(grads, *start))
 
     def without_a_number(self) -> set[int]:
         """Leaves whose updates are not finite in their own dtypes, with zero or nonzero gradients."""
@@ -175,7 +219,7 @@ class Probes:
         found: set[int] = set()
         for factor in (0.0, 1.0):
             grads = self.gradients_of(self.scaled(self.gradients, factor), wide=False)
-            moved = self.numbers(self.update(grads, state, params)[0])
+            moved = self.call(grads, state, params)[0]
             found |= {i for i in self.indices if not np.all(np.isfinite(moved[i]))}
         return found
 
@@ -191,10 +235,20 @@ class Probes:
         return {i: number(i) for i in self.indices}
 
 
-def _small(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:
-    """The shape, with its axes cut to `longest` if the array has more than 4 * longest**2 elements."""
-    is_large = longest is not None and math.prod(shape) > 4 * longest**2
-    return tuple(min(size, longest) for size in shape) if is_large else tuple(shape)  # pyright: ignore[reportArgumentType]
+def _probe_shapes(leaves: Sequence[trees.Leaf], longest: int | None) -> list[tuple[int, ...]]:
+    """The shapes, with axes cut to `longest` in arrays of more than 4 * longest**2 elements.
+
+    Of such arrays whose paths differ only in their numbers, all but the first have axes of at most 8.
+    """
+    shapes, seen = [], set[object]()
+    for leaf in leaves:
+        shape = tuple(leaf.shape)
+        if longest is not None and math.prod(shape) > 4 * longest**2:
+            layer = (re.sub(r"\d+", "", leaf.path), shape, leaf.dtype)
+            shape = tuple(min(size, _SMALLEST if layer in seen else longest) for size in shape)
+            seen.add(layer)
+        shapes.append(shape)
+    return shapes
 
 
 def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: float, most: float) -> np.ndarray:
@@ -207,13 +261,22 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
     return (magnitudes * signs).astype(dtype).astype(np.float64)
 
 
-def positions_of_counters(before: PyTree, after: PyTree, calls: int) -> list[int]:
-    """The leaves of a state that are integers and that a step raised by one, or by its number of calls."""
+def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[int, int]]:
+    """The leaves of a state that count steps: their values before one, and what it adds: 1, or its number of calls."""
     if jax.tree.structure(before) != jax.tree.structure(after):
-        return []
+        return {}
     pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     scalars = [(i, old, new) for i, (old, new) in pairs if _is(old, jnp.integer) and jnp.ndim(old) == 0]
-    return [i for i, old, new in scalars if int(new) - int(old) in (1, calls)]
+    found = {i: (int(old), int(new) - int(old)) for i, old, new in scalars}
+    return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
+
+
+def numbers_in(state: PyTree, params: PyTree) -> dict[str, int]:
+    """The leaves of a state that are a float or a few, beside no parameter, by name."""
+    beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
+    leaves = enumerate(jax.tree_util.tree_leaves_with_path(state))
+    few = ((jax.tree_util.keystr(keys), i) for i, (keys, x) in leaves if _is(x, jnp.floating) and x.size <= _FEW)
+    return {name: i for name, i in few if not (name.endswith(beside) and "" not in beside)}
 
 
 def positions_of_keys(state: PyTree) -> list[int]:
@@ -223,7 +286,7 @@ def positions_of_keys(state: PyTree) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if are_raw[i] or _is(leaf, jax.dtypes.prng_key)]
 
 
-def replaced(state: PyTree, positions: Sequence[int], new: Callable[[int, Any], Any]) -> PyTree:
+def replaced(state: PyTree, positions: Collection[int], new: Callable[[int, Any], Any]) -> PyTree:
     """The state with `new(i, leaf)` for the leaves at these positions."""
     leaves, treedef = jax.tree.flatten(state)
     return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from .._engine.text import merged, merged_texts
 from ..plans import table
 
+GRADIENT_AND_UPDATE = "gradient and update"
 _HEADER = ("path", "arrays", "shape", "dtype", "rate", "where", "kind", "toward", "x learning rate", "kept")
 
 
@@ -25,11 +27,13 @@ class Audited(NamedTuple):
         rates: pairs of a count and the rate at that count; empty for an optimizer without a count.
         beside_gradient: the same fraction when there is a gradient.
         place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the
-            gradient; "weights": a rule for the weights after the step; "none".
+            gradient; "weights": a rule for the weights after the step; "gradient and update": two decays; "none".
         kind: "L2": proportional to the weight; "L1": the same size for all weights; "norm": proportional to the weight
-            divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "none".
+            divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "unknown":
+            the moments hide it; "none".
         toward: "zero"; "init": the weights at the optimizer's `init`; "a tree": others; "" for no decay.
         scales_with_learning_rate: whether the rate changes with the learning rate; None if the audit can't tell.
+        in_update: if the place is "gradient and update", the part of the rate that the decay in the update takes.
         kept: the share of the decay that remains after rounding to the parameter's dtype. NaN if it can't be measured:
             the state changes its dtypes, updates are not finite, or a writer would need more steps than were run.
         role: what it is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if unknown.
@@ -47,6 +51,7 @@ class Audited(NamedTuple):
     kind: str = "none"
     toward: str = ""
     scales_with_learning_rate: bool | None = None
+    in_update: float = 0.0
     kept: float = 1.0
     role: str = ""
 
@@ -62,8 +67,9 @@ class Finding(NamedTuple):
     Attributes:
         harm: "wrong": the training is not what the code says; "suspect": probably not what you want; "note".
         name: its name, which `assert_audit` can allow.
-        message, remedy: what was measured, and what to write instead.
+        message, remedy: what it is, and what to write instead.
         paths: the parameters that it concerns; empty for all.
+        measured: for each of these paths, the numbers, in words; "" where there are none.
     """
 
     harm: str
@@ -71,11 +77,25 @@ class Finding(NamedTuple):
     message: str
     remedy: str
     paths: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
-        where = f" ({', '.join(map(repr, self.paths[:3]))}{more})" if self.paths else ""
+        groups: dict[str, list[str]] = {}
+        for path, numbers in zip(self.paths, self.measured or [""] * len(self.paths), strict=True):
+            groups.setdefault(numbers, []).append(path)
+        parts = [f"{numbers} ({_named(paths)})".lstrip() for numbers, paths in groups.items()]
+        where = f"{'' if '' in groups else ':'} {'; '.join(parts)}" if parts else ""
         return f"{self.harm} [{self.name}]: {self.message}{where}. {self.remedy}".rstrip()
+
+
+def _named(paths: Sequence[str]) -> str:
+    """The first three paths, with those of repeated blocks as one, and how many parameters more there are."""
+    lines: dict[object, list[Audited]] = {}
+    for path in paths:
+        lines.setdefault(tuple(re.split(r"\d+", path)), []).append(Audited(path, (), ""))
+    parts = [[row.path for row in part] for line in lines.values() for part in merged(line)]
+    more = sum(map(len, parts[3:]))
+    return ", ".join(repr(merged_texts(part)) for part in parts[:3]) + (f" and {more} more" if more else "")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -105,7 +125,11 @@ class Audit:
         return {row.path: row for row in self.parameters}
 
     def finding(self, name: str) -> Finding | None:
-        """The first finding of this name, or None."""
+        """The first finding of this name, or None. Raises a ValueError if no finding has this name."""
+        from .findings import NAMES  # It imports this module.
+
+        if name not in NAMES:
+            raise ValueError(f"Audit: no finding is named {name!r}. The names are: {', '.join(map(repr, NAMES))}.")
         return next((finding for finding in self.findings if finding.name == name), None)
 
     def table(self) -> str:
@@ -124,13 +148,21 @@ class Audit:
 def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
     """One line for all parameters whose paths differ only in their numbers."""
     groups: dict[object, list[Audited]] = collections.defaultdict(list)
-    for row in rows:
+    for row in itertools.chain.from_iterable(map(_decays, rows)):
         groups[tuple(re.split(r"\d+", row.path)), _cells(row)].append(row)
     return [
         (merged_texts([row.path for row in part]), str(len(part)), *_cells(part[0]))
         for group in groups.values()
         for part in merged(group)
     ]
+
+
+def _decays(row: Audited) -> list[Audited]:
+    """The row, or one for each of its two decays."""
+    if row.place != GRADIENT_AND_UPDATE:
+        return [row]
+    parts = (("gradient", row.kind, row.rate - row.in_update), ("update", "L2", row.in_update))
+    return [row._replace(place=p, kind=k, rate=r, least=r, most=r, rates=()) for p, k, r in parts]
 
 
 def _cells(row: Audited) -> tuple[str, ...]:
