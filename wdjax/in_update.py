@@ -83,7 +83,7 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
 
     Warns:
         UserWarning: at `init`, if weight_decay is known by then and so small that it rounds to nothing in the dtype of
-            a parameter, or so large (1 or more) that weights overshoot.
+            a parameter, or so large (1 or more) that weights overshoot. Of a schedule the largest value counts.
 
     Example:
 
@@ -114,7 +114,7 @@ def continuous_decay(
     Args, Returns, Raises: as `decoupled_decay`; learning_rate is the optimizer's number or schedule. A schedule is
     called with this transformation's own count of updates, which starts at 0.
 
-    Warns: UserWarning at `init`, if learning_rate * weight_decay is known to round to nothing.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay is known to round to nothing, in every step.
 
     Example:
 

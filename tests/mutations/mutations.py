@@ -21,11 +21,27 @@ class Mutation(NamedTuple):
 
 
 CONTRACT, ARRAYS, LOOP = "test_contract.py", "test_arrays.py", "_engine/test_loop.py"
+HAZARDS = "_engine/test_hazards.py"
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 
 MUTATIONS = [
+    # Warnings of rates.
+    Mutation(
+        "the smallest rate of a schedule is warned of",
+        "_engine/hazards.py",
+        "at = int(np.argmax(fractions))",
+        "at = int(np.argmin(fractions))",
+        (HAZARDS,),
+    ),
+    Mutation(
+        "every init calls a schedule anew",
+        "_engine/hazards.py",
+        "if id(schedule) not in probed:",
+        "if True:",
+        (HAZARDS,),
+    ),
     # The arithmetic of one parameter.
     Mutation(
         "the sign of a decay is flipped",

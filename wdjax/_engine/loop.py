@@ -63,6 +63,7 @@ class Action:
         can_overshoot: whether a rate above 1 moves a weight past its anchor.
         zero_is_off: whether the rule does nothing at a rate of 0. A projection onto a radius of 0, for example, acts.
         stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
+        probed: the values of each schedule, by its id, so that only the first `init` compiles it for the warnings.
     """
 
     where: str
@@ -73,6 +74,7 @@ class Action:
     can_overshoot: bool = True
     zero_is_off: bool = True
     stacked_axes: Any = 0
+    probed: dict[int, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         checked = {name: rate_or_rules(self.where, name, value) for name, value in self.rates.items()}
@@ -282,7 +284,8 @@ class Action:
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if row is not None and self._acts(row)
         )
-        hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
+        argument = " * ".join(self.rates)
+        hazards.warn_of_rates(self.where, argument, decays, self.probed, can_overshoot=self.can_overshoot)
 
     def _acts(self, term: Term | None) -> bool:
         return term is not None and not (self.zero_is_off and any(map(_is_zero, term.factors)))
