@@ -176,11 +176,24 @@ def test_a_traced_mask() -> None:
 
 BAD_ANCHORS = [
     ("start", "toward must be None (zero), a tree like params, or 'init', got 'start'"),
-    ({"Dense_0": {"kernel": jnp.ones((2, 3))}}, "toward must be a tree like params. It lacks ['Dense_0/bias']"),
-    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "params lack ['Dense_0/scale']"),
+    (
+        {"Dense_0": {"kernel": jnp.ones((2, 3))}},
+        "toward must be a tree like params. It lacks 'Dense_0/bias'. For zero write 0.0: toward={..., 'Dense_0': {..., 'bias': 0.0}}.",
+    ),
+    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "Params lack 'Dense_0/scale'. Write"),
     ({"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}}, "toward has shape (3, 2) at 'Dense_0/kernel'"),
-    ({"Dense_0": {"kernel": 0.0, "bias": 0.0}}, "toward has shape () at 'Dense_0/bias', but the parameter has (3,)"),
-    (0.0, "toward must be a tree like params"),
+    ({"Dense_0": 0.5}, "toward is 0.5 at 'Dense_0', but the only number that may stand for arrays is 0.0, for zero."),
+    ({"Dense_0": {"kernel": 0.0, "bias": -1}}, "toward is -1 at 'Dense_0/bias', but the only number"),
+    (0.5, "toward is 0.5, but the only number that may stand for arrays is 0.0"),
+    ({"Dense_0": 0.0, "Dense_1": 0.0}, "Params lack 'Dense_1'"),
+    ({"Dense_1": 0.0}, "It lacks 'Dense_0/bias', 'Dense_0/kernel', and params lack 'Dense_1'. Write"),
+    ({"Dense_0": None}, "It lacks 'Dense_0/bias', 'Dense_0/kernel'"),
+    ({"Dense_0": False}, "and params lack 'Dense_0'"),
+    (
+        {"Dense_0": {"kernel": jnp.ones((2, 3), jnp.int8), "bias": 0.0}},
+        "toward is int8 at 'Dense_0/kernel', but the parameter is float32. Convert it: a.astype(p.dtype).",
+    ),
+    ({"Dense_0": {"kernel": jnp.ones((2, 3), jnp.complex64), "bias": 0.0}}, "toward is complex64 at 'Dense_0/kernel'"),
 ]
 
 

@@ -18,6 +18,7 @@ from ._engine import checks, trees
 from ._engine.arithmetic import Strength, away, cast, compute_dtype, minus, plus, stateless, subtracted
 from ._engine.loop import Action, transformation
 from ._engine.loop import DecayState as DecayState
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Rate
 
 PyTree = Any
@@ -166,7 +167,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     if not isinstance(decay, optax.GradientTransformation):
         raise TypeError(
-            f"cautious: decay must be a gradient transformation, got {decay!r}. "
+            f"cautious: decay must be a gradient transformation, got {shown(decay)}. "
             "Write cautious(decoupled_decay(0.1, mask))."
         )
     inner = optax.with_extra_args_support(decay)

@@ -80,6 +80,7 @@ def with_decoupled_decay(
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
+        trees.parameters(where, params)
         state = inner.init(params)
         _refuse_what_undoes_it(state)
         return WithDecoupledDecayState(action.init(params), state)
@@ -149,6 +150,7 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         check_booleans(mask, "freeze")
 
     def init_fn(params: PyTree) -> Any:
+        trees.parameters("freeze", params)
         return inner.init(_Frozen(mask, params).hidden(params, is_params=True))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:

@@ -69,6 +69,8 @@ def _largest(term: Term, probed: dict[int, Any]) -> tuple[float, str]:
             return 0.0, ""
         fractions = fractions * values.astype(np.float64)
     at = int(np.argmax(fractions))
+    if at == len(_COUNTS) - 1:  # It rises without end, and a run ends somewhere.
+        return 0.0, ""
     largest = float(fractions[at])
     return largest, f"at most {largest:g} a step, at count {_COUNTS[at]}" if schedules else f"{largest:g} a step"
 

@@ -67,6 +67,7 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     inner = checks.finished("in_float32", optimizer, "in_float32(optax.adam(1e-3))")
 
     def init_fn(params: PyTree) -> Any:
+        trees.parameters("in_float32", params)
         state = inner.init(_widened(params))
         if nodes(state, WRITERS) and any(map(is_low, jax.tree.leaves(params))):
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._engine import checks
 from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
+from .._engine.text import shown
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
@@ -150,16 +151,18 @@ def weights_only(
         {'Dense_0': {'bias': False, 'kernel': True}, 'cls_token': False}
     """
     if not isinstance(unknown, bool) and unknown != "error":
-        raise ValueError(f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {unknown!r}.")
+        raise ValueError(
+            f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {shown(unknown)}."
+        )
     if not isinstance(embeddings, bool):
-        raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
+        raise TypeError(f"weights_only: embeddings must be True or False, got {shown(embeddings)}.")
     stacks = dict(stacked_axes) if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
     for pattern, axes in stacks.items():
         if not isinstance(pattern, str):
-            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}.")
+            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {shown(pattern)}.")
         if not is_whole(axes) or axes < 0:
             raise ValueError(
-                f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
+                f"weights_only: stacked_axes must be a number of leading axes >= 0, got {shown(axes)} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
         language.checked_patterns("weights_only", pattern)
@@ -169,7 +172,7 @@ def weights_only(
 
 def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
     """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
-    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)]
+    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)] or [(0, "")]
     while len(found) > 1 and found[-1][1] in _STORAGE:
         found.pop()
     said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]
@@ -232,7 +235,7 @@ def _unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stac
 
 
 def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | Role] | None) -> str:
-    shown = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
+    first = ", ".join(f"{leaf.path!r} {leaf.shape}" for leaf in unknown[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     names = {leaf.path: leaf.path.rpartition("/")[2] for leaf in unknown}
     lines: dict[str, bool] = {}
@@ -246,7 +249,7 @@ def _unknown(unknown: Sequence[Leaf], tree: Tree, owners: Mapping[str, Owner | R
     name, owner = names[unknown[0].path], (owners or {}).get(unknown[0].path)
     layer = owner.name if isinstance(owner, Owner) else "MyLayer"
     message = (
-        f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {shown}"
+        f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: {first}"
         f"{more}. Say for each whether it decays: by_path({{{line}{', ...' if len(lines) > 4 else ''}}}, "
         "default=weights_only()). Or exclude all of them: weights_only(unknown=False). For your own layer class, write "
         f"register_layer({layer}, weights=({name!r},)) and weights_only(model). Linen models also need their inputs."

@@ -56,7 +56,7 @@ def plan(params: Params, weight_decay: Rate = 1.0, mask: Mask = None, *, frozen:
         <BLANKLINE>
         decayed 6 of 9 parameters in 1 of 2 arrays
     """
-    leaves = trees.flatten_with_paths(params)
+    leaves = trees.parameters("plan", params, may_hold=["functions"])
     weight_decay = rate_or_rules("plan", "weight_decay", weight_decay)
     rates = [Decision(weight_decay, "")] * len(leaves)
     chosen = asked("plan", mask, params, leaves, "all")

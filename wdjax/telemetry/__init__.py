@@ -19,6 +19,7 @@ from .._engine import checks, mesh_axes, trees
 from .._engine.loop import Action, DecayState
 from .._engine.rules import Decision, decisions, possible_values
 from .._engine.steps import nodes, stepped
+from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low, is_narrow
@@ -122,6 +123,7 @@ def monitor(
     axes = mesh_axes.names(where, axis_name)
 
     def init_fn(params: PyTree) -> MonitorState:
+        trees.parameters(where, params)
         measured = _nothing_measured(action, groups, params)
         # The decay itself warns of arrays that occur twice.
         return MonitorState(action.init(params, aliases=lambda path: False), measured, inner.init(params))
@@ -213,10 +215,12 @@ def _check_groups(where: str, groups: Any) -> None:
     if isinstance(groups, Rules):
         wrong = [value for value in possible_values(groups) if not isinstance(value, str)]
         if wrong:
-            raise TypeError(f"{where}: groups must be strings, but {groups!r} holds {wrong[0]!r}. Write {write}.")
+            raise TypeError(
+                f"{where}: groups must be strings, but {shown(groups)} holds {shown(wrong[0])}. Write {write}."
+            )
     elif groups is not None and (not callable(groups) or isinstance(groups, type)):
         raise TypeError(
-            f"{where}: groups must be Rules of strings, or a function from a Leaf to a string, got {groups!r}. "
+            f"{where}: groups must be Rules of strings, or a function from a Leaf to a string, got {shown(groups)}. "
             f"Write {write}, or groups=lambda leaf: leaf.path for one group per array."
         )
 
@@ -232,7 +236,7 @@ def _labels(action: Action, groups: Any, params: PyTree, leaves: Sequence[tuple[
     for path, leaf in leaves:
         label = groups(trees.describe(path, leaf)) if trees.is_decayable(leaf) else None
         if trees.is_decayable(leaf) and not isinstance(label, str):
-            raise TypeError(f"{action.where}: groups must return a string, but returned {label!r} for {path!r}.")
+            raise TypeError(f"{action.where}: groups must return a string, but returned {shown(label)} for {path!r}.")
         labels.append(label)
     return labels
 
