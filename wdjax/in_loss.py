@@ -43,7 +43,8 @@ def l2_penalty(
         params: a tree of parameters. Integers, booleans, PRNG keys and None are left out. For an NNX module, pass
             `nnx.state(model, nnx.Param)`, because its batch statistics are numbers too.
         weight_decay, mask: as `decoupled_decay`, except that a loss has no step for a schedule.
-        toward: None for zero, or a tree like params, which may leave out parameters that do not decay.
+        toward: None for zero, or a tree like params, which may leave out parameters that do not decay, and hold 0.0 for
+            zero, as in `decoupled_decay`.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then gets
             the penalty of the whole parameters. An array that is known to be the same on all devices of the axis
             counts once. With check_vma=False nothing is known, and all arrays count as split.

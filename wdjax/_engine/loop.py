@@ -27,7 +27,7 @@ from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_a
 from .masks import flags, prefixes
 from .rates import rate_or_rules
 from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
-from .text import lacks
+from .text import lacks, shown
 from .unstable import as_arguments
 
 PyTree = Any
@@ -326,12 +326,12 @@ class Action:
         paths = {path: np.shape(leaf) for path, leaf in leaves}
         nodes = {node for path in paths for node in prefixes(path)}
         write = f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
-        for path, anchor in given.items():
-            if _is_number(anchor) and path in nodes - zeros and paths.get(path) != ():
+        for path in [path for path, anchor in given.items() if path in nodes - zeros and not trees.is_hole(anchor)]:
+            if path not in paths or (_is_number(given[path]) and paths[path] != ()):
+                at, there = f"at {path!r}" if path else "alone", "an array" if path in paths else "more"
                 raise ValueError(
-                    f"{self.where}: toward is {anchor}{f' at {path!r}' if path else ''}, but the only number that may "
-                    "stand for arrays is 0.0, for zero. "
-                    f" Give an array like the parameter: jnp.full_like(p, {anchor}). {write}"
+                    f"{self.where}: toward is {shown(given[path])} {at}, where params have {there}. Give an array for "
+                    f"each parameter, or 0.0 for zeros. {write}"
                 )
         acting = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
         pulled = [(path, leaf) for path, leaf in acting if zeros.isdisjoint(prefixes(path))]
@@ -339,11 +339,8 @@ class Action:
         known = {path for path in given if path in paths or path.startswith(holes)} | (zeros & nodes)
         extra = [path for path, anchor in given.items() if not (path in known or trees.is_hole(anchor))]
         if missing or extra:
-            zero = (
-                f" For zero write 0.0: toward={_with_zero(missing[0], given)}."
-                if missing and paths.keys() & given
-                else ""
-            )
+            fits = missing and not paths.keys().isdisjoint(given)
+            zero = f" For zero write 0.0: toward={_with_zero(missing[0], given)}." if fits else ""
             raise ValueError(f"{self.where}: toward must be a tree like params. {lacks(missing, extra)}{zero} {write}")
         for path, leaf in pulled:
             anchor = given[path]

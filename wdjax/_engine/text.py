@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ def shown(value: Any) -> str:
     if isinstance(value, (np.ndarray, jax.Array)) and (value.shape or not isinstance(value.dtype, np.dtype)):
         return f"an array of shape {value.shape}"
     try:
-        leaves = jax.tree.leaves(value)
+        leaves = jax.tree.leaves([] if isinstance(value, Iterator) else value)
     except (TypeError, ValueError):  # A dictionary whose keys can't be sorted.
         return kind_of(value)
     arrays = sum(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
@@ -26,10 +26,10 @@ def shown(value: Any) -> str:
     if is_leaf or not arrays:
         text = repr(value)
         is_short = len(text) <= _LONGEST
-        is_said = isinstance(value, (str, np.ndarray, jax.Array)) or not re.search(r"\n|rray\(| object at 0x", text)
+        is_said = isinstance(value, (str, np.ndarray, jax.Array)) or not re.search(r"\n|rray\(|object .*at 0x", text)
         if is_said and (is_leaf or is_short):
             return text if is_short else f"{text[:_LONGEST]}..."
-    if is_leaf:
+    if is_leaf or not leaves:
         return kind_of(value)
     return f"{kind_of(value)} of " + (f"{arrays} array{'s' * (arrays != 1)}" if arrays else f"{len(leaves)} leaves")
 

@@ -148,9 +148,12 @@ def parameters(
     def is_state(node: Any) -> bool:
         return type(node).__name__.endswith("State") and _package(node) in ("optax", "wdjax")
 
-    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, of_nnx) or is_state(x))[0]
-    if is_whole := has("params") and (has("opt_state") or has("tx")):
-        nodes = [((), params)]
+    is_whole = has("params") and (has("opt_state") or has("tx"))
+    nodes: list[tuple[Any, Any]] = [((), params)]
+    if not (is_whole or isinstance(params, Iterator)):
+        nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, of_nnx) or is_state(x))[0]
+    # A model holds arrays beside its functions; `hk.transform` makes a pair of functions.
+    is_model = "functions" in may_hold and any(hasattr(node, "shape") for _, node in nodes)
     for keys, node in nodes:
         if is_whole:
             remedy = "Pass state['params']." if isinstance(params, Mapping) else "Pass state.params."
@@ -162,7 +165,7 @@ def parameters(
             remedy = "Convert them: {name: jnp.asarray(x.detach().numpy()) for name, x in model.state_dict().items()}."
         elif getattr(node, "dtype", None) == jax.dtypes.float0:
             remedy = "It is the gradient of an integer. Pass the parameters, not their gradients."
-        elif _holds_numbers(node) or ("functions" in may_hold and keys):
+        elif _holds_numbers(node) or (is_model and keys):
             continue
         else:
             remedy = (
@@ -307,9 +310,9 @@ def _structure_message(where: str, updates: PyTree, params: PyTree, paths: Seque
             "Make both from one tree, as in jax.grad(loss)(params) and jax.tree.map(f, params)."
         )
     only = {"updates": found - set(paths), "params": set(paths) - found}
-    said = "; ".join(f"only in {name}: {listed(sorted(some))}" for name, some in only.items() if some)
+    said = ". ".join(f"Only in {name}: {listed(sorted(some))}" for name, some in only.items() if some)
     return (
-        f"{where}: updates and params are trees of different structure. {said.capitalize()}. "
+        f"{where}: updates and params are trees of different structure. {said}. "
         "Pass the parameters that the gradients belong to: optimizer.update(grads, state, params)."
     )
 

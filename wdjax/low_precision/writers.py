@@ -80,7 +80,8 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
         ([1.9921875, 2.0], 1.998)
     """
     where = "stochastic_rounding"
-    if isinstance(seed, (bool, np.bool_)) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
+    is_integer = isinstance(seed, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(seed, bool)
+    if not is_integer or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
         raise TypeError(f"{where}: seed must be an integer, got {shown(seed)}. Write {where}(seed=0).")
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
