@@ -14,6 +14,7 @@ import numpy as np
 from . import checks
 from .arithmetic import Term
 from .rates import values_of
+from .text import listed
 
 # Each of the first steps, then 16 counts for each power of two. So they meet the peak of a warmup closely.
 _COUNTS = (*range(16), *(16 * 2**k + i * 2**k for k in range(16) for i in range(16)), 2**20)
@@ -92,5 +93,5 @@ def smallest_fraction(dtype: Any) -> float:
 
 
 def _named(paths: Sequence[str], total: int) -> str:
-    shown = ", ".join(map(repr, paths[:3]))
-    return shown if total <= 3 else f"{shown} and {total - min(3, len(paths))} more"
+    others = total - len(paths)
+    return listed(paths, 3) + (f" and {others} at other rates" if others else "")

@@ -323,8 +323,8 @@ def _difference(update: PyTree, param: PyTree, path: str) -> tuple[str, str] | N
     if is_hole(update) or not (keys or of_param):
         return None
     if one_level == one_level_of_param:
-        for key, *both in zip(keys, nodes, nodes_of_param, strict=True):
-            if found := _difference(*both, f"{path}/{key}".removeprefix("/")):
+        for key, below, below_param in zip(keys, nodes, nodes_of_param, strict=True):
+            if found := _difference(below, below_param, f"{path}/{key}".removeprefix("/")):
                 return found
         return None
     if type(update) is not type(param):
