@@ -179,7 +179,7 @@ class Rules(abc.ABC):
     __and__ = __rand__ = __or__ = __ror__ = __sub__ = __rsub__ = __invert__ = _no_algebra
 
     def __repr__(self) -> str:
-        return "".join(f"{shown(factor)} * " for factor in self.factors) + self._written()
+        return "".join(f"{printed(factor)} * " for factor in self.factors) + self._written()
 
     @abc.abstractmethod
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
@@ -277,6 +277,11 @@ def call(name: str, *said: Any, **named: Any) -> str:
     """A call as it is written, without the arguments that are None."""
     rest = [f"{key}={value}" for key, value in named.items() if value is not None]
     return f"{name}({', '.join([*map(str, said), *rest])})"
+
+
+def printed(value: Any) -> str:
+    """A value in a rule set that is printed. An array is printed by its shape."""
+    return shown(value) if np.ndim(value) else repr(value)
 
 
 def is_whole(value: Any) -> bool:

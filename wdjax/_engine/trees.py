@@ -182,7 +182,7 @@ def _holds_numbers(leaf: Any) -> bool:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, bool, int, float, complex)):
         return True
     dtype = getattr(leaf, "dtype", None)
-    return isinstance(dtype, np.dtype) and dtype.kind not in "OSUMm"
+    return dtype.kind not in "OSUMm" if isinstance(dtype, np.dtype) else isinstance(dtype, type)
 
 
 def _package(node: Any) -> str:

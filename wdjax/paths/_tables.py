@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._engine import checks
-from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, read
+from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, printed, read
 from .._engine.text import shown
 from . import language
 from .language import Pattern, Patterns
@@ -77,8 +77,8 @@ class Table(Rules, kind="by_path"):
         return [v for value in values for v in (value._values() if isinstance(value, Rules) else [value])]
 
     def _written(self) -> str:
-        table = ", ".join(f"{patterns}: {shown(value)}" for patterns, value in self.rules)
-        default = "" if self.default is None else f", default={shown(self.default)}"
+        table = ", ".join(f"{patterns}: {printed(value)}" for patterns, value in self.rules)
+        default = "" if self.default is None else f", default={printed(self.default)}"
         return f"by_path({{{table}}}{default})"
 
     @staticmethod
