@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "an error prints the numbers of arrays",
         "_engine/text.py",
-        "if is_leaf or not arrays:",
-        "if True:",
+        "(value.shape or not isinstance(value.dtype, np.dtype)):",
+        "False:",
         (BAD_INPUT,),
     ),
     Mutation(
