@@ -1,8 +1,12 @@
 """Bad input: each mistake gets an error that names the function, the value and the call to write instead."""
 
+import dataclasses
+import functools
+import inspect
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,11 +180,29 @@ def test_a_traced_mask() -> None:
 
 BAD_ANCHORS = [
     ("start", "toward must be None (zero), a tree like params, or 'init', got 'start'"),
-    ({"Dense_0": {"kernel": jnp.ones((2, 3))}}, "toward must be a tree like params. It lacks ['Dense_0/bias']"),
-    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "params lack ['Dense_0/scale']"),
+    (
+        {"Dense_0": {"kernel": jnp.ones((2, 3))}},
+        "toward must be a tree like params. It lacks 'Dense_0/bias'. For zero write 0.0: toward={..., 'Dense_0': {",
+    ),
+    ({"Dense_0": {**PARAMS["Dense_0"], "scale": jnp.ones(1)}}, "Params lack 'Dense_0/scale'. Write"),
     ({"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}}, "toward has shape (3, 2) at 'Dense_0/kernel'"),
-    ({"Dense_0": {"kernel": 0.0, "bias": 0.0}}, "toward has shape () at 'Dense_0/bias', but the parameter has (3,)"),
-    (0.0, "toward must be a tree like params"),
+    (
+        {"Dense_0": 0.5},
+        "toward is 0.5 at 'Dense_0', where params have more. Give an array for each parameter, or 0.0 for zeros.",
+    ),
+    ({"Dense_0": {"kernel": 0.0, "bias": -1}}, "toward is -1 at 'Dense_0/bias', where params have an array."),
+    (0.5, "toward is 0.5 alone, where params have more."),
+    ({"Dense_0": 0.0, "Dense_1": 0.0}, "Params lack 'Dense_1'"),
+    ({"Dense_1": 0.0}, "It lacks 'Dense_0/bias', 'Dense_0/kernel', and params lack 'Dense_1'. Write"),
+    ({"Dense_0": None}, "It lacks 'Dense_0/bias', 'Dense_0/kernel'"),
+    ({"Dense_0": False}, "toward is False at 'Dense_0', where params have more."),
+    (jnp.ones(3), "toward is an array of shape (3,) alone, where params have more."),
+    ({"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": False}}, "toward has shape () at 'Dense_0/bias'"),
+    (
+        {"Dense_0": {"kernel": jnp.ones((2, 3), jnp.int8), "bias": 0.0}},
+        "toward is int8 at 'Dense_0/kernel', but the parameter is float32. Convert it: a.astype(p.dtype).",
+    ),
+    ({"Dense_0": {"kernel": jnp.ones((2, 3), jnp.complex64), "bias": 0.0}}, "toward is complex64 at 'Dense_0/kernel'"),
 ]
 
 
@@ -267,10 +289,71 @@ def test_cautious_of_a_whole_optimizer(optimizer: Any) -> None:
         wdjax.cautious(optimizer).init(PARAMS)
 
 
-def test_updates_in_other_containers() -> None:
-    optimizer, params = wdjax.decoupled_decay(0.1), (jnp.ones(1), jnp.ones(1))
-    with pytest.raises(ValueError, match="the same paths in different containers"):
-        optimizer.update(list(params), optimizer.init(params), params)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    """Leaves with the names of those in a dictionary, and something that is no leaf."""
+
+    a: Any
+    b: Any
+    name: str = dataclasses.field(default="one", metadata={"static": True})
+
+
+class Named(NamedTuple):
+    a: Any
+    b: Any
+
+
+SGD = optax.sgd(0.1)
+ONE, TWO = np.ones(1), np.ones(2)  # NumPy arrays of their own in each tree, which would be aliases otherwise.
+AB: dict[str, Any] = {"a": ONE, "b": TWO}
+CONTAINERS = [
+    ([ONE, TWO], (ONE, TWO), "at the root, updates have a list and params a tuple."),
+    ({"x": [ONE, TWO]}, {"x": (ONE, TWO)}, "at 'x', updates have a list and params a tuple."),
+    ([[ONE, [TWO]]], [[ONE, (TWO,)]], "at '0/1', updates have a list and params a tuple."),
+    (OrderedDict(AB), AB, "at the root, updates have a collections.OrderedDict and params a dict."),
+    (defaultdict(list, AB), AB, "at the root, updates have a collections.defaultdict and params a dict."),
+    ({"x": Pair(**AB)}, {"x": AB}, "at 'x', updates have a test_bad_input.Pair and params a dict."),
+    ({"x": AB}, {"x": Named(**AB)}, "at 'x', updates have a dict and params a test_bad_input.Named."),
+    (
+        {"x": OrderedDict(b=TWO, a=ONE)},
+        {"x": OrderedDict(a=ONE, b=TWO)},
+        "at 'x', updates have the keys in the order ['b', 'a'] and params in the order ['a', 'b'] (JAX sorts a plain",
+    ),
+    (
+        [Pair(**AB, name="two")],
+        [Pair(**AB)],
+        "at '0', the static fields ['name'] of a test_bad_input.Pair differ. Make both from one tree",
+    ),
+]
+
+
+@pytest.mark.parametrize(("updates", "params", "words"), CONTAINERS, ids=[str(i) for i in range(len(CONTAINERS))])
+def test_updates_in_other_containers(updates: Any, params: Any, words: str) -> None:
+    nothing = wdjax.by_path({}, default=False)
+    for where, optimizer in (("decoupled_decay", wdjax.decoupled_decay(0.1)), ("freeze", wdjax.freeze(SGD, nothing))):
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            optimizer.update(updates, optimizer.init(params), params)
+        assert str(caught.value).startswith(f"{where}: updates and params have the same paths in different containers")
+
+
+def test_updates_with_other_paths() -> None:
+    blocks = {f"block_{i}": {"kernel": np.ones(i + 1), "bias": np.ones(i + 1)} for i in range(12)}
+    optimizer = wdjax.decoupled_decay(0.1)
+    state = optimizer.init(blocks)
+    with pytest.raises(
+        ValueError, match=re.escape("structure. Only in params: 'block_11/bias', 'block_11/kernel'. Pass")
+    ):
+        optimizer.update({name: block for name, block in blocks.items() if name != "block_11"}, state, blocks)
+    words = "Only in updates: 'w'. Only in params: 'block_{0..11}/bias', 'block_{0..11}/kernel'. Pass"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        optimizer.update({"w": np.ones(1)}, state, blocks)
+    words = "it has no entry for 'block_{0..11}/bias', 'block_{0..11}/kernel'. Build"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        wdjax.decoupled_decay(0.1, {"w": True}).init(blocks)
+    letters = {letter: np.ones(1) for letter in "abcdefgh"}
+    with pytest.raises(ValueError, match=re.escape("no entry for 'a', 'b', 'c', 'd', 'e' and 3 more. Build")):
+        wdjax.decoupled_decay(0.1, {"w": True}).init(letters)
 
 
 @pytest.mark.parametrize("decay", [0.1, None, wdjax.decoupled_decay, optax.sgd])
@@ -285,3 +368,167 @@ def test_the_learning_rate_of_a_recipe_is_one_number() -> None:
     for recipe in (wdjax.adamw, wdjax.sgdw):
         with pytest.raises(TypeError, match=rf"^{recipe.__name__}: learning_rate must be a number"):
             recipe({"kernel": 0.1}, 0.1)
+
+
+# What newcomers hand in as params. What the libraries hand out is in test_frameworks.py.
+
+
+@dataclasses.dataclass
+class State:
+    """A training state of one's own."""
+
+    params: Any
+    opt_state: Any
+
+
+class Tensor:
+    """What is refused is known by its package."""
+
+    __module__ = "torch"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TreeState(State):
+    """A training state that is a tree."""
+
+
+ENTRIES: dict[str, Callable[[Any], Any]] = {
+    "decoupled_decay": lambda params: wdjax.decoupled_decay(0.1).init(params),
+    "add_l2_to_grads": lambda params: wdjax.adam_l2(0.1, 0.1).init(params),
+    "adamw": lambda params: wdjax.adamw(0.1, 0.1).init(params),
+    "sgdw": lambda params: wdjax.sgdw(0.1, 0.1).init(params),
+    "with_decoupled_decay": lambda params: wdjax.with_decoupled_decay(optax.adam(0.1), 0.1, learning_rate=0.1).init(
+        params
+    ),
+    "monitor": lambda params: wdjax.monitor(optax.adam(0.1)).init(params),
+    "freeze": lambda params: wdjax.freeze(optax.adam(0.1), wdjax.only("kernel")).init(params),
+    "in_float32": lambda params: wdjax.in_float32(optax.adam(0.1)).init(params),
+    "compensated": lambda params: wdjax.compensated().init(params),
+    "decoupled_lora_decay": lambda params: wdjax.decoupled_lora_decay(0.1).init(params),
+    "l2_penalty": lambda params: wdjax.l2_penalty(params, 0.1),
+    "penalty": lambda params: wdjax.penalty(params, wdjax.L2(), 0.1),
+    "plan": wdjax.plan,
+    "audit": lambda params: wdjax.audit(wdjax.adamw(0.1, 0.1), params),
+    "assert_only_decays": lambda params: testing.assert_only_decays(optax.sgd(0.1), params, 0.0),
+    "Rules.mask": lambda params: wdjax.weights_only(unknown=True).mask(params),
+    "Rules.values": lambda params: wdjax.by_path({}, default=0.1).values(params),
+}
+ARRAYS = (
+    "Pass the arrays of a model: model.init(key, inputs)['params'] in Linen, nnx.state(model, nnx.Param) in NNX, eqx"
+)
+NO_PARAMS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a state": (lambda: State(PARAMS, None), "got a test_bad_input.State. Pass state.params."),
+    "a tree state": (lambda: TreeState(PARAMS, 1.0), "got a test_bad_input.TreeState of 2 arrays. Pass state.params."),
+    "a saved state": (lambda: {"params": PARAMS, "opt_state": 1}, "got a dict of 2 arrays. Pass state['params']."),
+    "an optimizer's state": (
+        lambda: optax.adam(0.1).init(PARAMS),
+        "got an optax.ScaleByAdamState of 5 arrays at '0'. Pass the parameters that optimizer.init got, not its state.",
+    ),
+    "a decay's state": (
+        lambda: wdjax.decoupled_decay(0.1).init(PARAMS),
+        "got a wdjax.DecayState of 1 array. Pass the parameters that optimizer.init got, not its state.",
+    ),
+    "tensors": (
+        lambda: {"weight": Tensor()},
+        "got a torch.Tensor at 'weight'. Convert them: {name: jnp.asarray(x.detach().numpy()) for name, x in model.sta",
+    ),
+    "a list of tensors": (lambda: [Tensor()], "got a torch.Tensor at '0'. Convert them:"),
+    "a gradient of an integer": (
+        lambda: {"w": np.zeros(2, jax.dtypes.float0)},
+        "got an array of shape (2,) at 'w'. It is the gradient of an integer. Pass the parameters, not their",
+    ),
+    "a generator": (lambda: (x for x in [1.0]), f"got a generator. {ARRAYS}"),
+    "a text": (lambda: "params", f"got 'params'. {ARRAYS}"),
+    "a function": (lambda: np.tanh, f"got <ufunc 'tanh'>. {ARRAYS}"),
+    "a class": (lambda: State, f"got <class 'test_bad_input.State'>. {ARRAYS}"),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("given", NO_PARAMS)
+def test_what_is_no_tree_of_parameters(entry: str, given: str) -> None:
+    make, words = NO_PARAMS[given]
+    with pytest.raises(TypeError) as caught:
+        ENTRIES[entry](make())
+    message = str(caught.value)
+    assert message.startswith(f"{entry}: params must be a tree of parameters, got ")
+    assert words in message
+
+
+WHOLE = {"kernel": np.ones((2, 2)), "activation": np.tanh, "name": "x", "size": 3}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_functions_and_names_in_a_model(entry: str) -> None:
+    if entry in ("l2_penalty", "penalty", "plan", "Rules.mask"):  # A gradient and a rule may be of a whole model.
+        assert ENTRIES[entry](WHOLE) is not None
+    elif entry == "Rules.values":
+        assert ENTRIES[entry](WHOLE)["kernel"] == 0.1
+    else:
+        with pytest.raises(
+            TypeError, match=rf"{entry}: params must be .*, got <ufunc 'tanh'> at 'activation'\. Pass the"
+        ):
+            ENTRIES[entry](WHOLE)
+
+
+def test_toward_is_a_tree_of_parameters_too() -> None:
+    for toward, words in ((State(PARAMS, None), "got a test_bad_input.State. Pass state.params."), (np.tanh, ARRAYS)):
+        for build in (
+            wdjax.decoupled_decay,
+            functools.partial(wdjax.adamw, 0.1),
+            functools.partial(wdjax.l2_penalty, PARAMS),
+        ):
+            with pytest.raises(TypeError, match=f"toward must be a tree of parameters, .*{re.escape(words)}"):
+                build(0.1, toward=toward)
+    shapes = wdjax.decoupled_decay(0.1, toward=jax.eval_shape(lambda: PARAMS))
+    state = jax.eval_shape(shapes.init, PARAMS)  # The shapes of a state may be asked of shapes.
+    with pytest.raises(TypeError, match="toward holds shapes without values"):
+        shapes.update(PARAMS, state, PARAMS)
+
+
+# No error prints the numbers of arrays.
+
+LARGE = {f"layer_{i}": {"kernel": np.full((40, 40), 1.2345678, np.float32), "bias": np.ones(3)} for i in range(12)}
+GIVEN = {
+    "params": PARAMS,
+    "updates": PARAMS,
+    "weight_decay": 0.1,
+    "strength": 0.1,
+    "learning_rate": 0.1,
+    "kind": wdjax.L2(),
+    "optimizer": optax.sgd(0.1),
+    "decay": wdjax.decoupled_decay(0.1),
+    "mask": wdjax.only("kernel"),
+    "opt_state": wdjax.monitor(optax.sgd(0.1)).init(PARAMS),
+    "rules": {"kernel": 0.1},
+    "expected": 0.0,
+}
+OF_TESTING = (testing.assert_only_decays, testing.assert_audit)
+EVERY = [f for f in vars(wdjax).values() if inspect.isfunction(f)]
+ARGUMENTS = [(f, name) for f in (*EVERY, *OF_TESTING) for name in inspect.signature(f).parameters if name != "options"]
+# Where such a tree may be meant, where all that counts is whether it is empty, and what is not looked at here.
+TAKEN = {"params", "nesterov", "full_size", "extra_args", "call_kwargs", "steps"}
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:plan")
+@pytest.mark.parametrize(("function", "name"), ARGUMENTS, ids=[f"{f.__name__}-{name}" for f, name in ARGUMENTS])
+def test_no_error_prints_arrays(function: Any, name: str) -> None:
+    parameters = inspect.signature(function).parameters
+    is_variadic = parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+    needed = [n for n, p in parameters.items() if p.default is p.empty and n in GIVEN and n != name]
+    for large in (LARGE, list(LARGE.values()), LARGE["layer_0"]["kernel"], jnp.asarray(LARGE["layer_0"]["kernel"])):
+        given, message = {n: GIVEN[n] for n in needed} | ({} if is_variadic else {name: large}), ""
+        try:
+            made = function(*([large] * is_variadic), **given)
+            if isinstance(made, optax.GradientTransformation):
+                made.update(PARAMS, made.init(PARAMS), PARAMS)
+            if isinstance(made, wdjax.Rules):
+                assert "1.23" not in repr(made)
+                made.values(PARAMS)
+        except (TypeError, ValueError) as error:
+            message = str(error)
+        assert len(message) < 1000
+        assert "1.23" not in message
+        assert message or name in TAKEN or (function is wdjax.by_path and name == "default")

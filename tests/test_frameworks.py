@@ -632,6 +632,101 @@ def test_nnx_variables_of_several_kinds_and_names() -> None:
     assert jax.tree.leaves(mask) == [False, True, False, False, True, True]
 
 
+# What the libraries hand out that is no tree of parameters, and what to pass instead.
+
+
+class Trained(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(2)(x))
+
+
+class Dropping(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.Linear(4, 2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+
+def variables() -> Any:
+    return Trained().init(jax.random.key(0), INPUTS)
+
+
+def train_state() -> Any:
+    return TrainState.create(apply_fn=Trained().apply, params=variables()["params"], tx=optax.adam(0.1))
+
+
+ENTRIES: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda params: wdjax.adamw(0.1, 0.1).init(params),
+    "decoupled_decay": lambda params: wdjax.decoupled_decay(0.1).init(params),
+    "freeze": lambda params: wdjax.freeze(optax.adam(0.1), wdjax.by_path({}, default=False)).init(params),
+    "monitor": lambda params: wdjax.monitor(optax.adam(0.1)).init(params),
+    "plan": lambda params: wdjax.plan(params, 0.1),
+    "audit": lambda params: wdjax.audit(wdjax.adamw(0.1, 0.1), params),
+    "l2_penalty": lambda params: wdjax.l2_penalty(params, 0.1),
+}
+OF_NNX, OF_A_MODEL = (
+    "Pass nnx.state(model, nnx.Param).",
+    "Pass the arrays of a model: model.init(key, inputs)['params'] in",
+)
+HANDED_OUT: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "TrainState of Linen": (train_state, "got a flax.TrainState of ", "arrays. Pass state.params."),
+    "Module of Linen": (Trained, "got Trained", OF_A_MODEL),
+    "class of a Module": (lambda: Trained, "got <class 'test_frameworks.Trained'>. ", OF_A_MODEL),
+    "nnx.Optimizer": (lambda: nnx.Optimizer(NNXNet(), optax.adam(0.1), wrt=nnx.Param), "got a flax.Optimizer", OF_NNX),
+    "nnx.Module with statistics": (Normed, "", OF_NNX),
+    "nnx.State with statistics": (
+        lambda: nnx.state(Normed()),
+        "got a flax.BatchStat of 1 array at 'norm/mean'. ",
+        OF_NNX,
+    ),
+    "nnx.State with keys": (lambda: nnx.state(Dropping()), "at 'dropout/rngs/count'. ", OF_NNX),
+    "nnx.State of statistics": (lambda: nnx.state(Normed(), nnx.BatchStat), "got a flax.BatchStat", OF_NNX),
+    "nnx.split": (lambda: nnx.split(Normed()), "at '1/norm/mean'. ", OF_NNX),
+    "whole Equinox model": (EquinoxNet, " at 'mlp/activation'. ", OF_A_MODEL),
+    "transformed Haiku": (lambda: hk.transform(lambda x: hk.Linear(2)(x)), "init_fn", OF_A_MODEL),
+}
+ACCEPTED_WHOLE = ("plan", "l2_penalty")  # Equinox differentiates whole models, and rules may be asked about them.
+
+
+@pytest.mark.filterwarnings("ignore:plan")
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", HANDED_OUT)
+def test_what_libraries_hand_out_beside_parameters(name: str, entry: str) -> None:
+    make, got, remedy = HANDED_OUT[name]
+    if name == "whole Equinox model" and entry in ACCEPTED_WHOLE:
+        assert ENTRIES[entry](make()) is not None
+        return
+    with pytest.raises(TypeError, match=rf"^{entry}: params must be a tree of parameters, got ") as caught:
+        ENTRIES[entry](make())
+    message = str(caught.value)
+    assert got in message
+    assert remedy in message
+    assert len(message) < 400
+
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "all collections of Linen": variables,
+    "state of a model": lambda: train_state().params,
+    "parameters of NNX": lambda: nnx.state(Normed(), nnx.Param),
+    "parameters of LoRA": lambda: nnx.state(nnx.LoRA(2, 1, 2, rngs=nnx.Rngs(0)), nnx.LoRAParam),
+    "filtered model of Equinox": lambda: eqx.filter(EquinoxNet(), eqx.is_inexact_array),
+}
+
+
+@pytest.mark.filterwarnings("ignore:plan")
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_plainly_are_parameters_is_taken(name: str, entry: str) -> None:
+    assert ENTRIES[entry](PLAIN[name]()) is not None
+
+
 # Haiku: prefix trees by module name, one of which is the beginning of another.
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ._engine import checks, mesh_axes, trees
 from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Params, Rate, StackedAxes
 from .paths import stacks
 from .penalties import L2, Penalty, check_kind, is_elementwise, weighted_value
@@ -42,7 +43,8 @@ def l2_penalty(
         params: a tree of parameters. Integers, booleans, PRNG keys and None are left out. For an NNX module, pass
             `nnx.state(model, nnx.Param)`, because its batch statistics are numbers too.
         weight_decay, mask: as `decoupled_decay`, except that a loss has no step for a schedule.
-        toward: None for zero, or a tree like params, which may leave out parameters that do not decay.
+        toward: None for zero, or a tree like params, which may leave out parameters that do not decay, and hold 0.0 for
+            zero, as in `decoupled_decay`.
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. Every device then gets
             the penalty of the whole parameters. An array that is known to be the same on all devices of the axis
             counts once. With check_vma=False nothing is known, and all arrays count as split.
@@ -112,10 +114,10 @@ def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> j
     axes = mesh_axes.names(where, axis_name)
     if set(axes) & set(mesh_axes.names(where, getattr(kind, "axis_name", None))):
         raise ValueError(
-            f"{where}: {kind!r} already takes its norms over all devices of {axis_name!r}, so axis_name={axis_name!r} "
-            f"would count each norm once per device. Leave axis_name out of {where}."
+            f"{where}: {shown(kind)} already takes its norms over all devices of {axis_name!r}, so "
+            f"axis_name={axis_name!r} would count each norm once per device. Leave axis_name out of {where}."
         )
-    leaves = trees.flatten_with_paths(params)
+    leaves = trees.parameters(where, params, may_hold=["functions"])  # Equinox differentiates whole models.
     dtype = jnp.finfo(compute_dtype(*(leaf for _, leaf in leaves if trees.is_decayable(leaf)))).dtype
 
     def value(_: jax.Array, p: jax.Array, a: jax.Array | None, strength: Strength) -> jax.Array:

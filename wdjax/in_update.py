@@ -19,6 +19,7 @@ from ._engine.arithmetic import Strength, away, cast, minus, plus, stateless, su
 from ._engine.loop import Action, transformation
 from ._engine.loop import DecayState as DecayState
 from ._engine.probe import blank
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Rate
 
 PyTree = Any
@@ -40,7 +41,8 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
             Instead of a boolean it may hold an array of booleans that broadcasts against the parameter.
         toward: None for zero; a tree like params, which may leave out parameters that do not decay (it is a constant in
-            the compiled step); or "init" for the values at `init`, which the state keeps.
+            the compiled step); or "init" for the values at `init`, which the state keeps. In a tree, the number 0.0
+            stands for zero, for one parameter or for all below: `{"encoder": pretrained, "head": 0.0}`.
 
     Returns:
         An `optax.GradientTransformation` with a `DecayState`. Its `update` needs `params`. Updates keep their dtype.
@@ -84,7 +86,7 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
 
     Warns:
         UserWarning: at `init`, if weight_decay is known by then and so small that it rounds to nothing in the dtype of
-            a parameter, or so large (1 or more) that weights overshoot.
+            a parameter, or so large (1 or more) that weights overshoot. Of a schedule the largest value counts.
 
     Example:
 
@@ -115,7 +117,7 @@ def continuous_decay(
     Args, Returns, Raises: as `decoupled_decay`; learning_rate is the optimizer's number or schedule. A schedule is
     called with this transformation's own count of updates, which starts at 0.
 
-    Warns: UserWarning at `init`, if learning_rate * weight_decay is known to round to nothing.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay is known to round to nothing, in every step.
 
     Example:
 
@@ -167,7 +169,7 @@ def cautious(decay: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     if not isinstance(decay, optax.GradientTransformation):
         raise TypeError(
-            f"cautious: decay must be a gradient transformation, got {decay!r}. "
+            f"cautious: decay must be a gradient transformation, got {shown(decay)}. "
             "Write cautious(decoupled_decay(0.1, mask))."
         )
     inner = optax.with_extra_args_support(decay)

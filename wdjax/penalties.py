@@ -29,6 +29,7 @@ import numpy as np
 
 from ._engine import mesh_axes
 from ._engine.arithmetic import LeafRule, Strength, stateless
+from ._engine.text import shown
 
 
 @runtime_checkable
@@ -69,7 +70,8 @@ def prox(kind: Any, w: jax.Array, step: jax.Array) -> jax.Array:
 def _like(kind: Any, method: str, result: Any, shape: tuple[int, ...]) -> Any:
     if np.shape(result) != shape:
         raise ValueError(
-            f"{kind!r}: {method} must return an array of shape {shape}, but it returned the shape {np.shape(result)}."
+            f"{shown(kind)}: {method} must return an array of shape {shape}, but it returned the shape "
+            f"{np.shape(result)}."
         )
     return result
 
@@ -81,8 +83,8 @@ def weighted_value(where: str, kind: Any, w: jax.Array, strength: Strength) -> j
     held = [name for name, x in getattr(kind, "__dict__", {}).items() if np.ndim(x)]
     if parts and held and not is_ours(kind):
         raise ValueError(
-            f"{where}: {kind!r} holds an array, {held[0]!r}, and is called for each part of a parameter whose strength "
-            "is an array. Multiply that array into the strength."
+            f"{where}: {shown(kind)} holds an array, {held[0]!r}, and is called for each part of a parameter whose "
+            "strength is an array. Multiply that array into the strength."
         )
     if not strength.is_known:  # Where the rate is 0, an infinite weight must not make NaN of it.
         w = jnp.where((strength.value == 0) & ~jnp.isfinite(w), 0, w)
@@ -119,8 +121,9 @@ def check_strength(where: str, kind: Any, strength: Any) -> None:
     if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
         return
     raise ValueError(
-        f"{where}: a strength of shape {np.shape(strength)} differs within a group of {kind!r}. Give one strength for "
-        "each group, with axes of size 1. If a penalty of your own is a sum over elements, set is_elementwise = True."
+        f"{where}: a strength of shape {np.shape(strength)} differs within a group of {shown(kind)}. Give one strength "
+        "for each group, with axes of size 1. If a penalty of your own is a sum over elements, set is_elementwise = "
+        "True."
     )
 
 
@@ -181,7 +184,7 @@ class ElasticNet:
     def __post_init__(self) -> None:
         if not _is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
             raise ValueError(
-                f"ElasticNet: l1_ratio must be a number from 0 to 1, got {self.l1_ratio!r}. "
+                f"ElasticNet: l1_ratio must be a number from 0 to 1, got {shown(self.l1_ratio)}. "
                 "It splits one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
             )
 
@@ -246,7 +249,7 @@ class GroupLasso:
                 axes = tuple(map(operator.index, given)) if isinstance(given, tuple) else operator.index(given)
             except TypeError:
                 raise TypeError(
-                    f"GroupLasso: {name} must be an integer, a tuple of integers or None, got {given!r}. "
+                    f"GroupLasso: {name} must be an integer, a tuple of integers or None, got {shown(given)}. "
                     "Write GroupLasso(per=-1) for one group for each index along the last axis, or GroupLasso(axis=0)."
                 ) from None
             object.__setattr__(self, name, axes)
@@ -312,7 +315,9 @@ class Huber:
 
     def __post_init__(self) -> None:
         if not _is_number(self.delta) or not 0 < self.delta < math.inf:
-            raise ValueError(f"Huber: delta must be positive and finite, got {self.delta!r}. Write Huber(delta=1.0).")
+            raise ValueError(
+                f"Huber: delta must be positive and finite, got {shown(self.delta)}. Write Huber(delta=1.0)."
+            )
 
     def value(self, w: jax.Array) -> jax.Array:
         size = _modulus(w)
@@ -385,6 +390,6 @@ def check_kind(where: str, kind: Any, *needs: str) -> None:
         return
     name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
     raise TypeError(
-        f"{where}: kind must be a penalty with the method {' or '.join(needs)}, got {kind!r}. "
+        f"{where}: kind must be a penalty with the method {' or '.join(needs)}, got {shown(kind)}. "
         f"Write {where}({name}(), ...), with {name} from wdjax; a penalty of your own needs that method."
     )

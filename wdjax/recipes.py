@@ -13,7 +13,7 @@ from typing import Any
 
 import optax
 
-from ._engine import checks
+from ._engine import checks, trees
 from ._engine.loop import Action
 from ._engine.types import Anchor, Mask, Rate
 from .in_gradient import add_l2_to_grads
@@ -165,6 +165,7 @@ def _watched(where: str, chain: Any, rates: dict[str, Any], mask: Mask) -> optax
     action = Action(where, rates, mask)
 
     def init_fn(params: Any) -> Any:
+        trees.parameters(where, params)  # Before Adam's zeros are made of it.
         state = chain.init(params)
         action.warn_of_rates(params)
         return state

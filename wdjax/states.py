@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._engine import checks, trees
 from ._engine.masks import prefixes
-from ._engine.text import merged, merged_texts
+from ._engine.text import listed
 from ._engine.types import Optimizer, Params
 
 PyTree = Any
@@ -121,18 +121,9 @@ def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
     only_old = [path for path in only_old if not _is_measured(path, old)]
     frozen = [path for path in only_old if not new_holes.isdisjoint(prefixes(path))]
     extra = [path for path in only_old if new_holes.isdisjoint(prefixes(path))]
-    faults = [f"Only the state has {named(extra)}."] * bool(extra)
-    faults += [f"Only optimizer.init(params) has {named(missing)}."] * bool(missing) + differing[:3]
+    faults = [f"Only the state has {listed(extra)}."] * bool(extra)
+    faults += [f"Only optimizer.init(params) has {listed(missing)}."] * bool(missing) + differing[:3]
     return Matched(leaves, thawed, frozen, faults)
-
-
-def named(paths: Sequence[str]) -> str:
-    """The paths in an error, with repeated blocks as one, and at most five."""
-    alike: dict[str, list[trees.Leaf]] = collections.defaultdict(list)
-    for path in paths:
-        alike[re.sub(r"\d+", "0", path)].append(trees.Leaf(path, (), None))
-    texts = [merged_texts([row.path for row in part]) for group in alike.values() for part in merged(group)]
-    return ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
 
 
 def _holes_for_parameters(tree: dict[str, Any], places: set[str]) -> set[str]:
@@ -206,9 +197,9 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings: PyTree = No
         found = {path: next((given[p] for p in prefixes(path) if p in given), None) for path in leaves}
         used = {prefix for path in leaves for prefix in prefixes(path)}
         if extra := [path for path in given if path not in used]:
-            raise ValueError(f"{where}: the shardings have {named(extra)}, and params do not. {_GIVE}")
+            raise ValueError(f"{where}: the shardings have {listed(extra)}, and params do not. {_GIVE}")
     if bare := [path for path, sharding in found.items() if sharding is None]:
-        raise ValueError(f"{where}: {named(bare)} has no sharding. {_GIVE}")
+        raise ValueError(f"{where}: {listed(bare)} has no sharding. {_GIVE}")
     shapes = jax.eval_shape(inner.init, params)
     of_state = trees.flatten_with_paths(shapes)
     # A parameter may be called like a field of a state, such as "mu". The base of a tree like params has most of them.

@@ -23,6 +23,7 @@ except ImportError as error:
 from ._engine import checks, trees
 from ._engine.arithmetic import compute_dtype
 from ._engine.loop import Action, DecayState
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Optimizer, Params, Rate
 from ._engine.unstable import whole
 from .audits import Audit, audit
@@ -149,7 +150,10 @@ def assert_only_decays(
         >>> optimizer = wdjax.adamw(0.1, 0.01, wdjax.only("kernel"))
         >>> wdjax.testing.assert_only_decays(optimizer, params, 0.1 * 0.01, wdjax.only("kernel"))
     """
-    action = Action("assert_only_decays", {"expected": expected}, mask, toward)
+    where = "assert_only_decays"
+    optimizer = checks.finished(where, optimizer, f"{where}(optax.adamw(1e-3), params, 1e-7)")
+    action = Action(where, {"expected": expected}, mask, toward)
+    trees.parameters(where, params)
 
     def moved_from_zero(x: Any) -> Any:
         return x + jnp.where(jnp.real(x) < 0, -1, 1).astype(jnp.asarray(x).dtype) if trees.is_decayable(x) else x
@@ -200,7 +204,7 @@ def assert_audit(
     allow = (allow,) if isinstance(allow, str) else allow
     if unknown := [name for name in allow if name not in NAMES]:
         known = ", ".join(map(repr, sorted(NAMES)))
-        raise ValueError(f"assert_audit: no finding is named {unknown[0]!r}. The names are: {known}.")
+        raise ValueError(f"assert_audit: no finding is named {shown(unknown[0])}. The names are: {known}.")
     report = audit(optimizer, params, expected, mask, **options)
     faults = [finding for finding in report.findings if finding.harm != "note" and finding.name not in allow]
     if faults:

@@ -33,11 +33,11 @@ from ._engine.probe import gated
 from ._engine.rates import values_of
 from ._engine.rules import check_booleans
 from ._engine.steps import INJECTED, SKIPPING, injected, learning_rates, nodes, stepped
-from ._engine.text import shown
+from ._engine.text import listed, shown
 from ._engine.types import Anchor, Mask, Optimizer, Rate
 from ._engine.unstable import automatic, explicit_spec, is_traced, may_be_split
 from .paths import Rules
-from .states import matched, named
+from .states import matched
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)
@@ -95,6 +95,7 @@ def with_decoupled_decay(
     of_state = dataclasses.replace(action, rates={"weight_decay": weight_decay})
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
+        trees.parameters(where, params)
         state = inner.init(params)
         _refuse_what_undoes_it(state)
         _check_learning_rate(action.rates["learning_rate"], state)
@@ -171,6 +172,7 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
         check_booleans(mask, "freeze")
 
     def init_fn(params: PyTree) -> Any:
+        trees.parameters("freeze", params)
         return inner.init(_Frozen(mask, params).hidden(params, is_params=True))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
@@ -193,8 +195,8 @@ def _explain(state: Any, inner: optax.GradientTransformation, params: PyTree, er
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = matched(state, jax.eval_shape(inner.init, params), params)
-    lacks = f" It has nothing for {named(found.thawed)}, which trains now." * bool(found.thawed)
-    holds = f" It still has something for {named(found.frozen)}, which is frozen now." * bool(found.frozen)
+    lacks = f" It has nothing for {listed(found.thawed)}, which trains now." * bool(found.thawed)
+    holds = f" It still has something for {listed(found.frozen)}, which is frozen now." * bool(found.frozen)
     if lacks or holds:
         raise ValueError(
             f"freeze: the state was made for other frozen parameters.{lacks}{holds} Carry it over: "

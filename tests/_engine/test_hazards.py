@@ -65,7 +65,11 @@ def test_the_warning_in_full() -> None:
         "Use a larger rate, or write optax.chain(optimizer, compensated()) and ignore this warning."
     )
     (message,) = said(wdjax.adamw(3e-4, 0.1), {f"layer_{i}": jnp.ones(1, jnp.float16) for i in range(9)})
-    assert "(2**-12) of a float16 weight: 'layer_0', 'layer_1', 'layer_2' and 6 more. Keep" in message
+    assert "(2**-12) of a float16 weight: 'layer_{0..8}'. Keep" in message
+    table = wdjax.by_path({"layer_[0-2]": 1e-6, "layer_3": 2e-6, "*": 1e-5})
+    (message,) = said(wdjax.independent_decay(table), {f"layer_{i}": jnp.ones(1, jnp.float16) for i in range(9)})
+    assert "weight_decay is 1e-06 a step, and" in message
+    assert "weight: 'layer_{0..2}' and 6 at other rates. Keep" in message
     (message,) = said(wdjax.with_decoupled_decay(optax.sgd(1e-3), 0.1, learning_rate=1e-3), params())
     assert message.startswith("with_decoupled_decay: the decay rounds to nothing: weight_decay * learning_rate is")
 
@@ -100,21 +104,126 @@ def test_it_is_said_once_at_the_line_of_init() -> None:
 @every_decay
 def test_what_has_no_value_yet_is_not_guessed(name: str) -> None:
     build = DECAYS[name]
-    schedule = optax.constant_schedule(1e-5)
-    if name == "independent_decay":
-        assert not said(wdjax.independent_decay(schedule), params())
-    else:
-        assert not said(build(schedule, 0.1), params())
-        assert not said(build(0.1, schedule), params())
 
     def traced(rate: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            wdjax.independent_decay(lambda count: rate * 0.5).init(params())
             return build(rate, 0.1).init(params())
 
     jax.jit(traced)(jnp.array(1e-5, jnp.float32))
+    jax.vmap(traced)(jnp.array([1e-5, 5.0], jnp.float32))
     # An array that is no tracer has a value.
     assert said(build(jnp.array(1e-5), 0.1), params())
+
+
+# Schedules: what each multiplies, from the schedule. In all of them the rest of the rate is 0.1.
+SCHEDULED: dict[str, Callable[[Any], Any]] = {
+    "independent_decay": lambda lr: wdjax.independent_decay(lambda count: 0.1 * lr(count)),
+    "independent_decay of a tree": lambda lr: wdjax.independent_decay({"Dense_0": {"kernel": lr, "bias": 0.0}}),
+    "independent_decay of a table": lambda lr: wdjax.independent_decay(wdjax.by_path({"kernel": lr}, default=0.0)),
+    "independent_decay of a product": lambda lr: wdjax.independent_decay(lr * wdjax.by_path({"*": 0.1})),
+    "continuous_decay": lambda lr: wdjax.continuous_decay(0.1, learning_rate=lr),
+    "with_decoupled_decay": lambda lr: wdjax.with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr),
+    "adamw": lambda lr: wdjax.adamw(lr, 0.1),
+    "adamw within others": lambda lr: optax.chain(optax.clip(1.0), wdjax.monitor(wdjax.adamw(lr, 0.1))),
+    "sgdw with a scheduled decay": lambda lr: wdjax.sgdw(0.1, lr),
+    "adam_l2": lambda lr: wdjax.adam_l2(lr, 0.1),
+}
+
+
+@pytest.mark.peers  # A schedule's own arithmetic.
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_schedule_is_warned_of_once_with_its_largest_rate(name: str) -> None:
+    build = SCHEDULED[name]
+    quiet = name == "adam_l2"  # Its rate is not the fraction of a step.
+    factor = 1.0 if name.endswith((" tree", " table")) else 0.1
+    cosine = optax.cosine_decay_schedule(3e-4, 1000)
+    found = said(build(cosine), params())
+    assert len(found) == (0 if quiet else 1)
+    assert quiet or f" is at most {factor * 3e-4:g} a step, at count 0, and optax.apply_updates keeps" in found[0]
+    # Where only some steps are lost, and where none is, nothing is said.
+    assert not said(build(optax.warmup_cosine_decay_schedule(0.0, 0.5, 1500, 10_000)), params())
+    assert not said(build(optax.constant_schedule(0.0)), params())
+    loud = said(build(optax.linear_schedule(30.0, 0.0, 100)), params())
+    assert len(loud) == (0 if quiet or name == "continuous_decay" else 1)
+    assert not loud or f" is at most {factor * 30:g} a step, at count 0, which moves weights past zero" in loud[0]
+
+
+@pytest.mark.peers
+def test_the_peak_of_a_schedule_is_met_wherever_it_is() -> None:
+    for warmup in (3, 100, 1500, 23_456, 700_000):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 2.2e-2, warmup, 10 * warmup)  # 2**-9 is 1.95e-2 * 0.1.
+        assert not said(wdjax.adamw(schedule, 0.1), params())
+
+
+def test_schedules_are_multiplied_at_the_same_count() -> None:
+    def early(count: Any) -> Any:
+        return jnp.where(count < 100, 1.0, 1e-3)
+
+    def late(count: Any) -> Any:
+        return jnp.where(count < 100, 1e-3, 1.0)
+
+    (message,) = said(wdjax.adamw(early, late), params())
+    assert "learning_rate * weight_decay is at most 0.001 a step, at count 0, and" in message
+    (message,) = said(wdjax.adamw(early, early), params(jnp.float32))
+    assert "is at most 1 a step, at count 0, which moves weights to zero (or their anchor) at once" in message
+
+
+def test_one_schedule_is_called_for_once_however_many_parameters_and_inits_there_are() -> None:
+    traces = []
+
+    def schedule(count: Any) -> Any:
+        traces.append(count)
+        return 1e-4 * 0.9 ** count.astype(jnp.float32)
+
+    table = wdjax.by_path({"layer_1": schedule}, default=schedule)
+    tree = {f"layer_{i}": jnp.ones(1, jnp.bfloat16) for i in range(9)}
+    optimizer = wdjax.independent_decay(table)
+    (message,) = said(optimizer, tree)
+    assert "'layer_{0..8}'. Keep" in message
+    said(optimizer, tree)
+    assert len(traces) == 1
+    # Nothing decays here, so there is nothing to say.
+    said(wdjax.independent_decay(schedule), {"int": jnp.arange(3)})
+    said(wdjax.independent_decay(schedule, wdjax.only("int", "none")), {"int": jnp.arange(3), "none": None})
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "init",
+    [jax.jit, lambda init: lambda tree: jax.eval_shape(init, tree), jax.vmap],
+    ids=["jit", "eval_shape", "vmap"],
+)
+def test_a_schedule_is_known_while_init_is_traced(init: Any) -> None:
+    optimizer = wdjax.adamw(optax.constant_schedule(3e-4), 0.1)
+    (message,) = said(optimizer._replace(init=init(optimizer.init)), params())
+    assert "is at most 3e-05 a step, at count 0, and" in message
+
+
+def raising(count: Any) -> Any:
+    raise KeyError(count)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("schedule", "number"),
+    [
+        (lambda count: 3e-4 if count < 10 else 1e-5, 1),  # Python's `if` can't be traced.
+        (lambda count: jnp.array(3e-4, jnp.bfloat16), 1),
+        (lambda count: np.float64(3e-4), 1),
+        (lambda count: "fast", 0),
+        (lambda count: None, 0),
+        (lambda count: jnp.full(2, 3e-4), 0),
+        (lambda count: jnp.array(3e-4 + 0j), 0),
+        (lambda count: jnp.nan, 0),
+        (lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32), 0),  # Its largest rate depends on where a run ends.
+        (raising, 0),
+    ],
+    ids=["if", "bfloat16", "NumPy", "text", "None", "vector", "complex", "NaN", "rises", "raises"],
+)
+def test_a_schedule_that_gives_no_rate_is_left_to_the_step(schedule: Any, number: int) -> None:
+    assert len(said(wdjax.independent_decay(schedule), params())) == number
 
 
 @every_decay
@@ -162,8 +271,8 @@ def test_rates_by_path_by_depth_and_masks() -> None:
     # Both kinds at once are two warnings.
     both = said(wdjax.independent_decay(wdjax.by_path({"slow": 1e-4, "fast": 1.5, "wide": 0.1})), tree)
     assert ["rounds to nothing" in both[0], "'fast'" in both[1]] == [True, True]
-    # A factor that is a schedule leaves that parameter out, and no other.
-    table = wdjax.by_path({"slow": 1e-4, "fast": optax.constant_schedule(1e-4), "wide": 0.1})
+    # A schedule without a value leaves that parameter out, and no other.
+    table = wdjax.by_path({"slow": 1e-4, "fast": lambda count: None, "wide": 0.1})
     (message,) = said(wdjax.independent_decay(table), tree)
     assert "weight: 'slow'. Keep" in message
 

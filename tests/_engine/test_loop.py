@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from registry import Row, every_row
 
 import wdjax
+import wdjax.testing
+from wdjax._engine import trees
 from wdjax._engine.arithmetic import LeafRule, jitted_act, plus, stateless
 from wdjax._engine.loop import Action, transformation
 
@@ -236,3 +238,66 @@ def test_a_penalty_that_cannot_be_hashed() -> None:
     place = wdjax.add_penalty_to_grads(Mine(2.0), 0.5)
     new, _ = place.update({"a": jnp.zeros(4)}, place.init(params), params)
     np.testing.assert_allclose(new["a"], params["a"], rtol=1e-6)
+
+
+# An anchor of zero for a part of the parameters.
+
+
+NETWORK = {
+    "encoder": {"layers": [np.full(2, 1.0), np.full(2, 2.0)]},
+    "head": {"kernel": np.full(3, 4.0), "bias": np.ones(1)},
+}
+ANCHORED = {"encoder": jax.tree.map(lambda p: p + 8.0, NETWORK["encoder"])}
+ZEROS = jax.tree.map(np.zeros_like, NETWORK)
+PARTLY = {
+    "a subtree": ({**ANCHORED, "head": 0.0}, {**ANCHORED, "head": ZEROS["head"]}),
+    "an integer and a leaf": (
+        {**ANCHORED, "head": {"kernel": 0, "bias": np.full(1, 3.0)}},
+        {**ANCHORED, "head": {"kernel": ZEROS["head"]["kernel"], "bias": np.full(1, 3.0)}},
+    ),
+    "a part of a list": (
+        {"encoder": {"layers": [0.0, np.full(2, 3.0)]}, "head": 0.0},
+        {"encoder": {"layers": [np.zeros(2), np.full(2, 3.0)]}, "head": ZEROS["head"]},
+    ),
+    "the root": (0.0, ZEROS),
+}
+
+
+@every_row
+@pytest.mark.parametrize("part", PARTLY)
+def test_zero_is_the_anchor_of_all_below_it(row: Row, part: str) -> None:
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), NETWORK)
+    updates = jax.tree.map(lambda p: 0.5 * p + 0.1, params)
+    short, long = ({"toward": toward} for toward in PARTLY[part])
+    got, want = (
+        row.build(0.1, **each).update(updates, row.build(0.1, **each).init(params), params) for each in (short, long)
+    )
+    chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-7)
+    if part == "the root":
+        chex.assert_trees_all_equal(got, row.build(0.1).update(updates, row.build(0.1).init(params), params))
+
+
+def test_a_zero_anchor_is_no_array() -> None:
+    action = Action("decay", {"rate": 0.1}, toward={**ANCHORED, "head": 0.0})
+    leaves = trees.flatten_with_paths(NETWORK)
+    anchors = {
+        path: term and term.anchor for (path, _), term in zip(leaves, action.terms(NETWORK, leaves, None), strict=True)
+    }
+    assert [path for path, anchor in anchors.items() if anchor is None] == ["head/bias", "head/kernel"]
+
+
+def test_a_zero_anchor_in_the_loss_the_monitor_and_assertions() -> None:
+    params, toward = jax.tree.map(jnp.asarray, NETWORK), {**ANCHORED, "head": 0.0}
+    # Half the squares of 8 (four times), of 4 (three times) and of 1.
+    assert float(wdjax.l2_penalty(params, 1.0, toward=toward)) == 0.5 * (4 * 64 + 3 * 16 + 1)
+    assert float(wdjax.penalty(params, wdjax.L1(), 1.0, toward=toward)) == 4 * 8 + 3 * 4 + 1
+    optimizer = wdjax.monitor(wdjax.sgdw(0.5, 0.1, toward=toward), 0.1, learning_rate=0.5, toward=toward)
+    _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    measured = wdjax.scalars(state)
+    np.testing.assert_allclose(measured["all/decay_norm"], 0.05 * np.sqrt(4 * 64 + 3 * 16 + 1), rtol=1e-6)
+    np.testing.assert_allclose(measured["all/decay_landed"], 1.0, rtol=1e-5)
+    wdjax.testing.assert_only_decays(wdjax.sgdw(0.5, 0.1, toward=toward), params, 0.05, toward=toward)
+    with pytest.raises(AssertionError, match="'head/bias'"):
+        wdjax.testing.assert_only_decays(
+            wdjax.sgdw(0.5, 0.1, wdjax.only("encoder"), toward=toward), params, 0.05, toward=toward
+        )

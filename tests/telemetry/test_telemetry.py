@@ -490,6 +490,7 @@ WRITERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:independent_decay")  # Without a writer it does.
 @pytest.mark.parametrize("writer", WRITERS)
 def test_behind_a_writer_nothing_is_rounded_away(writer: str) -> None:
     params = {"low": jnp.ones(4000, jnp.bfloat16), "single": jnp.ones(1000)}

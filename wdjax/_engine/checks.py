@@ -78,7 +78,7 @@ def positive(where: str, name: str, value: Any, write: str) -> float:
     """Checks a number > 0, as `rate` does."""
     number = rate(where, name, value, write=write)
     if callable(number) or not isinstance(number, float) or number == 0:
-        raise ValueError(f"{where}: {name} must be a number > 0, got {value!r}. Write {write}.")
+        raise ValueError(f"{where}: {name} must be a number > 0, got {shown(value)}. Write {write}.")
     return number
 
 
@@ -88,8 +88,9 @@ def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransforma
         # Its `update` takes extra arguments, but the transformation that it makes of itself would drop them.
         optimizer = optax.GradientTransformationExtraArgs(*optimizer.gradient_transformation())
     if not isinstance(optimizer, optax.GradientTransformation):
-        given = shown(optimizer)
-        raise TypeError(f"{where}: optimizer must be a finished Optax optimizer, got {given}. Write {write}.")
+        raise TypeError(
+            f"{where}: optimizer must be a finished Optax optimizer, got {shown(optimizer)}. Write {write}."
+        )
     return optax.with_extra_args_support(optimizer)
 
 
@@ -134,7 +135,7 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
                 near = meant or difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.6)
                 hint = f" Did you mean {near[0]}=...?" if near else ""
                 raise TypeError(
-                    f"{function.__name__}() has no argument {name!r} (given {kwargs[name]!r}).{hint} Write {call}."
+                    f"{function.__name__}() has no argument {name!r} (given {shown(kwargs[name])}).{hint} Write {call}."
                 )
         try:
             signature.bind(*args, **kwargs)

@@ -1,4 +1,8 @@
-"""Warnings at `init` about known rates that are too small to have an effect, or so large that they overshoot."""
+"""Warnings at `init` about known rates that are too small to have an effect, or so large that they overshoot.
+
+A schedule is known by its values at some counts. Only its largest value counts: a rate that is lost there is lost in
+every step, and one that overshoots there overshoots in some step.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,43 +13,67 @@ import numpy as np
 
 from . import checks
 from .arithmetic import Term
+from .rates import values_of
+from .text import listed
+
+# Each of the first steps, then 16 counts for each power of two. So they meet the peak of a warmup closely.
+_COUNTS = (*range(16), *(16 * 2**k + i * 2**k for k in range(16) for i in range(16)), 2**20)
 
 
-def warn_of_rates(where: str, argument: str, decays: Iterable[tuple[str, Any, Term]], *, can_overshoot: bool) -> None:
+def warn_of_rates(
+    where: str, argument: str, decays: Iterable[tuple[str, Any, Term]], probed: dict[int, Any], *, can_overshoot: bool
+) -> None:
     """Warns of fractions per step that round to nothing, and of those that overshoot, unless no large rate can.
 
     `decays` holds a path, a dtype and the fraction, the product of `argument`. A fraction that has no value yet (a
-    schedule, a traced rate) is skipped; `audit` sees it.
+    traced rate, a schedule that fails) is skipped; `audit` sees it. `probed` keeps the values of schedules.
     """
-    lost: dict[tuple[str, float], list[str]] = {}
-    beyond: dict[float, list[str]] = {}
+    lost: dict[tuple[str, str], list[str]] = {}
+    beyond: dict[tuple[float, str], list[str]] = {}
     for path, dtype, term in decays:
-        fractions = term.known()
-        if fractions is None or np.size(fractions) == 0:
-            continue
-        fraction = float(np.max(fractions))
+        fraction, said = _largest(term, probed)
         if 0 < fraction < smallest_fraction(dtype):
-            lost.setdefault((jnp.dtype(dtype).name, fraction), []).append(path)
+            lost.setdefault((jnp.dtype(dtype).name, said), []).append(path)
         elif fraction >= 1 and can_overshoot:
-            beyond.setdefault(fraction, []).append(path)
+            beyond.setdefault((fraction, said), []).append(path)
     if lost:
-        (dtype, fraction), paths = next(iter(lost.items()))
+        (dtype, said), paths = next(iter(lost.items()))
         least = smallest_fraction(dtype)
         checks.warn(
-            f"{where}: the decay rounds to nothing: {argument} is {fraction:g} a step, and optax.apply_updates keeps "
+            f"{where}: the decay rounds to nothing: {argument} is {said}, and optax.apply_updates keeps "
             f"no change of less than {least:.3g} (2**{math.log2(least):.0f}) of a {dtype} weight: "
             f"{_named(paths, sum(map(len, lost.values())))}. {remedy(dtype)}"
         )
     if beyond:
-        fraction = max(beyond)
-        paths = beyond[fraction]
+        (fraction, said), paths = max(beyond.items())
         does = "moves weights to zero (or their anchor) at once" if fraction == 1 else "moves weights past zero"
         never_settles = ", as far again or farther, so they never settle" if fraction >= 2 else ""
         checks.warn(
-            f"{where}: {argument} is {fraction:g} a step, which {does}{never_settles}: "
+            f"{where}: {argument} is {said}, which {does}{never_settles}: "
             f"{_named(paths, sum(map(len, beyond.values())))}. Is a factor missing? If the rate is intended, "
             "use continuous_decay(...) or proximal_step(L2(), ...), which never overshoot."
         )
+
+
+def _largest(term: Term, probed: dict[int, Any]) -> tuple[float, str]:
+    """The largest fraction in any step, also in words; 0 if it isn't known."""
+    schedules = [factor for factor in term.factors if callable(factor)]
+    known = term._replace(factors=tuple(factor for factor in term.factors if not callable(factor))).known()
+    if known is None or np.size(known) == 0:
+        return 0.0, ""
+    fractions = np.full(len(_COUNTS), np.max(known))
+    for schedule in schedules:
+        if id(schedule) not in probed:
+            probed[id(schedule)] = values_of(schedule, _COUNTS)
+        values = probed[id(schedule)]
+        if values is None or values.shape != fractions.shape or not jnp.can_cast(values.dtype, np.float64):
+            return 0.0, ""
+        fractions = fractions * values.astype(np.float64)
+    at = int(np.argmax(fractions))
+    if at == len(_COUNTS) - 1:  # It rises without end, and a run ends somewhere.
+        return 0.0, ""
+    largest = float(fractions[at])
+    return largest, f"at most {largest:g} a step, at count {_COUNTS[at]}" if schedules else f"{largest:g} a step"
 
 
 def remedy(dtype: Any) -> str:
@@ -65,5 +93,5 @@ def smallest_fraction(dtype: Any) -> float:
 
 
 def _named(paths: Sequence[str], total: int) -> str:
-    shown = ", ".join(map(repr, paths[:3]))
-    return shown if total <= 3 else f"{shown} and {total - min(3, len(paths))} more"
+    others = total - len(paths)
+    return listed(paths, 3) + (f" and {others} at other rates" if others else "")

@@ -14,7 +14,7 @@ The action guarantees for every place:
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,11 @@ import optax
 
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
-from .masks import flags
+from .masks import flags, prefixes
 from .probe import DecayProbe, gated
 from .rates import rate_or_rules
 from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
+from .text import lacks, shown
 from .unstable import as_arguments
 
 PyTree = Any
@@ -58,12 +59,13 @@ class Action:
         rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules, `Rules` or trees of
             these. If it is empty, the rule acts on all parameters of the mask.
         mask: anything that `masks.flags` takes.
-        toward: None, a tree like params, or "init".
+        toward: None, a tree like params (0.0 may stand for an array or a subtree of zeros), or "init".
         is_per_step: whether the rate is the fraction of a weight that one step removes. Then `init` warns of rates
             that round to nothing or overshoot.
         can_overshoot: whether a rate above 1 moves a weight past its anchor.
         zero_is_off: whether the rule does nothing at a rate of 0. A projection onto a radius of 0, for example, acts.
         stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
+        probed: the values of each schedule, by its id, so that only the first `init` compiles it for the warnings.
     """
 
     where: str
@@ -74,6 +76,7 @@ class Action:
     can_overshoot: bool = True
     zero_is_off: bool = True
     stacked_axes: Any = 0
+    probed: dict[int, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         checked = {name: rate_or_rules(self.where, name, value) for name, value in self.rates.items()}
@@ -85,6 +88,8 @@ class Action:
                 f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
                 f"Write {self.where}(..., toward='init') for the values at init."
             )
+        if not isinstance(self.toward, str):
+            trees.parameters(self.where, self.toward, "toward", may_hold=["functions"])
 
     @property
     def keeps_anchor(self) -> bool:
@@ -97,7 +102,7 @@ class Action:
 
         It warns if one array has two of the paths that `aliases` selects and the rule acts on both.
         """
-        leaves = trees.flatten_with_paths(params)
+        leaves = trees.parameters(self.where, params)
         anchor = None
         if self.keeps_anchor:
             # If the state shared the buffers of params, the two could not both be donated.
@@ -220,6 +225,8 @@ class Action:
 
         terms: Terms = []
         for row, anchor in zip(rows, anchors, strict=True):
+            if isinstance(anchor, jax.ShapeDtypeStruct):
+                raise TypeError(f"{self.where}: toward holds shapes without values. Pass arrays: toward=pretrained.")
             term = row and row._replace(factors=tuple(map(at_this_step, row.names, row.factors)), anchor=anchor)
             terms.append(term if self._acts(term) else None)
         return terms
@@ -284,7 +291,8 @@ class Action:
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if row is not None and self._acts(row)
         )
-        hazards.warn_of_rates(self.where, " * ".join(self.rates), decays, can_overshoot=self.can_overshoot)
+        argument = " * ".join(self.rates)
+        hazards.warn_of_rates(self.where, argument, decays, self.probed, can_overshoot=self.can_overshoot)
 
     def _acts(self, term: Term | None) -> bool:
         return term is not None and not (self.zero_is_off and any(map(_is_zero, term.factors)))
@@ -315,26 +323,54 @@ class Action:
                 "Make a new state, optimizer.init(params), and copy the rest of the old state into it."
             )
         given = dict(trees.flatten_with_paths(initial if self.keeps_anchor else self.toward))
+        zeros = {path for path, anchor in given.items() if _is_number(anchor) and anchor == 0}
         holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
-        paths = {path for path, _ in leaves}
-        pulled = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
+        paths = {path: np.shape(leaf) for path, leaf in leaves}
+        nodes = {node for path in paths for node in prefixes(path)}
+        write = f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
+        for path in [path for path, anchor in given.items() if path in nodes - zeros and not trees.is_hole(anchor)]:
+            if path not in paths or (_is_number(given[path]) and paths[path] != ()):
+                at, there = f"at {path!r}" if path else "alone", "an array" if path in paths else "more"
+                raise ValueError(
+                    f"{self.where}: toward is {shown(given[path])} {at}, where params have {there}. Give an array for "
+                    f"each parameter, or 0.0 for zeros. {write}"
+                )
+        acting = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
+        pulled = [(path, leaf) for path, leaf in acting if zeros.isdisjoint(prefixes(path))]
         missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
-        extra = [p for p, a in given.items() if not (p in paths or p.startswith(holes) or trees.is_hole(a))]
         for path in missing:
             if isinstance(hole := given.get(path), trees.Hidden):
                 hole.refuse()
+        known = {path for path in given if path in paths or path.startswith(holes)} | (zeros & nodes)
+        extra = [path for path, anchor in given.items() if not (path in known or trees.is_hole(anchor))]
         if missing or extra:
-            raise ValueError(
-                f"{self.where}: toward must be a tree like params. It lacks {missing[:5]}, and params lack "
-                f"{extra[:5]}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
-            )
+            fits = missing and not paths.keys().isdisjoint(given)
+            zero = f" For zero write 0.0: toward={_with_zero(missing[0], given)}." if fits else ""
+            raise ValueError(f"{self.where}: toward must be a tree like params. {lacks(missing, extra)}{zero} {write}")
         for path, leaf in pulled:
-            if np.shape(given[path]) != np.shape(leaf):
+            anchor = given[path]
+            if np.shape(anchor) != np.shape(leaf):
                 raise ValueError(
-                    f"{self.where}: toward has shape {np.shape(given[path])} at {path!r}, but the parameter has "
-                    f"{np.shape(leaf)}. Write {self.where}(..., toward=pretrained_params), or toward='init'."
+                    f"{self.where}: toward has shape {np.shape(anchor)} at {path!r}, but the parameter has "
+                    f"{np.shape(leaf)}. {write}"
                 )
-        return [given.get(path) for path, _ in leaves]
+            if not trees.is_decayable(anchor) or (jnp.iscomplexobj(anchor) and not jnp.iscomplexobj(leaf)):
+                raise ValueError(
+                    f"{self.where}: toward is {jnp.result_type(anchor)} at {path!r}, but the parameter is "
+                    f"{jnp.result_type(leaf)}. Convert it: a.astype(p.dtype). {write}"
+                )
+        acted_on = {path for path, _ in pulled}
+        return [given[path] if path in acted_on else None for path, _ in leaves]
+
+
+def _with_zero(path: str, given: Iterable[str]) -> str:
+    """How to write that a part of `toward` is zero: the outermost node above this path of which nothing is given."""
+    nodes = {node for other in given for node in prefixes(other)}
+    *_, node = [path, *(node for node in prefixes(path) if node and node not in nodes)]
+    text = "0.0"
+    for key in reversed(node.split("/")):
+        text = f"{{..., {key!r}: {text}}}"
+    return text
 
 
 def transformation(
@@ -357,6 +393,10 @@ def transformation(
         return new, state._replace(count=optax.safe_increment(state.count), leaf=leaf)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_zero(value: Any) -> bool:

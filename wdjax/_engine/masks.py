@@ -12,6 +12,7 @@ import numpy as np
 
 from . import trees
 from .rules import Rules, flags_of
+from .text import listed, shown
 from .unstable import is_traced
 
 PyTree = Any
@@ -32,9 +33,9 @@ def flags(
         return _fitting(where, flags_of(mask, where, leaves, of_all=of_all), leaves, of_all)
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)) and [path for path, _ in leaves] != [""]:
         is_array = isinstance(mask, (np.ndarray, jax.Array))
-        shown = f"one array of shape {np.shape(mask)}" if is_array else f"{mask}, one boolean"
+        given = f"one array of shape {np.shape(mask)}" if is_array else f"{mask}, one boolean"
         raise TypeError(
-            f"{where}: the mask is {shown} for the whole tree. Leave it out to decay all, or write a rule set: "
+            f"{where}: the mask is {given} for the whole tree. Leave it out to decay all, or write a rule set: "
             "mask=only('kernel'), mask=by_path({'embedding': array}, default=True). optax.inject_hyperparams takes a "
             "mask function for a schedule: give it a rule set, or name the mask in static_args."
         )
@@ -86,6 +87,7 @@ def _called(where: str, mask: Any, params: PyTree) -> PyTree:
 
 
 def prefixes(path: str) -> Iterable[str]:
+    """The path and the paths of all nodes above it; the root has the path ""."""
     while path:
         yield path
         path = path.rpartition("/")[0]
@@ -106,13 +108,11 @@ def _flag(where: str, path: str, flag: Any) -> Any:
         remedy = "Put multipliers in the rate: weight_decay=0.1 * by_path({'kernel': 1.0, 'norm': 0.5}, default=0.0)."
     else:
         remedy = "Write mask=all_but('bias'), or a tree of booleans like params."
-    raise TypeError(f"{where}: {place} is {flag!r}, which is not a boolean. {remedy}")
+    raise TypeError(f"{where}: {place} is {shown(flag)}, which is not a boolean. {remedy}")
 
 
 def _misfit(where: str, what: str, paths: list[str]) -> str:
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return (
-        f"{where}: the mask is neither a tree like params nor a prefix of one: {what} "
-        f"{', '.join(map(repr, paths[:5]))}{more}. Build it from the same tree, "
-        "jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
+        f"{where}: the mask is neither a tree like params nor a prefix of one: {what} {listed(paths)}. "
+        "Build it from the same tree, jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
     )

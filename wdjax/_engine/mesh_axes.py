@@ -13,6 +13,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from .text import shown
 from .unstable import varying_axes
 
 Names = tuple[Hashable, ...]
@@ -24,7 +25,7 @@ def names(where: str, axis_name: Any) -> Names:
     # Any hashable value may be a name, except an integer: that is probably meant as an axis of an array.
     if any(name is None or isinstance(name, (int, tuple)) or not isinstance(name, Hashable) for name in found):
         raise TypeError(
-            f"{where}: axis_name must be the name of a mesh axis, or a tuple of names, got {axis_name!r}. Write "
+            f"{where}: axis_name must be the name of a mesh axis, or a tuple of names, got {shown(axis_name)}. Write "
             f"{where}(..., axis_name='data') within shard_map, and leave it out under jit."
         )
     return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import checks, trees
 from .rules import TABLE, Decision, Rules, Tree, check_rates
+from .text import lacks
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -25,8 +26,8 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
         extra = [path for path in self.rates if path not in paths and not path.startswith(holes)]
         if missing or extra:
             raise ValueError(
-                f"{tree.where}: a tree of rates must have the structure of params. It lacks {missing[:5]}, and params "
-                f"lack {extra[:5]}. Write jax.tree.map(lambda p: 0.1, params), with None where nothing decays. "
+                f"{tree.where}: a tree of rates must have the structure of params. {lacks(missing, extra)} "
+                "Write jax.tree.map(lambda p: 0.1, params), with None where nothing decays. "
                 f"Write rates by pattern as {TABLE}."
             )
         rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}

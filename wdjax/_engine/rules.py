@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from . import checks, trees
+from .text import shown
 from .trees import Leaf
 from .unstable import is_traced
 
@@ -17,6 +18,7 @@ PyTree = Any
 T = TypeVar("T")
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
+_OF_A_MODEL = ("functions", "variables")  # Rules may be asked about a whole model.
 
 
 class Decision(NamedTuple):
@@ -96,7 +98,7 @@ class Rules(abc.ABC):
             TypeError: if the values of the rules are not booleans.
             ValueError: if a rule matches nothing or never decides, or if no rule covers a parameter.
         """
-        leaves = trees.flatten_with_paths(params)
+        leaves = trees.parameters("Rules.mask", params, may_hold=_OF_A_MODEL)
         check_whole(self, "Rules.mask")
         return _like(params, leaves, flags_of(self, "Rules.mask", leaves))
 
@@ -109,7 +111,7 @@ class Rules(abc.ABC):
         Raises:
             ValueError: if a rule matches nothing or never decides, or if no rule covers a leaf (of any dtype).
         """
-        leaves = trees.flatten_with_paths(params)
+        leaves = trees.parameters("Rules.values", params, may_hold=_OF_A_MODEL)
         found = decisions(self, "Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
         return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(found, leaves, strict=True)])
 
@@ -135,12 +137,12 @@ class Rules(abc.ABC):
         if len(kinds) != 1 or set(data) - {kinds[0], "times"}:
             raise ValueError(
                 f"Rules.from_dict: expected one of the keys {', '.join(map(repr, _KINDS))}, and optionally 'times', "
-                f"got {list(data) if isinstance(data, Mapping) else data!r}. "
+                f"got {list(data) if isinstance(data, Mapping) else shown(data)}. "
                 "Write {'by_path': {'rules': [{'match': 'bias', 'value': 0.0}], 'default': 0.1}}."
             )
         arguments, factors = data[kinds[0]], data.get("times", [])
         if not isinstance(factors, list):
-            raise TypeError(f"Rules.from_dict: 'times' must be a list of factors, got {factors!r}.")
+            raise TypeError(f"Rules.from_dict: 'times' must be a list of factors, got {shown(factors)}.")
         rules = read(kinds[0], _KINDS[kinds[0]]._from_plain, arguments)
         for factor in factors:
             rules = rules * from_plain(factor)
@@ -177,7 +179,7 @@ class Rules(abc.ABC):
     __and__ = __rand__ = __or__ = __ror__ = __sub__ = __rsub__ = __invert__ = _no_algebra
 
     def __repr__(self) -> str:
-        return "".join(f"{factor!r} * " for factor in self.factors) + self._written()
+        return "".join(f"{printed(factor)} * " for factor in self.factors) + self._written()
 
     @abc.abstractmethod
     def _decide(self, tree: Tree, asked: Sequence[int]) -> dict[int, Decision]:
@@ -234,7 +236,7 @@ def check_booleans(rules: Rules, where: str) -> None:
     wrong = [v for v in possible_values(rules) if not is_flag(v)]
     if wrong or rules.factors:
         raise TypeError(
-            f"{where}: a mask says True or False, but {rules!r} holds {wrong[0] if wrong else 'rates'!r}. "
+            f"{where}: a mask says True or False, but {shown(rules)} holds {shown(wrong[0]) if wrong else 'rates'}. "
             "Give a table of rates as the rate itself, and a table of multipliers as a rate times the table: "
             "weight_decay=0.1 * by_path({'kernel': 1.0, 'embedding': 0.5}, default=0.0)."
         )
@@ -255,9 +257,9 @@ def check_rates(rules: Rules, where: str) -> None:
     for value in possible_values(rules):
         if isinstance(value, str) or is_flag(value):
             raise TypeError(
-                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, but {rules!r} holds {value!r}. "
-                f"A table of booleans is a mask, which needs a rate too: weight_decay=0.1, mask=only('kernel'). "
-                f"Write rates by path as {TABLE}."
+                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, but {shown(rules)} holds "
+                f"{shown(value)}. A table of booleans is a mask, which needs a rate too: weight_decay=0.1, "
+                f"mask=only('kernel'). Write rates by path as {TABLE}."
             )
 
 
@@ -275,6 +277,11 @@ def call(name: str, *said: Any, **named: Any) -> str:
     """A call as it is written, without the arguments that are None."""
     rest = [f"{key}={value}" for key, value in named.items() if value is not None]
     return f"{name}({', '.join([*map(str, said), *rest])})"
+
+
+def printed(value: Any) -> str:
+    """A value in a rule set that is printed. An array is printed by its shape."""
+    return shown(value) if np.ndim(value) else repr(value)
 
 
 def is_whole(value: Any) -> bool:
@@ -297,7 +304,7 @@ def plain(value: Any) -> Any:
         return value
     if callable(value) or is_traced(value) or np.ndim(value):
         raise TypeError(
-            f"Rules.to_dict: {value!r} can't be written to a file. Write patterns instead of functions of a leaf, "
+            f"Rules.to_dict: {shown(value)} can't be written to a file. Write patterns instead of functions of a leaf, "
             "and multipliers instead of schedules, to multiply them in code: weight_decay=schedule * rules."
         )
     return float(value)
@@ -311,7 +318,7 @@ def from_plain(value: Any) -> Any:
 def read(of: str, make: Callable[..., T], written: Any) -> T:
     """Calls `make` with the arguments in a dictionary that `to_dict` wrote."""
     if not isinstance(written, Mapping):
-        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {written!r}.")
+        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {shown(written)}.")
     known = inspect.signature(make).parameters
     required = sorted(name for name, parameter in known.items() if parameter.default is parameter.empty)
     lacks, unknown = [name for name in required if name not in written], sorted(set(written) - set(known), key=str)
@@ -319,7 +326,7 @@ def read(of: str, make: Callable[..., T], written: Any) -> T:
         fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
         optional = sorted(set(known).difference(required))
         may = f", and may have {optional}" if optional else ""
-        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {dict(written)!r}.")
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {shown(dict(written))}.")
     return make(**written)
 
 

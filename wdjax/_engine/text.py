@@ -3,8 +3,8 @@
 import collections
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,18 +15,30 @@ _LONGEST = 80
 
 def shown(value: Any) -> str:
     """A value in an error: short, and without the numbers in arrays."""
-    if isinstance(value, (np.ndarray, jax.Array)) and value.shape:
+    if isinstance(value, (np.ndarray, jax.Array)) and (value.shape or not isinstance(value.dtype, np.dtype)):
         return f"an array of shape {value.shape}"
-    leaves = jax.tree.leaves(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        text = repr(value)
-        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    try:
+        leaves = jax.tree.leaves([] if isinstance(value, Iterator) else value)
+    except (TypeError, ValueError):  # A dictionary whose keys can't be sorted.
+        return kind_of(value)
     arrays = sum(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
-    name = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}".removeprefix("builtins.")
-    if not arrays:
+    is_leaf = len(leaves) == 1 and leaves[0] is value
+    if is_leaf or not arrays:
         text = repr(value)
-        return text if len(text) <= _LONGEST else f"a {name} of {len(leaves)} leaves"
-    return f"a {name} of {arrays} array{'s' * (arrays != 1)}"
+        is_short = len(text) <= _LONGEST
+        is_said = isinstance(value, (str, np.ndarray, jax.Array)) or not re.search(r"\n|rray\(|object .*at 0x", text)
+        if is_said and (is_leaf or is_short):
+            return text if is_short else f"{text[:_LONGEST]}..."
+    if is_leaf or not leaves:
+        return kind_of(value)
+    return f"{kind_of(value)} of " + (f"{arrays} array{'s' * (arrays != 1)}" if arrays else f"{len(leaves)} leaves")
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, as "a flax.State"."""
+    package = type(value).__module__.partition(".")[0]
+    name = type(value).__name__ if package in ("builtins", "__main__") else f"{package}.{type(value).__name__}"
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def merged(group: Sequence[Any]) -> list[list[Any]]:
@@ -51,6 +63,26 @@ def merged_texts(texts: Sequence[str]) -> str:
     """One string for strings that differ only in their numbers: "blocks/{0..11}/kernel"."""
     shown = map(_range, _columns(texts))
     return _NUMBER.sub(lambda match: next(shown), texts[0])
+
+
+def listed(paths: Sequence[str], most: int = 5) -> str:
+    """Paths in an error: those that differ only in their numbers as one, and no more than a few."""
+    alike: dict[str, list[Any]] = collections.defaultdict(list)
+    for path in paths:
+        alike[_NUMBER.sub("#", path)].append(_Row(path))
+    parts = [merged_texts([row.path for row in part]) for rows in alike.values() for part in merged(rows)]
+    return ", ".join(map(repr, parts[:most])) + (f" and {len(parts) - most} more" if len(parts) > most else "")
+
+
+class _Row(NamedTuple):
+    path: str
+
+
+def lacks(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """What a tree lacks, and what params lack, as a sentence."""
+    said = (f"it lacks {listed(missing)}" if missing else "", f"params lack {listed(extra)}" if extra else "")
+    sentence = ", and ".join(filter(None, said))
+    return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
 def _range(digits: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 from . import checks
+from .text import kind_of, listed, shown
 
 PyTree = Any
 
@@ -150,6 +151,65 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     return found
 
 
+def parameters(
+    where: str, params: PyTree, name: str = "params", *, may_hold: Sequence[str] = ()
+) -> list[tuple[str, Any]]:
+    """`flatten_with_paths`, with an error for what is not a tree of parameters, such as a training state.
+
+    It `may_hold` "functions" as a whole Equinox model does, and "variables" that are not parameters as an NNX model
+    does.
+    """
+
+    def has(name: str) -> bool:
+        return name in params if isinstance(params, Mapping) else hasattr(params, name)
+
+    variables = () if "variables" in may_hold else ("BatchStat", "Cache", "Intermediate", "OptState", "RngState")
+    of_nnx = _classes("flax.nnx", "Optimizer", *variables)
+
+    def is_state(node: Any) -> bool:
+        return type(node).__name__.endswith("State") and _package(node) in ("optax", "wdjax")
+
+    is_whole = has("params") and (has("opt_state") or has("tx"))
+    nodes: list[tuple[Any, Any]] = [((), params)]
+    if not (is_whole or isinstance(params, Iterator)):
+        nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, of_nnx) or is_state(x))[0]
+    # A model holds arrays beside its functions; `hk.transform` makes a pair of functions.
+    is_model = "functions" in may_hold and any(hasattr(node, "shape") for _, node in nodes)
+    for keys, node in nodes:
+        if is_whole:
+            remedy = "Pass state['params']." if isinstance(params, Mapping) else "Pass state.params."
+        elif isinstance(node, of_nnx):
+            remedy = "Pass nnx.state(model, nnx.Param)."
+        elif is_state(node):
+            remedy = "Pass the parameters that optimizer.init got, not its state."
+        elif _package(node) == "torch":
+            remedy = "Convert them: {name: jnp.asarray(x.detach().numpy()) for name, x in model.state_dict().items()}."
+        elif getattr(node, "dtype", None) == jax.dtypes.float0:
+            remedy = "It is the gradient of an integer. Pass the parameters, not their gradients."
+        elif _holds_numbers(node) or (is_model and keys):
+            continue
+        else:
+            remedy = (
+                "Pass the arrays of a model: model.init(key, inputs)['params'] in Linen, nnx.state(model, nnx.Param) "
+                "in NNX, eqx.filter(model, eqx.is_inexact_array) in Equinox."
+            )
+        path = "/".join(map(key_text, keys))
+        at = f" at {path!r}" if path else ""
+        raise TypeError(f"{where}: {name} must be a tree of parameters, got {shown(node)}{at}. {remedy}")
+    return flatten_with_paths(params)
+
+
+def _holds_numbers(leaf: Any) -> bool:
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, bool, int, float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype.kind not in "OSUMm" if isinstance(dtype, np.dtype) else isinstance(dtype, type)
+
+
+def _package(node: Any) -> str:
+    return type(node).__module__.partition(".")[0]
+
+
 def structure(tree: PyTree) -> Any:
     """The structure of a tree in which holes count as leaves."""
     return jax.tree.structure(tree, is_leaf=is_hole)
@@ -200,7 +260,8 @@ def warn_of_aliases(where: str, leaves: Sequence[tuple[str, Any]]) -> None:
         checks.warn(
             f"{where}: {tied[0]} are one array{more}. As separate parameters, each gets its own update and decay, and "
             "they differ after the first step. To keep them tied, put the array into params once: in NNX share the "
-            "Variable and take nnx.state(model), in Equinox use eqx.nn.Shared. To let them only start equal, copy it."
+            "Variable and take nnx.state(model, nnx.Param), in Equinox use eqx.nn.Shared. To let them only start "
+            "equal, copy it."
         )
 
 
@@ -218,7 +279,7 @@ def beside(
         try:
             places = treedef.flatten_up_to(jax.tree.unflatten(params_def, places))
         except (ValueError, TypeError) as error:
-            raise ValueError(_structure_message(where, tree, paths)) from error
+            raise ValueError(_structure_message(where, tree, params, paths)) from error
     found: list[Any] = [None] * len(paths)
     for n, (leaf, place) in enumerate(zip(leaves, places, strict=True)):
         indices = jax.tree.leaves(place)
@@ -228,7 +289,7 @@ def beside(
         elif is_hole(leaf):  # A hole may stand for a whole subtree of parameters.
             places[n] = None
         else:
-            raise ValueError(_structure_message(where, tree, paths))
+            raise ValueError(_structure_message(where, tree, params, paths))
 
     def rebuilt(new: Sequence[Any]) -> PyTree:
         filled = [leaf if i is None else new[i] for leaf, i in zip(leaves, places, strict=True)]
@@ -260,18 +321,49 @@ def of_each(
     return jax.tree.map(act, tree, is_leaf=lambda x: isinstance(x, boxes))
 
 
-def _structure_message(where: str, updates: PyTree, paths: Sequence[str]) -> str:
+def _structure_message(where: str, updates: PyTree, params: PyTree, paths: Sequence[str]) -> str:
     found = {path for path, _ in flatten_with_paths(updates)}
     if found == set(paths):
+        at, difference = _difference(updates, params, "") or ("", "their structures differ in their static data")
+        place = f"at {at!r}" if at else "at the root"
         return (
-            f"{where}: updates and params have the same paths in different containers (such as a list and a tuple): "
-            f"updates are {jax.tree.structure(updates)}. Use the containers of params for both."
+            f"{where}: updates and params have the same paths in different containers: {place}, {difference}. "
+            "Make both from one tree, as in jax.grad(loss)(params) and jax.tree.map(f, params)."
         )
+    only = {"updates": found - set(paths), "params": set(paths) - found}
+    said = ". ".join(f"Only in {name}: {listed(sorted(some))}" for name, some in only.items() if some)
     return (
-        f"{where}: updates and params are trees of different structure. "
-        f"Only in updates: {sorted(found - set(paths))[:5]}; only in params: {sorted(set(paths) - found)[:5]}. "
+        f"{where}: updates and params are trees of different structure. {said}. "
         "Pass the parameters that the gradients belong to: optimizer.update(grads, state, params)."
     )
+
+
+def _difference(update: PyTree, param: PyTree, path: str) -> tuple[str, str] | None:
+    """The outermost node of two trees with the same paths that differs, and how."""
+    (keys, nodes, one_level), (of_param, nodes_of_param, one_level_of_param) = map(_opened, (update, param))
+    if is_hole(update) or not (keys or of_param):
+        return None
+    if one_level == one_level_of_param:
+        for key, below, below_param in zip(keys, nodes, nodes_of_param, strict=True):
+            if found := _difference(below, below_param, f"{path}/{key}".removeprefix("/")):
+                return found
+        return None
+    if type(update) is not type(param):
+        return path, f"updates have {kind_of(update)} and params {kind_of(param)}"
+    if keys != of_param:
+        both = f"updates have the keys in the order {shown(keys)} and params in the order {shown(of_param)}"
+        return path, f"{both} (JAX sorts a plain dict)"
+    names = [field.name for field in dataclasses.fields(param)] if dataclasses.is_dataclass(param) else []
+    static = [name for name in names if name not in keys and getattr(update, name) is not getattr(param, name)]
+    return path, f"the static fields {static} of {kind_of(param)} differ" if static else f"{kind_of(param)} differs"
+
+
+def _opened(node: PyTree) -> tuple[list[str], list[Any], Any]:
+    """The keys, children and structure of one node. A box stands for its content."""
+    children, one_level = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if isinstance(node, box_types()) and len(children) == 1:
+        return _opened(children[0][1])
+    return [key_text(keys[0]) for keys, _ in children if keys], [child for _, child in children], one_level
 
 
 def _walk(
@@ -302,7 +394,10 @@ def key_text(key: Any) -> str:
 
 
 def box_types() -> tuple[type, ...]:
-    # If the tree has a box, its library is imported already. wdjax itself does not need Flax.
-    names = (("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable"))
-    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return *_classes("flax.core.meta", "AxisMetadata"), *_classes("flax.nnx", "Variable")
+
+
+def _classes(module: str, *names: str) -> tuple[type, ...]:
+    # If a tree has such an object, its library is imported already. wdjax itself does not need Flax.
+    found = (getattr(sys.modules.get(module), name, None) for name in names)
     return tuple(kind for kind in found if isinstance(kind, type))

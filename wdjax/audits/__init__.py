@@ -109,7 +109,7 @@ weight: 0.0001 per step ('Dense_0/bias'). Write mask=weights_only(), or mask=wei
         if learning_rate is not None:
             rate = checks.rate(where, "learning_rate", learning_rate)
         finished = checks.finished(where, build(rate), write)
-        leaves = trees.flatten_with_paths(params)
+        leaves = trees.parameters(where, params)
         # What does not fit raises its error before anything is computed.
         action = Action(where, {"expected": 0.0 if expected is None else expected}, mask)
         action.init(params)

@@ -67,6 +67,7 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     inner = checks.finished("in_float32", optimizer, "in_float32(optax.adam(1e-3))")
 
     def init_fn(params: PyTree) -> Any:
+        trees.parameters("in_float32", params)
         state = inner.init(_widened(params))
         if nodes(state, WRITERS) and any(map(is_low, jax.tree.leaves(params))):
             raise ValueError(
@@ -104,6 +105,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         dtype = jnp.promote_types(*(jnp.float32 if is_low(x) else jnp.result_type(x) for x in (p, u)))
         return (jnp.asarray(p, dtype) + jnp.asarray(u, dtype)).astype(jnp.result_type(p))
 
+    if trees.structure(params) != trees.structure(updates):  # JAX's own error may print arrays.
+        trees.beside("apply_updates", updates, params, [path for path, _ in trees.flatten_with_paths(params)])
     return jax.tree.map(add, params, updates, is_leaf=lambda x: x is None)
 
 

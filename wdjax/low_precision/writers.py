@@ -10,6 +10,7 @@ import optax
 from .._engine import checks, trees
 from .._engine.arithmetic import LeafRule
 from .._engine.loop import Action, DecayState
+from .._engine.text import shown
 from .rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
@@ -79,8 +80,9 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
         ([1.9921875, 2.0], 1.998)
     """
     where = "stochastic_rounding"
-    if isinstance(seed, (bool, np.bool_)) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
-        raise TypeError(f"{where}: seed must be an integer, got {seed!r}. Write {where}(seed=0).")
+    is_integer = isinstance(seed, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(seed, bool)
+    if not is_integer or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
+        raise TypeError(f"{where}: seed must be an integer, got {shown(seed)}. Write {where}(seed=0).")
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)

@@ -116,7 +116,7 @@ def decoupled_lora_decay(
     given = checked_pairs(pairs)
 
     def init_fn(params: PyTree) -> DecayState:
-        leaves = trees.flatten_with_paths(params)
+        leaves = trees.parameters(WHERE, params)
         tree = dict(leaves)
         factors = factors_of(list(tree), given)
         state = rates.init(params, aliases=factors.__contains__)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from .._engine import trees
+from .._engine.text import shown
 from ..paths.language import nearest
 
 WHERE = "decoupled_lora_decay"
@@ -195,7 +196,7 @@ def checked_pairs(pairs: Any) -> dict[str, tuple[str, str]]:
         for weight, factors in pairs.items()
     )
     if not is_pair:
-        raise TypeError(f"{WHERE}: pairs must be a dict of canonical paths, got {pairs!r}. Write {WRITE_PAIRS}.")
+        raise TypeError(f"{WHERE}: pairs must be a dict of canonical paths, got {shown(pairs)}. Write {WRITE_PAIRS}.")
     paths = [path for factors in pairs.values() for path in factors]
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:

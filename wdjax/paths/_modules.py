@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._engine import checks, trees
+from .._engine.text import shown
 from .roles import EMBEDDING, KERNEL, Role
 
 _LIBRARIES = ("flax.linen.", "flax.nnx.", "equinox.nn.", "haiku.")
@@ -49,12 +50,12 @@ def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequ
     """
     if not isinstance(layer, type):
         raise TypeError(
-            f"register_layer: layer must be a class, got {layer!r}. Write register_layer(type(module), ...)."
+            f"register_layer: layer must be a class, got {shown(layer)}. Write register_layer(type(module), ...)."
         )
     for name, given in (("weights", weights), ("embeddings", embeddings)):
         if isinstance(given, str) or not all(isinstance(one, str) for one in given):
             raise TypeError(
-                f"register_layer: {name} must be a sequence of names, got {given!r}. Write {name}=('kernel',)."
+                f"register_layer: {name} must be a sequence of names, got {shown(given)}. Write {name}=('kernel',)."
             )
     _REGISTRY[layer] = {name: KERNEL if name in weights else EMBEDDING for name in (*weights, *embeddings)}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._engine import checks, trees
 from .._engine.rules import Decision, PerLayer, Rules, Tree, call, is_whole
+from .._engine.text import shown
 from .._engine.trees import Leaf
 from . import language
 from .language import Patterns, Text
@@ -49,7 +50,7 @@ class ByDepth(Rules, kind="by_depth"):
             said[is_input(node)].append(language.checked_patterns("by_depth", glob.escape(node))[0])
         write = dataclasses.replace(self, first=Patterns(said[True]) or None, last=Patterns(said[False]) or None)
         return (
-            f"these parameters are neither in a block, nor in `first`, nor in `last`: {language.listed(outside)}. "
+            f"these parameters are neither in a block, nor in `first`, nor in `last`: {language.with_shapes(outside)}. "
             "`first` is what comes before the blocks, and `last` is what comes after them and has a multiplier of 1. "
             f"Write {write._written()}, or last='**' for everything else."
         )
@@ -138,7 +139,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
     """
     factor = checks.positive("by_depth", "factor", factor, "by_depth('Block_*', 0.75)")
     if axis is not None and not is_whole(axis):
-        raise TypeError(f"by_depth: axis must be an integer, got {axis!r}. Write axis=0, or leave it out.")
+        raise TypeError(f"by_depth: axis must be an integer, got {shown(axis)}. Write axis=0, or leave it out.")
     patterns = language.checked_patterns("by_depth", blocks)
     for pattern in patterns if axis is None else ():
         syntax = pattern.syntax if isinstance(pattern, Text) else ""
@@ -220,7 +221,8 @@ class ByWidth(Rules, kind="by_width"):
             if width is None or (_is_number(width) and width > 0):
                 return width
             raise ValueError(
-                f"{where}: by_width: fan_in must return a number > 0, or None, but for {leaf.path!r} it gave {width!r}."
+                f"{where}: by_width: fan_in must return a number > 0, or None, but for {leaf.path!r} it gave "
+                f"{shown(width)}."
             )
         parameter = parameter_at(leaf.path, shapes)
         found = role(parameter)
@@ -281,12 +283,13 @@ def by_width(
     """
     base = checks.positive("by_width", "base", base, "by_width(256)")
     if not _is_number(power):
-        raise TypeError(f"by_width: power must be a finite number, got {power!r}. Write by_width(256, power=0.5).")
+        raise TypeError(f"by_width: power must be a finite number, got {shown(power)}. Write by_width(256, power=0.5).")
     if fan_in is not None and not callable(fan_in):
-        raise TypeError(f"by_width: fan_in must be a function of a Leaf, got {fan_in!r}. Write lambda leaf: ...")
+        raise TypeError(f"by_width: fan_in must be a function of a Leaf, got {shown(fan_in)}. Write lambda leaf: ...")
     if not is_whole(stacked_axes) or stacked_axes < 0:
         raise ValueError(
-            f"by_width: stacked_axes must be a number of leading axes >= 0, got {stacked_axes!r}. Write stacked_axes=1."
+            f"by_width: stacked_axes must be a number of leading axes >= 0, got {shown(stacked_axes)}. "
+            "Write stacked_axes=1."
         )
     return ByWidth(base, float(power), fan_in, stacked_axes)
 

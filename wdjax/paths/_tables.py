@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._engine import checks
-from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, read
+from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, printed, read
+from .._engine.text import shown
 from . import language
 from .language import Pattern, Patterns
 
@@ -76,14 +77,14 @@ class Table(Rules, kind="by_path"):
         return [v for value in values for v in (value._values() if isinstance(value, Rules) else [value])]
 
     def _written(self) -> str:
-        table = ", ".join(f"{patterns}: {value!r}" for patterns, value in self.rules)
-        default = "" if self.default is None else f", default={self.default!r}"
+        table = ", ".join(f"{patterns}: {printed(value)}" for patterns, value in self.rules)
+        default = "" if self.default is None else f", default={printed(self.default)}"
         return f"by_path({{{table}}}{default})"
 
     @staticmethod
     def _from_plain(rules: Any, default: Any = MISSING) -> Rules:
         if not isinstance(rules, list):
-            raise TypeError(f"Rules.from_dict: the rules of by_path must be a list, got {rules!r}.")
+            raise TypeError(f"Rules.from_dict: the rules of by_path must be a list, got {shown(rules)}.")
         rows = [read("a rule of by_path", Row, rule) for rule in rules]
         table = [(language.from_plain(match), from_plain(value)) for match, value in rows]
         return by_path(table, default=from_plain(default))
@@ -111,11 +112,11 @@ def by_path(
     """
     if isinstance(rules, (str, Rules)):
         instead = f"only({rules!r})" if isinstance(rules, str) else "it as it is"
-        raise TypeError(f"by_path: the rules must be a table, got {rules!r}. Write {instead}, or {TABLE}.")
+        raise TypeError(f"by_path: the rules must be a table, got {shown(rules)}. Write {instead}, or {TABLE}.")
     table = []
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"by_path: a rule must be a pair (pattern, value), got {pair!r}. Write {TABLE}.")
+            raise TypeError(f"by_path: a rule must be a pair (pattern, value), got {shown(pair)}. Write {TABLE}.")
         table.append(Row(language.checked_patterns("by_path", pair[0], syntax), _checked_value(pair[1])))
     if not table and default is MISSING:
         raise ValueError(f"by_path: no rules and no default were given. Write {TABLE}.")
@@ -154,7 +155,7 @@ def stacks(where: str, stacked_axes: Any) -> Any:
         return 0
     counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
     if any(not is_whole(count) or count < 0 for count in counts):
-        raise TypeError(f"{where}: stacked_axes counts leading axes, got {stacked_axes!r}. Write stacked_axes=1.")
+        raise TypeError(f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1.")
     return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .._engine.rules import Rules, Tree, answers, check_booleans, check_whole, plain
-from .._engine.text import merged, merged_texts
+from .._engine.text import merged, merged_texts, shown
 from .._engine.trees import Leaf
 
 Pattern = str | re.Pattern[str] | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
@@ -69,8 +69,8 @@ class Text:
         return self.text if self.syntax == "shell" else {self.syntax: self.text}
 
     def __repr__(self) -> str:
-        shown = {"shell": f"{self.text!r}", "regex": f"re.compile({self.text!r})"}
-        return shown.get(self.syntax, f"{self.text!r} ({self.syntax})")
+        written = {"shell": f"{self.text!r}", "regex": f"re.compile({self.text!r})"}
+        return written.get(self.syntax, f"{self.text!r} ({self.syntax})")
 
 
 class Patterns(tuple[Any, ...]):
@@ -92,7 +92,7 @@ def show(pattern: Any) -> str:
 def checked_patterns(where: str, pattern: Any, syntax: str = "shell") -> Patterns:
     """The patterns of one rule. Errors for an invalid pattern name the function `where`."""
     if syntax not in SYNTAXES:
-        raise ValueError(f"{where}: syntax must be one of {', '.join(map(repr, SYNTAXES))}, got {syntax!r}.")
+        raise ValueError(f"{where}: syntax must be one of {', '.join(map(repr, SYNTAXES))}, got {shown(syntax)}.")
     patterns = pattern if isinstance(pattern, tuple) else (pattern,)
     if not patterns:
         raise ValueError(f"{where}: no pattern was given. Write {where}('kernel').")
@@ -115,7 +115,8 @@ def _checked(where: str, pattern: Any, syntax: str) -> Any:
     elif not isinstance(pattern, Text) and (isinstance(pattern, type) or not callable(pattern)):
         raise TypeError(
             f"{where}: a pattern must be a string, a compiled regular expression, a function of a Leaf or a mask such "
-            f"as weights_only(), got {pattern!r}. Write only('kernel', 'embedding'), or several as a tuple in a table."
+            f"as weights_only(), got {shown(pattern)}. Write only('kernel', 'embedding'), or several as a "
+            "tuple in a table."
         )
     return pattern
 
@@ -140,7 +141,7 @@ def matching(tree: Tree, pattern: Any, asked: Sequence[int], left: Sequence[int]
             if not isinstance(answer, (bool, np.bool_)):
                 raise TypeError(
                     f"{tree.where}: the predicate {show(pattern)} must return True or False, but for "
-                    f"{tree.leaves[i].path!r} it returned {answer!r}."
+                    f"{tree.leaves[i].path!r} it returned {shown(answer)}."
                 )
         found = {i for i, answer in answers_of.items() if answer}
     if not found and (isinstance(pattern, Text) or all(tree.leaves[i].dtype is not None for i in asked)):
@@ -255,7 +256,7 @@ def grouped(leaves: Iterable[Leaf]) -> list[list[Leaf]]:
     return [part for group in groups.values() for part in merged(group)]
 
 
-def listed(leaves: Iterable[Leaf]) -> str:
+def with_shapes(leaves: Iterable[Leaf]) -> str:
     """The parameters and their shapes, with repeated blocks as one."""
     groups = grouped(leaves)
     return ", ".join(f"{merged_texts([leaf.path for leaf in group])!r} {group[0].shape}" for group in groups)

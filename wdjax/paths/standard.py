@@ -9,7 +9,7 @@ from typing import Any
 
 from .._engine import checks
 from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
-from .._engine.text import merged_texts
+from .._engine.text import merged_texts, shown
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
@@ -115,7 +115,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         default = self._written().replace("<model>", "model")
         message = (
             f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: "
-            f"{language.listed(unknown)}. Say for each whether it decays, True or False: "
+            f"{language.with_shapes(unknown)}. Say for each whether it decays, True or False: "
             f"by_path({lines}, default={default}). Or exclude all of them: weights_only(unknown=False)."
         )
         registered = {name: layer for layer, name in _modules.registered() if name in names}
@@ -187,16 +187,18 @@ def weights_only(
         {'Dense_0': {'bias': False, 'kernel': True}, 'cls_token': False}
     """
     if not isinstance(unknown, bool) and unknown != "error":
-        raise ValueError(f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {unknown!r}.")
+        raise ValueError(
+            f"weights_only: unknown must be 'error', True (decay) or False (no decay), got {shown(unknown)}."
+        )
     if not isinstance(embeddings, bool):
-        raise TypeError(f"weights_only: embeddings must be True or False, got {embeddings!r}.")
+        raise TypeError(f"weights_only: embeddings must be True or False, got {shown(embeddings)}.")
     stacks = dict(stacked_axes) if isinstance(stacked_axes, Mapping) else {"**": stacked_axes} if stacked_axes else {}
     for pattern, axes in stacks.items():
         if not isinstance(pattern, str):
-            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {pattern!r}.")
+            raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {shown(pattern)}.")
         if not is_whole(axes) or axes < 0:
             raise ValueError(
-                f"weights_only: stacked_axes must be a number of leading axes >= 0, got {axes!r} for {pattern!r}. "
+                f"weights_only: stacked_axes must be a number of leading axes >= 0, got {shown(axes)} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
             )
         language.checked_patterns("weights_only", pattern)
@@ -206,7 +208,7 @@ def weights_only(
 
 def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
     """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
-    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)]
+    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)] or [(0, "")]
     while len(found) > 1 and found[-1][1] in _STORAGE:
         found.pop()
     said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]

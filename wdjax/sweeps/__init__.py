@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from .._engine.text import shown
 from ._found import Best as Best
 from ._found import Sweep as Sweep
 
@@ -88,7 +89,7 @@ def sweep(
     numbers = _checked_seeds(seeds)
     shared = _checked_devices(devices)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise ValueError(f"sweep: chunk must be an integer > 0, got {chunk!r}. Write chunk=8, or leave it out.")
+        raise ValueError(f"sweep: chunk must be an integer > 0, got {shown(chunk)}. Write chunk=8, or leave it out.")
 
     grid = np.meshgrid(*tried.values(), numbers, indexing="ij")
     *columns, of_seeds = (axis.ravel() for axis in grid)
@@ -147,7 +148,7 @@ def _checked_values(name: str, given: Any) -> np.ndarray:
     except (TypeError, ValueError):
         values = np.empty(0)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"sweep: {name} must be a list of at least one number, got {given!r}. Write {write}.")
+        raise ValueError(f"sweep: {name} must be a list of at least one number, got {shown(given)}. Write {write}.")
     wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
     if wrong.size:
         raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
@@ -158,9 +159,11 @@ def _checked_seeds(seeds: Any) -> np.ndarray:
     is_count = isinstance(seeds, (int, np.integer)) and not isinstance(seeds, bool)
     numbers = np.arange(max(seeds, 0)) if is_count else np.asarray(seeds)
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
-        raise ValueError(f"sweep: seeds must be a count > 0 or a list of integers, got {seeds!r}. Write seeds=5.")
+        raise ValueError(f"sweep: seeds must be a count > 0 or a list of integers, got {shown(seeds)}. Write seeds=5.")
     if len(set(numbers.tolist())) < numbers.size or numbers.min() < 0 or numbers.max() >= 2**32:
-        raise ValueError(f"sweep: seeds must be different and between 0 and 2**32 - 1, got {seeds!r}. Write seeds=5.")
+        raise ValueError(
+            f"sweep: seeds must be different and between 0 and 2**32 - 1, got {shown(seeds)}. Write seeds=5."
+        )
     return numbers
 
 
@@ -168,7 +171,7 @@ def _checked_devices(devices: Any) -> tuple[Any, ...]:
     found = tuple(jnp.zeros([]).devices() if devices is None else devices)
     if not found or any(device.process_index != jax.process_index() for device in found):
         write = "Write devices=jax.local_devices(), and give each process its own values or seeds."
-        raise ValueError(f"sweep: devices must be some of this process, got {devices!r}. {write}")
+        raise ValueError(f"sweep: devices must be some of this process, got {shown(devices)}. {write}")
     return found
 
 

@@ -23,6 +23,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.probe import DecayProbe
 from .._engine.rules import Decision, decisions, possible_values
 from .._engine.steps import INJECTED, learning_rates, nodes, stepped
+from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low, is_narrow
@@ -165,6 +166,7 @@ def monitor(
         return {"learning_rate": jnp.asarray(rate, jnp.float32)} if is_given else {}
 
     def init_fn(params: PyTree) -> MonitorState:
+        trees.parameters(where, params)
         inner_state = inner.init(params)
         # The decay itself warns of arrays that occur twice.
         decay = given.init(params, aliases=lambda path: False)
@@ -373,10 +375,12 @@ def _check_groups(where: str, groups: Any) -> None:
     if isinstance(groups, Rules):
         wrong = [value for value in possible_values(groups) if not isinstance(value, str)]
         if wrong:
-            raise TypeError(f"{where}: groups must be strings, but {groups!r} holds {wrong[0]!r}. Write {write}.")
+            raise TypeError(
+                f"{where}: groups must be strings, but {shown(groups)} holds {shown(wrong[0])}. Write {write}."
+            )
     elif groups is not None and (not callable(groups) or isinstance(groups, type)):
         raise TypeError(
-            f"{where}: groups must be Rules of strings, or a function from a Leaf to a string, got {groups!r}. "
+            f"{where}: groups must be Rules of strings, or a function from a Leaf to a string, got {shown(groups)}. "
             f"Write {write}, or groups=lambda leaf: leaf.path for one group per array."
         )
 
@@ -393,7 +397,7 @@ def _labels(found: _Found, groups: Any, leaves: Sequence[tuple[str, Any]]) -> li
     for path, leaf in leaves:
         label = groups(trees.describe(path, leaf)) if trees.is_decayable(leaf) else None
         if trees.is_decayable(leaf) and not isinstance(label, str):
-            raise TypeError(f"monitor: groups must return a string, but returned {label!r} for {path!r}.")
+            raise TypeError(f"monitor: groups must return a string, but returned {shown(label)} for {path!r}.")
         labels.append(label)
     return labels
 
