@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .._engine.text import merged, merged_texts
+from .._engine.text import listed, merged, merged_texts
 from ..plans import table
 
 GRADIENT_AND_UPDATE = "gradient and update"
@@ -83,19 +83,9 @@ class Finding(NamedTuple):
         groups: dict[str, list[str]] = {}
         for path, numbers in zip(self.paths, self.measured or [""] * len(self.paths), strict=True):
             groups.setdefault(numbers, []).append(path)
-        parts = [f"{numbers} ({_named(paths)})".lstrip() for numbers, paths in groups.items()]
+        parts = [f"{numbers} ({listed(paths, 3)})".lstrip() for numbers, paths in groups.items()]
         where = f"{'' if '' in groups else ':'} {'; '.join(parts)}" if parts else ""
         return f"{self.harm} [{self.name}]: {self.message}{where}. {self.remedy}".rstrip()
-
-
-def _named(paths: Sequence[str]) -> str:
-    """The first three paths, with those of repeated blocks as one, and how many parameters more there are."""
-    lines: dict[object, list[Audited]] = {}
-    for path in paths:
-        lines.setdefault(tuple(re.split(r"\d+", path)), []).append(Audited(path, (), ""))
-    parts = [[row.path for row in part] for line in lines.values() for part in merged(line)]
-    more = sum(map(len, parts[3:]))
-    return ", ".join(repr(merged_texts(part)) for part in parts[:3]) + (f" and {more} more" if more else "")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
