@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._engine import checks, trees
 from ._engine.masks import prefixes
-from ._engine.text import listed
+from ._engine.text import listed, shown
 from ._engine.types import Optimizer, Params
 
 PyTree = Any
@@ -175,7 +175,7 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings: PyTree = No
         factored moments of Adafactor. If all parameters are in one kind of memory, the rest is there too.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
+        TypeError: if `optimizer` is not an optimizer, or a sharding is something else.
         ValueError: if a parameter has no sharding, or a sharding no parameter.
 
     Example:
@@ -198,6 +198,9 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings: PyTree = No
         used = {prefix for path in leaves for prefix in prefixes(path)}
         if extra := [path for path in given if path not in used]:
             raise ValueError(f"{where}: the shardings have {listed(extra)}, and params do not. {_GIVE}")
+    for path, sharding in found.items():
+        if not isinstance(sharding, (jax.sharding.Sharding, PartitionSpec, type(None))):
+            raise TypeError(f"{where}: the sharding of {path!r} is {shown(sharding)}. {_GIVE}")
     if bare := [path for path, sharding in found.items() if sharding is None]:
         raise ValueError(f"{where}: {listed(bare)} has no sharding. {_GIVE}")
     shapes = jax.eval_shape(inner.init, params)

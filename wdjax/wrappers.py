@@ -379,7 +379,7 @@ def _check_learning_rate(given: Any, state: Any) -> None:
                 continue
             said = f"{np.ravel(first)[0]:.6g}{' in the first step' * callable(given)}"
         raise ValueError(
-            f"with_decoupled_decay: learning_rate is {said}, but the optimizer keeps {kept} in its state, and the "
+            f"with_decoupled_decay: learning_rate is {said}, but the optimizer keeps {float(kept):.6g} in its state, and the "
             f"decay takes that one. Give the same to both. If the step has another factor: {_INJECT}"
         )
 

@@ -517,6 +517,7 @@ def test_names_of_other_libraries_in_each_syntax_and_tree() -> None:
     flax = {"attn": {name: {"kernel": np.ones((2, 2))} for name in ("query", "key", "value", "out")}}
     fails("Here it is 'query', .*Here it is 'key', .*Here it is 'value', ", lambda: only("in_proj_weight").mask(flax))
     fails("Here it is 'out', ", lambda: only("out_proj").mask(flax))
+    fails("'moving_mean' is the mean of a batch norm. These params hold none", lambda: only("moving_mean").mask(flax))
     # Where the tree has the name, something else is wrong with the pattern.
     with pytest.raises(ValueError, match="matches no parameter") as caught:
         only("encodr/bias").mask(PARAMS)

@@ -175,7 +175,7 @@ def test_a_step_alone_evaluates_the_schedules() -> None:
 @pytest.mark.usefixtures("promotion")
 def test_tables_and_layers_of_learning_rates() -> None:
     params = {"layers": {"kernel": np.ones((3, 2, 2))}, "head": {"kernel": np.ones((2, 2))}}
-    rates, etas = by_depth("layers", 0.5, axis=0), by_path({"head": 1e-3}, default=1e-2)
+    rates, etas = by_depth("layers", 0.5, last="**", axis=0), by_path({"head": 1e-3}, default=1e-2)
     it = plan(params, 0.1 * rates, learning_rate=etas)
     layers: Any = it["layers/kernel"]
     np.testing.assert_allclose(layers.per_step, [1.25e-4, 2.5e-4, 5e-4], rtol=1e-12)
@@ -290,7 +290,7 @@ def test_errors_of_steps_and_learning_rates() -> None:
 
 def test_stacked_layers_have_a_rate_each() -> None:
     params = {"layers": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
-    it = plan(params, 0.1 * by_depth("layers", 0.5, axis=0), weights_only())
+    it = plan(params, 0.1 * by_depth("layers", 0.5, last="**", axis=0), weights_only())
     np.testing.assert_allclose(it["layers/kernel"].rate, [0.0125, 0.025, 0.05], rtol=1e-15)  # pyright: ignore
     assert it["layers/kernel"].decays
     assert "0.0125 … 0.05" in str(it)
@@ -452,7 +452,7 @@ def test_the_difference_of_two_plans() -> None:
     uneven = [by_path({"w0": 0.1, "w1": w1, "w2": 0.1, "w3": 0.5}) for w1 in (0.2, 0.7)]
     assert str(plan(params, uneven[0]).diff(plan(params, uneven[1]))) == "w1: 0.2 → 0.7, by 'w1'"
     blocks = {f"s{i}": {f"w{j}": np.ones((2, 2)) for j in range(2)} for i in range(2)}
-    deep, flat = plan(blocks, 0.1 * by_depth("s*/w*", 0.5)), plan(blocks, 0.1, only("s*"))
+    deep, flat = plan(blocks, 0.1 * by_depth("s*/w*", 0.5, last="**")), plan(blocks, 0.1, only("s*"))
     assert str(deep.diff(flat)) == "s{0,1}/w{0,1}: 0.00625 … 0.05 → 0.1, by 's*'"
     mixed = plan(blocks, by_path({("s0/w0", "s1/w1"): 0.1, ("s0/w1", "s1/w0"): 0.2}))
     assert str(mixed.diff(flat)).splitlines() == [

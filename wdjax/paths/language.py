@@ -278,6 +278,10 @@ def _other_names(text: str, paths: Sequence[str]) -> str:
         for other in called
         if other in names and _count(other, paths)
     ]
+    for name in dict.fromkeys(re.findall(r"\w+", text)):
+        kept = [what for what, called in _CALLED.items() if name in called and "batch norm" in what]
+        if kept and not hints:
+            hints = [f" {name!r} is {kept[0]}. These params hold none, so leave the pattern out."]
     return "".join(hints)
 
 
