@@ -379,8 +379,8 @@ def _check_learning_rate(given: Any, state: Any) -> None:
                 continue
             said = f"{np.ravel(first)[0]:.6g}{' in the first step' * callable(given)}"
         raise ValueError(
-            f"with_decoupled_decay: learning_rate is {said}, but the optimizer keeps {float(kept):.6g} in its state, and the "
-            f"decay takes that one. Give the same to both. If the step has another factor: {_INJECT}"
+            f"with_decoupled_decay: learning_rate is {said}, but the optimizer keeps {float(kept):.6g} in its state, "
+            f"and the decay takes that one. Give the same to both. If the step has another factor: {_INJECT}"
         )
 
 
