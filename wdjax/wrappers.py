@@ -335,7 +335,7 @@ _REFUSED = {
 }
 # Hyperparameters that are learning rates under another name. The second pattern counts only without the first.
 _A_RATE = re.compile(r"(.*_)?(lr|learning_?rate|step_?size)\d*|(lr|learning_?rate|step_?size)_.*")
-_MAYBE_A_RATE = re.compile(r"(eta|alpha)\d*")
+_MAYBE_A_RATE = re.compile(r"(eta|alpha|scale|factor|multiplier)\d*")
 
 
 def _refuse_what_undoes_it(state: Any) -> None:

@@ -894,6 +894,9 @@ def test_fan_in_of_lora_factors() -> None:
     fails("can't tell the fan-in of 'q/lora_b/kernel'", lambda: by_width(2).values(heads))
     for untold in (stack, {"q/lora_a": jnp.ones((64, 4))}, {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.ones((8, 32))}):
         fails(r"by_width can't tell the fan-in of '(q/)?lora_a', .*fan_in=", lambda: by_width(2).values(untold))  # noqa: B023
+    # The input of an embedding is one-hot, and so is that of its first factor.
+    table = {"embedding": np.ones((1000, 64)), "lora_a": np.ones((1000, 8)), "lora_b": np.ones((8, 64))}
+    assert by_width(16).values({"embed": table}) == {"embed": {"embedding": 1.0, "lora_a": 1.0, "lora_b": 0.5}}
 
 
 def test_every_role_that_decays_has_a_fan_in_or_a_reason() -> None:

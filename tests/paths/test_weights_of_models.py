@@ -303,6 +303,10 @@ class RotaryAttention(eqx.Module):
     weight: jax.Array
 
 
+class Table(eqx.Module):
+    weight: jax.Array
+
+
 def test_what_is_typed_as_a_table_of_positions_does_not_decay_and_an_embedding_layer_does() -> None:
     table = jnp.ones((196, 8))
     model = {
@@ -320,6 +324,10 @@ def test_what_is_typed_as_a_table_of_positions_does_not_decay_and_an_embedding_l
         "table/weight": False,
     }
     assert decided(weights_only(model), params) == expected
+    # Where the class does not say it, the name of the attribute does.
+    plain = {name: Table(table[:n]) for name, n in {"pos_embed": 5, "norm": 1, "cls_token": 1, "mix": 5}.items()}
+    found = decided(weights_only(plain), eqx.filter(plain, eqx.is_array))
+    assert found == {"pos_embed/weight": False, "norm/weight": False, "cls_token/weight": False, "mix/weight": True}
     # By names, only what says position is known as one.
     by_name = decided(weights_only(), {"pos_embed": LearnedPosEmbed(table), "wpe": model["pos_embed"]})
     assert by_name == {"pos_embed/weight": False, "wpe/weight": True}

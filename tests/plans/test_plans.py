@@ -214,7 +214,7 @@ def test_each_schedule_is_evaluated_once_in_one_program() -> None:
 
     def schedule(count: Any) -> Any:
         calls.append(count)
-        return 1e-3 * jnp.cos(count)
+        return 1e-3 * jnp.exp(-count / 1000)
 
     params = {f"w{i}": np.ones(2) for i in range(20)}
     plan(params, by_path({"w3": schedule, "w4": 0.0}, default=0.1) * schedule, learning_rate=schedule)
@@ -282,6 +282,11 @@ def test_errors_of_steps_and_learning_rates() -> None:
     for step, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError), (2**31, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=rf"plan: step must be an integer from 0 to \d+, .*got {step!r}\. Write plan\("):
             plan(KERNELS, 0.1, only("kernel"), step=step)
+    assert plan(KERNELS, optax.linear_schedule(0.1, 0.0, 10), only("kernel"), step=jnp.asarray(5)) == plan(
+        KERNELS, optax.linear_schedule(0.1, 0.0, 10), only("kernel"), step=5
+    )
+    with pytest.raises(ValueError, match=r"must be finite and not negative, but a schedule gives -0\.5 at step 1\."):
+        plan(KERNELS, 0.1, only("kernel"), learning_rate=lambda count: 0.5 - count)
     with pytest.raises(ValueError, match=r"plan: learning_rate must be finite and not negative, got -0\.1"):
         plan(KERNELS, 0.1, only("kernel"), learning_rate=-0.1)
     with pytest.raises(ValueError, match=r"plan: the pattern 'kernle' matches no parameter"):

@@ -414,9 +414,45 @@ def test_leaves_that_no_decay_can_act_on() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"monitor: mask and toward belong to a weight_decay.*given\. Write"):
         monitor(optax.sgd(LR), mask=KERNEL)
-    with pytest.raises(ValueError, match=r"(?s)its update is traced, and that failed: TypeError: .*value.*or 0\.0 if"):
-        monitor(optax.contrib.reduce_on_plateau()).init(PARAMS)
-    monitor(optax.contrib.reduce_on_plateau(), 0.0).init(PARAMS)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, *, hessian: Any, **extra_args: Any) -> Any:
+        return updates, state
+
+    needs_more = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+    with pytest.raises(ValueError, match=r"(?s)is traced, and that failed: TypeError: .*hessian.*or 0\.0 if"):
+        monitor(needs_more).init(PARAMS)
+    monitor(needs_more, 0.0).init(PARAMS)
+    with pytest.raises(ValueError, match=r"monitor: a decay in the optimizer sees parameters with other paths, ''"):
+        monitor(optax.flatten(wdjax.sgdw(LR, WD))).init(PARAMS)
+
+
+def test_the_loss_that_an_optimizer_asks_for_need_not_be_known_at_init() -> None:
+    optimizer = monitor(optax.chain(wdjax.adamw(LR, WD), optax.contrib.reduce_on_plateau()))
+    params = {"w": jnp.ones(3)}
+    _, state = optimizer.update({"w": jnp.zeros(3)}, optimizer.init(params), params, value=1.0)
+    np.testing.assert_allclose(state.measured["all"]["effective_rate"], LR * WD, rtol=1e-6)
+
+
+def test_behind_a_function_without_a_derivative_the_error_says_what_to_write() -> None:
+    @jax.custom_vjp
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    same.defvjp(lambda x: (x, None), lambda _, x: (x,))
+    behind = optax.stateless(lambda updates, params: jax.tree.map(same, updates))
+    optimizer = monitor(optax.chain(wdjax.sgdw(LR, WD), behind))
+    with pytest.raises(TypeError, match=r"behind a jax\.custom_vjp\. Give the monitor the arguments"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+
+
+def test_two_decays_with_different_anchors_are_measured_against_the_weights() -> None:
+    params = {"w": jnp.ones(4)}
+    zeros = {"w": jnp.zeros(4)}
+    both = [wdjax.independent_decay(0.01), wdjax.independent_decay(0.001, toward="init")]
+    for decays in (both, both[::-1]):
+        optimizer = monitor(optax.chain(optax.sgd(LR), *decays))
+        _, state = optimizer.update(zeros, optimizer.init(params), params)
+        np.testing.assert_allclose(state.measured["all"]["effective_rate"], 0.01, rtol=1e-6)
 
 
 def test_without_a_monitor_the_program_of_a_decay_is_the_same() -> None:

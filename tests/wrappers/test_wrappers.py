@@ -377,6 +377,7 @@ def labelled(one: Any, other: Any) -> Any:
         (optax.inject_hyperparams(lambda lr: optax.sgd(lr))(0.1), r"keeps \['lr'\] in its state"),
         (optax.inject_hyperparams(optax.scale)(-0.1), r"keeps \['step_size'\]"),
         (optax.inject_hyperparams(lambda eta: optax.sgd(eta))(0.1), r"keeps \['eta'\]"),
+        (optax.inject_hyperparams(lambda scale: optax.sgd(0.1 * scale))(1.0), r"keeps \['scale'\]"),
         (optax.inject_hyperparams(lambda alpha: optax.sgd(alpha))(SCHEDULE), r"keeps \['alpha'\]"),
         (
             optax.inject_hyperparams(lambda lr_body, head_lr: labelled(optax.sgd(lr_body), optax.sgd(head_lr)))(1.0, 2),

@@ -16,8 +16,8 @@ from .arithmetic import Term
 from .rates import values_of
 from .text import listed
 
-# Each of the first steps, then 16 counts for each power of two. So they meet the peak of a warmup closely.
-_COUNTS = (*range(16), *(16 * 2**k + i * 2**k for k in range(16) for i in range(16)), 2**20)
+# Each of the first steps, then 64 counts for each power of two. So they meet the peak of a warmup closely.
+_COUNTS = (*range(2**12), *((64 + i) * 2**k for k in range(6, 18) for i in range(64)), 2**24)
 
 
 def warn_of_rates(
@@ -73,7 +73,10 @@ def _largest(term: Term, probed: dict[int, Any]) -> tuple[float, str]:
     if at == len(_COUNTS) - 1:  # It rises without end, and a run ends somewhere.
         return 0.0, ""
     largest = float(fractions[at])
-    return largest, f"at most {largest:g} a step, at count {_COUNTS[at]}" if schedules else f"{largest:g} a step"
+    said = f"{largest:g} a step"
+    if schedules:
+        said = f"at most {said} (at count {_COUNTS[at]}, of {len(_COUNTS)} that were tried)"
+    return largest, said
 
 
 def remedy(dtype: Any) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import checks, trees
@@ -73,6 +72,6 @@ def values_of(schedule: Any, counts: Sequence[int]) -> np.ndarray | None:
         except Exception:  # A schedule with Python's `if` can't be compiled.
             pass
         try:
-            return np.array([np.asarray(schedule(jnp.asarray(step))) for step in steps])
+            return np.array([np.asarray(schedule(step)) for step in steps])
         except Exception:  # It raises its own error when the step calls it.
             return None

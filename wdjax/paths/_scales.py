@@ -14,7 +14,7 @@ from .._engine.text import shown
 from .._engine.trees import Leaf
 from . import language
 from .language import Patterns, Text
-from .roles import ADAPTER, EMBEDDING, KERNEL, Parameter, is_input, role
+from .roles import ADAPTER, EMBEDDING, KERNEL, Parameter, Role, is_input, role
 from .standard import parameter_at
 
 _OTHER_FACTOR = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down"}
@@ -226,7 +226,7 @@ class ByWidth(Rules, kind="by_width"):
             )
         parameter = parameter_at(leaf.path, shapes)
         found = role(parameter)
-        if found is not None and found.name == EMBEDDING:
+        if found is not None and (found.name == EMBEDDING or _is_first_factor_of_embedding(leaf.path, found, shapes)):
             return "an embedding, whose input is one-hot"
         if found is not None and found.name not in (KERNEL, ADAPTER):
             return None
@@ -309,6 +309,15 @@ def _inputs(parameter: Parameter) -> tuple[int, ...] | None:
         return next((shape[: -len(end)] for end in ends if end and shape[-len(end) :] == end), None)
     heads = parameter.owner in ("query", "key", "value") and len(shape) == 3
     return shape[:1] if heads else shape[:-1]
+
+
+def _is_first_factor_of_embedding(path: str, found: Role, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether this is the LoRA factor that is multiplied by the one-hot input: `lora_a` beside `embedding`."""
+    parent = path.rpartition("/")[0]
+    tables = [f"{parent}/{name}".removeprefix("/") for name in ("embedding", "embeddings", "weight")]
+    of_tables = [role(parameter_at(table, shapes)) for table in tables if table in shapes]
+    is_first = re.search(r"(a|A|down)$", path.rpartition("/")[2]) is not None
+    return found.name == ADAPTER and is_first and any(of and of.name == EMBEDDING for of in of_tables)
 
 
 def _inputs_of_factor(path: str, parameter: Parameter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from .._engine.text import merged_texts, shown
 from .._engine.trees import Leaf
 from . import _modules, language
 from ._modules import Owner
-from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role, says_position
+from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role, says_position, words
 
 Axes = tuple[int, ...]
 Stacks = dict[str, tuple[set[Axes], set[Axes]]]
@@ -85,10 +85,16 @@ class WeightsOnly(Rules, kind="weights_only"):
         for i in asked:
             path = tree.leaves[i].path
             owner, parameter = self._owner(tree, path), parameter_at(path, shapes)
+            named = None
             if isinstance(owner, Owner):
+                # Where the class of the user's own layer does not say what it is, the name of the attribute may.
+                says = is_layer(owner.name) or "attention" in words(owner.name)
+                named = None if owner.is_library or says else role(parameter._replace(is_own=True))
                 typed = {"is_library": owner.is_library, "is_own": not owner.is_library}
                 parameter = parameter._replace(owner=owner.name, in_list=False, **typed)
             roles[i] = owner if isinstance(owner, Role) else role(parameter)
+            if named is not None and named.name not in (KERNEL, EMBEDDING, ADAPTER):
+                roles[i] = named
             if i not in stacked and not isinstance(owner, Role):
                 roles[i] = _unstacked(path, roles[i], parameter, stacks)
         return roles

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from .._engine import checks, trees
@@ -106,9 +107,11 @@ def _decided(name: str, rate: Any, leaves: Sequence[tuple[str, Any]]) -> list[An
 
 def _checked_step(step: Any) -> int:
     last = 2**31 - 1 - MANY  # Optax counts steps in int32.
-    if isinstance(step, (int, np.integer)) and not isinstance(step, bool) and 0 <= step <= last:
+    is_known = isinstance(step, (int, np.integer, np.ndarray, jax.Array)) and not is_traced(step)
+    is_whole = is_known and not isinstance(step, bool) and np.ndim(step) == 0 and np.asarray(step).dtype.kind in "iu"
+    if is_whole and 0 <= step <= last:
         return operator.index(step)
-    raise (ValueError if isinstance(step, (int, np.integer)) and not isinstance(step, bool) else TypeError)(
+    raise (ValueError if is_whole else TypeError)(
         f"plan: step must be an integer from 0 to {last}, the number of updates so far, got {shown(step)}. "
         "Write plan(params, weight_decay, step=0)."
     )
@@ -125,6 +128,12 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
             found = values_of(schedule, counts)
+            if found is not None and found.dtype.kind in "iuf" and not np.all(np.isfinite(found) & (found >= 0)):
+                wrong = int(np.argmax(~(np.isfinite(found) & (found >= 0))))
+                raise ValueError(
+                    f"plan: a rate must be finite and not negative, but a schedule gives {np.ravel(found)[wrong]} at "
+                    f"step {counts[wrong]}. Correct the schedule."
+                )
             known[id(schedule)] = None if found is None or found.shape != (len(counts),) else found.astype(np.float64)
         return known[id(schedule)]
 

@@ -23,7 +23,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.probe import DecayProbe
 from .._engine.rules import Decision, decisions, possible_values
 from .._engine.steps import INJECTED, learning_rates, nodes, stepped
-from .._engine.text import shown
+from .._engine.text import listed, shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low, is_narrow
@@ -226,7 +226,18 @@ def _read(
         return {path: -u for path, u in decayed.items() if trees.is_decayable(u)}, (new, after)
 
     one = jnp.ones([], jnp.float32)
-    _, decays, results = jax.jvp(run, (one,), (one,), has_aux=True)
+    try:
+        _, decays, results = jax.jvp(run, (one,), (one,), has_aux=True)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(f"monitor: the decay can't be read behind a jax.custom_vjp. {_TELL}") from error
+    lost = [path for path in found.rules if path not in paths]
+    if lost:
+        raise ValueError(
+            f"monitor: a decay in the optimizer sees parameters with other paths, {listed(lost)}, as within "
+            f"optax.flatten. {_TELL}"
+        )
     return decays, results
 
 
@@ -234,14 +245,28 @@ def _try_to_read(
     inner: optax.GradientTransformationExtraArgs, found: "_Found", inner_state: Any, params: PyTree
 ) -> None:
     """Lets the decays in an optimizer report in an update that is only traced. Here gradients are like parameters."""
+
+    def trace(**extra_args: Any) -> None:
+        jax.eval_shape(lambda: _read(inner, found, params, inner_state, params, **extra_args)[0])
+
     try:
-        jax.eval_shape(lambda: _read(inner, found, params, inner_state, params)[0])
+        try:
+            trace()
+        except TypeError:  # Some optimizers ask for the loss and its gradient.
+            trace(value=jnp.zeros([]), grad=params, value_fn=lambda _: jnp.zeros([]))
     except Exception as error:
+        if str(error).startswith("monitor: "):
+            raise
         raise ValueError(
             "monitor: to find the decays in the optimizer, its update is traced, and that failed: "
-            f"{type(error).__name__}: {str(error)[:200]}\nIf the update needs more arguments, give the monitor the "
-            "arguments of the decay, monitor(optimizer, 0.1, mask, learning_rate=1e-3), or 0.0 if there is no decay."
+            f"{type(error).__name__}: {str(error)[:200]}\nDoes it need other arguments, or refuse some? {_TELL}"
         ) from error
+
+
+_TELL = (
+    "Give the monitor the arguments of the decay, monitor(optimizer, 0.1, mask, learning_rate=1e-3), or 0.0 if there "
+    "is no decay."
+)
 
 
 def _rate_of_all_decays(state: Any) -> Any:
@@ -268,7 +293,9 @@ class _Found:
             if rule not in (None, UNDECAYED):
                 self.rules[path][rule] = None
                 self.is_scaled[path].add(not action.is_per_step or "learning_rate" in action.rates)
-                self._toward[path] = "init" if isinstance(action.toward, str) else toward.get(path)
+                anchor = "init" if isinstance(action.toward, str) else toward.get(path)
+                # Two decays with different anchors have no common distance, so the norm of the weights stands for it.
+                self._toward[path] = anchor if self._toward.get(path, anchor) is anchor else None
 
     def anchors(self, state: Any) -> dict[str, Any]:
         """The anchor of each parameter. The anchors that a decay copies at `init` are in its state."""
