@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from registry import KINDS
+from slow import slow_but
 
 import wdjax
 
@@ -89,7 +90,7 @@ PER = {
 }
 
 
-@pytest.mark.parametrize("name", PER)
+@pytest.mark.parametrize("name", slow_but(PER, "a convolution of Flax", "a convolution of Equinox", "heads"))
 def test_per_names_the_axes_that_index_the_groups(name: str) -> None:
     per, shape, axis = PER[name]
     kind = wdjax.GroupLasso(per=per)

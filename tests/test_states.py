@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 from orbax.checkpoint import v1 as ocp
-from slow import slow
+from slow import slow, slow_but
 
 import wdjax
 from wdjax import freeze, only, thaw
@@ -81,7 +81,10 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(OPTIMIZERS, "adam", "MultiSteps", "inject_hyperparams", "partition", "anchors", "monitor"),
+)
 def test_what_both_have_goes_on_and_the_rest_is_new(name: str) -> None:
     params, optimizer = make_params(), OPTIMIZERS[name]()
     if name == "master_weights":

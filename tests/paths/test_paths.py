@@ -222,7 +222,7 @@ def test_a_segment_is_read_as_fnmatch_reads_it() -> None:
     names = ["".join(rng.choices("ab[]!-.^\\&|~1", k=rng.randint(1, 4))) for _ in range(60)]
     flags = {name: np.ones(1) for name in names}
     compared = 0
-    for _ in range(4000):
+    for _ in range(1500):
         pattern = "".join(rng.choices(alphabet, k=rng.randint(1, 5)))
         if "**" in pattern:
             continue
@@ -253,7 +253,7 @@ def matches(pattern: list[str], path: list[str]) -> bool:
 def test_patterns_of_many_stars_against_the_definition() -> None:
     rng = random.Random(0)
     compared = 0
-    for _ in range(20_000):
+    for _ in range(5_000):
         names = [
             "a",
             "b",

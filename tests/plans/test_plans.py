@@ -153,7 +153,7 @@ def test_what_a_decay_comes_to_at_a_step(step: Any) -> None:
     table = decay * by_path({"kernel": 0.5, "bias": 0.0})
     it = plan(KERNELS, table, learning_rate=WARMUP, step=step)
     counts = np.arange(1000) + (step or 0)
-    eta, wd = (np.array([schedule(count) for count in counts], np.float64) for schedule in (WARMUP, decay))
+    eta, wd = (np.asarray(jax.vmap(schedule)(counts), np.float64) for schedule in (WARMUP, decay))
     row: Any = it["kernel"]
     np.testing.assert_allclose(row.rate, 0.5 * wd[0], rtol=1e-6)
     np.testing.assert_allclose(row.per_step, 0.5 * wd[0] * eta[0], rtol=1e-5)
