@@ -237,7 +237,7 @@ def test_a_segment_is_read_as_fnmatch_reads_it() -> None:
             found = set()
         assert found == expected, pattern
         compared += len(expected) > 0
-    assert compared > 500
+    assert compared > 150
 
 
 def matches(pattern: list[str], path: list[str]) -> bool:
@@ -278,7 +278,7 @@ def test_patterns_of_many_stars_against_the_definition() -> None:
         expected = matches(pattern, path)
         assert bool(compiled("/".join(pattern)).search("/".join(path))) == expected, (pattern, path)
         compared += expected
-    assert 2000 < compared < 18_000
+    assert 300 < compared < 4_700
 
 
 def test_many_stars_take_no_long_time() -> None:
