@@ -17,7 +17,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._engine import checks, trees
-from ._engine.masks import prefixes
 from ._engine.text import listed, shown
 from ._engine.types import Optimizer, Params
 
@@ -101,7 +100,7 @@ class Matched(NamedTuple):
 def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
     """Matches a state with a new one of the same optimizer, in which other parameters may be frozen."""
     old, new = (dict(trees.flatten_with_paths(tree)) for tree in (state, fresh))
-    places = {place for path, _ in trees.flatten_with_paths(params) for place in prefixes(path) if place}
+    places = {place for path, _ in trees.flatten_with_paths(params) for place in trees.prefixes(path) if place}
     old_holes, new_holes = (_holes_for_parameters(tree, places) for tree in (old, new))
     leaves, thawed, missing, differing = [], [], [], []
     for path, leaf in new.items():
@@ -116,11 +115,11 @@ def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
                 differing.append(f"{path!r} is {_kind(own)} in the state and {_kind(leaf)} in optimizer.init(params).")
         else:
             leaves.append(leaf)
-            (missing if old_holes.isdisjoint(prefixes(path)) else thawed).append(path)
+            (missing if old_holes.isdisjoint(trees.prefixes(path)) else thawed).append(path)
     only_old = [path for path, own in old.items() if not trees.is_hole(own) and trees.is_hole(new.get(path))]
     only_old = [path for path in only_old if not _is_measured(path, old)]
-    frozen = [path for path in only_old if not new_holes.isdisjoint(prefixes(path))]
-    extra = [path for path in only_old if new_holes.isdisjoint(prefixes(path))]
+    frozen = [path for path in only_old if not new_holes.isdisjoint(trees.prefixes(path))]
+    extra = [path for path in only_old if new_holes.isdisjoint(trees.prefixes(path))]
     faults = [f"Only the state has {listed(extra)}."] * bool(extra)
     faults += [f"Only optimizer.init(params) has {listed(missing)}."] * bool(missing) + differing[:3]
     return Matched(leaves, thawed, frozen, faults)
@@ -194,8 +193,8 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings: PyTree = No
     found = {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}
     if shardings is not None:
         given = {path: each for path, each in trees.flatten_with_paths(shardings) if each is not None}
-        found = {path: next((given[p] for p in prefixes(path) if p in given), None) for path in leaves}
-        used = {prefix for path in leaves for prefix in prefixes(path)}
+        found = {path: next((given[p] for p in trees.prefixes(path) if p in given), None) for path in leaves}
+        used = {prefix for path in leaves for prefix in trees.prefixes(path)}
         if extra := [path for path in given if path not in used]:
             raise ValueError(f"{where}: the shardings have {listed(extra)}, and params do not. {_GIVE}")
     for path, sharding in found.items():

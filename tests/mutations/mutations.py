@@ -75,7 +75,7 @@ MUTATIONS = [
     Mutation(
         "an anchor of 0.0 is only for one array",
         "_engine/loop.py",
-        "if zeros.isdisjoint(prefixes(path))]",
+        "if zeros.isdisjoint(trees.prefixes(path))]",
         "if path not in zeros]",
         (LOOP,),
     ),
@@ -615,7 +615,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what is added to an update counts as a decay with the wrong sign",
-        "telemetry/__init__.py",
+        "telemetry/_reading.py",
         "{path: -u for path, u in decayed.items()",
         "{path: u for path, u in decayed.items()",
         (TELEMETRY,),
@@ -636,7 +636,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the learning rate of one optimizer scales the decay of another",
-        "telemetry/__init__.py",
+        "telemetry/_reading.py",
         "return rates[0] if len(rates) == 1 and are_within[0] == are_within[1] else None",
         "return rates[0] if len(rates) == 1 else None",
         (TELEMETRY,),

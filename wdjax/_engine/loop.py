@@ -24,7 +24,7 @@ import optax
 
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
-from .masks import flags, prefixes
+from .masks import flags
 from .probe import DecayProbe, gated
 from .rates import rate_or_rules
 from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
@@ -326,7 +326,7 @@ class Action:
         zeros = {path for path, anchor in given.items() if _is_number(anchor) and anchor == 0}
         holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
         paths = {path: np.shape(leaf) for path, leaf in leaves}
-        nodes = {node for path in paths for node in prefixes(path)}
+        nodes = {node for path in paths for node in trees.prefixes(path)}
         write = f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
         for path in [path for path, anchor in given.items() if path in nodes - zeros and not trees.is_hole(anchor)]:
             if path not in paths or (_is_number(given[path]) and paths[path] != ()):
@@ -336,7 +336,7 @@ class Action:
                     f"each parameter, or 0.0 for zeros. {write}"
                 )
         acting = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
-        pulled = [(path, leaf) for path, leaf in acting if zeros.isdisjoint(prefixes(path))]
+        pulled = [(path, leaf) for path, leaf in acting if zeros.isdisjoint(trees.prefixes(path))]
         missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
         for path in missing:
             if isinstance(hole := given.get(path), trees.Hidden):
@@ -365,8 +365,8 @@ class Action:
 
 def _with_zero(path: str, given: Iterable[str]) -> str:
     """How to write that a part of `toward` is zero: the outermost node above this path of which nothing is given."""
-    nodes = {node for other in given for node in prefixes(other)}
-    *_, node = [path, *(node for node in prefixes(path) if node and node not in nodes)]
+    nodes = {node for other in given for node in trees.prefixes(other)}
+    *_, node = [path, *(node for node in trees.prefixes(path) if node and node not in nodes)]
     text = "0.0"
     for key in reversed(node.split("/")):
         text = f"{{..., {key!r}: {text}}}"

@@ -4,7 +4,7 @@ The answer is a boolean, or an array of booleans that broadcasts against the lea
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,14 +43,14 @@ def flags(
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
     given = {p: _flag(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
-    owners = [next((prefix for prefix in prefixes(path) if prefix in given), None) for path, _ in leaves]
+    owners = [next((prefix for prefix in trees.prefixes(path) if prefix in given), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)
     bare = [path for owner, (path, leaf) in owned if owner is None and not trees.is_hole(leaf)]
     if bare:
         raise ValueError(_misfit(where, "it has no entry for", bare))
     holes = {path for path, leaf in leaves if trees.is_hole(leaf)}
     used = set(owners)
-    extra = [p for p in given if p not in used and holes.isdisjoint(prefixes(p))]
+    extra = [p for p in given if p not in used and holes.isdisjoint(trees.prefixes(p))]
     if extra:
         raise ValueError(_misfit(where, "it has entries that are not parameters:", extra))
     return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves, of_all)
@@ -84,14 +84,6 @@ def _called(where: str, mask: Any, params: PyTree) -> PyTree:
             f"{where}: the mask function failed on params: {error}. It gets the whole tree: write "
             "lambda params: jax.tree.map(lambda p: p.ndim > 1, params), or mask=only(lambda leaf: leaf.ndim > 1)."
         ) from error
-
-
-def prefixes(path: str) -> Iterable[str]:
-    """The path and the paths of all nodes above it; the root has the path ""."""
-    while path:
-        yield path
-        path = path.rpartition("/")[0]
-    yield ""
 
 
 def _flag(where: str, path: str, flag: Any) -> Any:

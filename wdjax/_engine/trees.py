@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -164,7 +164,7 @@ def parameters(
         return name in params if isinstance(params, Mapping) else hasattr(params, name)
 
     variables = () if "variables" in may_hold else ("BatchStat", "Cache", "Intermediate", "OptState", "RngState")
-    of_nnx = _classes("flax.nnx", "Optimizer", *variables)
+    of_nnx = classes(*(f"flax.nnx.{kind}" for kind in ("Optimizer", *variables)))
 
     def is_state(node: Any) -> bool:
         return type(node).__name__.endswith("State") and _package(node) in ("optax", "wdjax")
@@ -381,6 +381,14 @@ def _walk(
     return found
 
 
+def prefixes(path: str) -> Iterable[str]:
+    """The path and the paths of all nodes above it; the root has the path ""."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
+    yield ""
+
+
 def key_text(key: Any) -> str:
     """One segment of a canonical path."""
     match key:
@@ -394,10 +402,10 @@ def key_text(key: Any) -> str:
 
 
 def box_types() -> tuple[type, ...]:
-    return *_classes("flax.core.meta", "AxisMetadata"), *_classes("flax.nnx", "Variable")
+    return classes("flax.core.meta.AxisMetadata", "flax.nnx.Variable")
 
 
-def _classes(module: str, *names: str) -> tuple[type, ...]:
-    # If a tree has such an object, its library is imported already. wdjax itself does not need Flax.
-    found = (getattr(sys.modules.get(module), name, None) for name in names)
+def classes(*names: str) -> tuple[type, ...]:
+    """The classes of these names, without those of modules that are not imported. Then no tree has such an object."""
+    found = [getattr(sys.modules.get(module), name, None) for module, _, name in (n.rpartition(".") for n in names)]
     return tuple(kind for kind in found if isinstance(kind, type))

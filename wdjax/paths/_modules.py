@@ -69,7 +69,7 @@ def owners_of(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any]) ->
     """The owner of each parameter of a model by canonical path, or its role where that is already known."""
     if inspect.isclass(model):
         raise TypeError(f"weights_only: got the class {model.__name__}. Give an instance of it: {model.__name__}(...).")
-    if isinstance(model, _classes("flax.linen.Module")):
+    if isinstance(model, trees.classes("flax.linen.Module")):
         return _resolved(_held_by_linen(model, inputs, call_kwargs))
     if not _has_modules(model):
         raise TypeError(
@@ -146,13 +146,13 @@ def _held_by_linen(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any
 def _held_by_tree(node: Any, path: tuple[str, ...], start: int, kind: type, above: frozenset[int]) -> Iterator[Held]:
     """Every array, number or NNX Variable below a node, whose module is of this class and has a path of this length."""
     is_array = isinstance(node, (float, complex)) or (hasattr(node, "shape") and hasattr(node, "dtype"))
-    if isinstance(node, _classes(*_STATE)):
+    if isinstance(node, trees.classes(*_STATE)):
         yield "/".join(path), Role("statistic", f"a {type(node).__name__}")
-    elif is_array or isinstance(node, _classes("flax.nnx.Variable")):
+    elif is_array or isinstance(node, trees.classes("flax.nnx.Variable")):
         yield "/".join(path), (kind, "/".join(path[start:]).partition("/")[0])
     elif id(node) not in above:
         # nnx.List and nnx.Dict are modules, but the parameters in them belong to their owner.
-        if isinstance(node, _classes(*_MODULES)) and not type(node).__module__.startswith("flax.nnx.helpers"):
+        if isinstance(node, trees.classes(*_MODULES)) and not type(node).__module__.startswith("flax.nnx.helpers"):
             start, kind = len(path), type(node)
         for key, child in _children(node):
             if child is not node:
@@ -162,14 +162,14 @@ def _held_by_tree(node: Any, path: tuple[str, ...], start: int, kind: type, abov
 def _has_modules(node: Any) -> bool:
     """Whether the node is a module or a container of modules."""
     is_container = isinstance(node, (dict, list, tuple))
-    found = isinstance(node, _classes(*_MODULES))
+    found = isinstance(node, trees.classes(*_MODULES))
     return found or (is_container and any(_has_modules(child) for _, child in _children(node)))
 
 
 def _children(node: Any) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     if len(flat) == 1 and not flat[0][0]:  # Not a tree: a plain value, or an NNX module of an older Flax.
-        return sorted(vars(node).items()) if isinstance(node, _classes("flax.nnx.Module")) else []
+        return sorted(vars(node).items()) if isinstance(node, trees.classes("flax.nnx.Module")) else []
     return [("/".join(map(trees.key_text, keys)), child) for keys, child in flat]
 
 
@@ -177,13 +177,9 @@ def _owner(kind: type, name: str) -> Owner:
     """The owner of the attribute or parameter `name`, which is a module of this type."""
     library = next((base for base in kind.__mro__ if base.__module__.startswith(_LIBRARIES)), None)
     # The fields of an Equinox layer distinguish its own parameters from those that a subclass adds.
-    fields = getattr(library, "__dataclass_fields__", {}) if issubclass(kind, _classes("equinox.Module")) else {name}
+    fields = (
+        getattr(library, "__dataclass_fields__", {}) if issubclass(kind, trees.classes("equinox.Module")) else {name}
+    )
     if library is None or library.__name__ in _BASES or name not in fields:
         return Owner(kind.__name__, is_library=False)
     return Owner(library.__name__, is_library=True)
-
-
-def _classes(*names: str) -> tuple[type, ...]:
-    """The classes of these names, without those of modules that are not imported."""
-    found = [getattr(sys.modules.get(module), name, None) for module, _, name in (n.rpartition(".") for n in names)]
-    return tuple(kind for kind in found if inspect.isclass(kind))

@@ -44,9 +44,11 @@ class ByDepth(Rules, kind="by_depth"):
 
     def _question(self, tree: Tree, outside: Sequence[Leaf], known: set[int]) -> str:
         """The message about parameters outside the blocks, with the call that says where they are."""
-        taken = {node for i in known for node in _nodes(tree.leaves[i].path)}
+        taken = {"", *(node for i in known for node in trees.prefixes(tree.leaves[i].path))}
         said: dict[bool, list[Any]] = {True: [*(self.first or ())], False: [*(self.last or ())]}
-        for node in dict.fromkeys(next(n for n in _nodes(leaf.path) if n not in taken) for leaf in outside):
+        # The outermost node above each that holds nothing else.
+        nodes = ([node for node in trees.prefixes(leaf.path) if node not in taken][-1] for leaf in outside)
+        for node in dict.fromkeys(nodes):
             said[is_input(node)].append(language.checked_patterns("by_depth", glob.escape(node))[0])
         write = dataclasses.replace(self, first=Patterns(said[True]) or None, last=Patterns(said[False]) or None)
         return (
@@ -155,12 +157,6 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
             )
     before, after = (language.checked_patterns("by_depth", said) if said != () else None for said in (first, last))
     return ByDepth(patterns, factor, before, after, axis)
-
-
-def _nodes(path: str) -> list[str]:
-    """The path of each node above a leaf, from the root, and of the leaf."""
-    segments = path.split("/")
-    return ["/".join(segments[:k]) for k in range(1, len(segments) + 1)]
 
 
 def _numbers(tree: Tree, pattern: Text) -> dict[int, tuple[int, ...]]:

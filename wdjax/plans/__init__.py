@@ -128,12 +128,12 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
             found = values_of(schedule, counts)
-            if found is not None and found.dtype.kind in "iuf" and not np.all(np.isfinite(found) & (found >= 0)):
-                wrong = int(np.argmax(~(np.isfinite(found) & (found >= 0))))
-                raise ValueError(
-                    f"plan: a rate must be finite and not negative, but a schedule gives {np.ravel(found)[wrong]} at "
-                    f"step {counts[wrong]}. Correct the schedule."
-                )
+            if found is not None and found.shape == (len(counts),) and found.dtype.kind in "iuf":
+                for wrong in np.flatnonzero(~(np.isfinite(found) & (found >= 0)))[:1]:
+                    raise ValueError(
+                        f"plan: a rate must be finite and not negative, but a schedule gives {found[wrong]} at step "
+                        f"{counts[wrong]}. Correct the schedule."
+                    )
             known[id(schedule)] = None if found is None or found.shape != (len(counts),) else found.astype(np.float64)
         return known[id(schedule)]
 

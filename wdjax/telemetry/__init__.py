@@ -8,7 +8,6 @@ the monitor computes from its arguments. For each array, one fused reduction (`_
 update and decay. All metrics are arithmetic on these sums.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,20 +19,18 @@ import optax
 from .._engine import checks, mesh_axes, trees
 from .._engine.arithmetic import Term
 from .._engine.loop import Action, DecayState
-from .._engine.probe import DecayProbe
-from .._engine.rules import Decision, decisions, possible_values
-from .._engine.steps import INJECTED, learning_rates, nodes, stepped
-from .._engine.text import listed, shown
+from .._engine.rules import decisions, possible_values
+from .._engine.steps import learning_rates, nodes, stepped
+from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate
 from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low, is_narrow
 from ..paths import Leaf, Rules
-from ..plans import asked, row_of
+from ._reading import UNDECAYED, Found, rate_of_all_decays, read, try_to_read
 from ._sums import METRICS as METRICS
 from ._sums import Sums, metrics, ratio, sums
 
 PyTree = Any
-UNDECAYED = "undecayed"
 
 
 class MonitorState(NamedTuple):
@@ -151,7 +148,7 @@ def monitor(
         if learning_rate is not None:
             return given, rate(jnp.asarray(count)) if callable(rate) else None if isinstance(rate, Rules) else rate
         if not is_told:
-            return given, _rate_of_all_decays(inner_state)
+            return given, rate_of_all_decays(inner_state)
         found = learning_rates(inner_state)
         if len(found) > 1:
             raise ValueError(
@@ -171,24 +168,24 @@ def monitor(
         # The decay itself warns of arrays that occur twice.
         decay = given.init(params, aliases=lambda path: False)
         action, rate = action_and_rate(inner_state, decay.count)
-        found = _Found()
+        found = Found()
         if is_told:
             found.report(action, params)
         elif trees.flatten_with_paths(params):
-            _try_to_read(inner, found, inner_state, params)
+            try_to_read(inner, found, inner_state, params)
         measured = _nothing_measured(found, groups, params, rate)
         return MonitorState(decay, measured, jax.tree.map(jnp.zeros_like, kept(rate)), inner_state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MonitorState]:
         checks.params_given(where, params)
-        leaves, found, count = trees.flatten_with_paths(params), _Found(), state.decay.count
+        leaves, found, count = trees.flatten_with_paths(params), Found(), state.decay.count
         if is_told:
             updates, after = inner.update(updates, state.inner_state, params, **extra_args)
             action, rate = action_and_rate(after, count)
             found.report(action, params)
             terms, decays = action.terms(params, leaves, state.decay), {}
         else:
-            decays, (updates, after) = _read(inner, found, updates, state.inner_state, params, **extra_args)
+            decays, (updates, after) = read(inner, found, updates, state.inner_state, params, **extra_args)
             rate = action_and_rate(after, count)[1]
             anchors = found.anchors(after)
             terms = [Term((), anchor=anchors[path]) if path in decays else None for path, _ in leaves]
@@ -203,111 +200,6 @@ def monitor(
         return updates, MonitorState(state.decay._replace(count=next_count), measured, rates, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _read(
-    inner: optax.GradientTransformationExtraArgs,
-    found: "_Found",
-    updates: PyTree,
-    inner_state: Any,
-    params: PyTree,
-    *,
-    decay_probe: DecayProbe | None = None,
-    **extra_args: Any,
-) -> tuple[dict[str, jax.Array], tuple[PyTree, Any]]:
-    """The decays in the update of an optimizer, by path, and what the update returns. `found` gets what they report."""
-    paths = [path for path, _ in trees.flatten_with_paths(params)]
-
-    def run(gate: jax.Array) -> tuple[dict[str, jax.Array], tuple[PyTree, Any]]:
-        probe = DecayProbe(gate, found.report).within(decay_probe)
-        new, after = inner.update(updates, inner_state, params, decay_probe=probe, **extra_args)
-        each, _ = trees.beside("monitor", new, params, paths)
-        decayed = {path: u for path, u in zip(paths, each, strict=True) if path in found.rules}
-        return {path: -u for path, u in decayed.items() if trees.is_decayable(u)}, (new, after)
-
-    one = jnp.ones([], jnp.float32)
-    try:
-        _, decays, results = jax.jvp(run, (one,), (one,), has_aux=True)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(f"monitor: the decay can't be read behind a jax.custom_vjp. {_TELL}") from error
-    lost = [path for path in found.rules if path not in paths]
-    if lost:
-        raise ValueError(
-            f"monitor: a decay in the optimizer sees parameters with other paths, {listed(lost)}, as within "
-            f"optax.flatten. {_TELL}"
-        )
-    return decays, results
-
-
-def _try_to_read(
-    inner: optax.GradientTransformationExtraArgs, found: "_Found", inner_state: Any, params: PyTree
-) -> None:
-    """Lets the decays in an optimizer report in an update that is only traced. Here gradients are like parameters."""
-
-    def trace(**extra_args: Any) -> None:
-        jax.eval_shape(lambda: _read(inner, found, params, inner_state, params, **extra_args)[0])
-
-    try:
-        try:
-            trace()
-        except TypeError:  # Some optimizers ask for the loss and its gradient.
-            trace(value=jnp.zeros([]), grad=params, value_fn=lambda _: jnp.zeros([]))
-    except Exception as error:
-        if str(error).startswith("monitor: "):
-            raise
-        raise ValueError(
-            "monitor: to find the decays in the optimizer, its update is traced, and that failed: "
-            f"{type(error).__name__}: {str(error)[:200]}\nDoes it need other arguments, or refuse some? {_TELL}"
-        ) from error
-
-
-_TELL = (
-    "Give the monitor the arguments of the decay, monitor(optimizer, 0.1, mask, learning_rate=1e-3), or 0.0 if there "
-    "is no decay."
-)
-
-
-def _rate_of_all_decays(state: Any) -> Any:
-    """The learning rate that `optax.inject_hyperparams` keeps, if there is one and each decay is within."""
-    holders = [node for node in nodes(state, INJECTED) if learning_rates(node)]
-    rates = [rate for node in holders for rate in learning_rates(node)]
-    are_within = [len(nodes(part, (DecayState,))) for part in (state, *holders)]
-    return rates[0] if len(rates) == 1 and are_within[0] == are_within[1] else None
-
-
-class _Found:
-    """What the decays in an optimizer say of the parameters that they act on, by path."""
-
-    def __init__(self) -> None:
-        self.rules: dict[str, dict[str, None]] = collections.defaultdict(dict)  # The rules that decide, in order.
-        # Whether the learning rate multiplies weight_decay: in decoupled decays, but not in an independent one.
-        self.is_scaled: dict[str, set[bool]] = collections.defaultdict(set)
-        self._toward: dict[str, Any] = {}
-
-    def report(self, action: Action, params: PyTree) -> None:
-        leaves = trees.flatten_with_paths(params)
-        toward = {} if isinstance(action.toward, str) else dict(trees.flatten_with_paths(action.toward))
-        for (path, _), rule in zip(leaves, _rules(action, params, leaves), strict=True):
-            if rule not in (None, UNDECAYED):
-                self.rules[path][rule] = None
-                self.is_scaled[path].add(not action.is_per_step or "learning_rate" in action.rates)
-                anchor = "init" if isinstance(action.toward, str) else toward.get(path)
-                # Two decays with different anchors have no common distance, so the norm of the weights stands for it.
-                self._toward[path] = anchor if self._toward.get(path, anchor) is anchor else None
-
-    def anchors(self, state: Any) -> dict[str, Any]:
-        """The anchor of each parameter. The anchors that a decay copies at `init` are in its state."""
-        held = [dict(trees.flatten_with_paths(node.anchor)) for node in nodes(state, (DecayState,))]
-        initial = {path: anchor for tree in held for path, anchor in tree.items() if not trees.is_hole(anchor)}
-        return {path: initial.get(path) if isinstance(a, str) else a for path, a in self._toward.items()}
-
-    def is_rate_scaled(self, label: str, labels: Sequence[str | None], paths: Sequence[str], rate: Any) -> bool | None:
-        """Whether the learning rate scales the weight decay of a group. None if its weight decay is not known."""
-        members = [path for path, own in zip(paths, labels, strict=True) if own == label]
-        kinds = {kind for path in members for kind in self.is_scaled.get(path, ())}
-        return None if len(kinds) != 1 or (True in kinds and rate is None) else True in kinds
 
 
 @checks.known_arguments
@@ -383,7 +275,7 @@ def _nodes(state: PyTree, field: str) -> list[Mapping[str, Any]]:
     return found
 
 
-def _nothing_measured(found: _Found, groups: Any, params: PyTree, rate: Any) -> Any:
+def _nothing_measured(found: Found, groups: Any, params: PyTree, rate: Any) -> Any:
     leaves = trees.flatten_with_paths(params)
     if not leaves:
         # `optax.tree.map_params` calls init on an empty tree; one leaf then stands for any groups.
@@ -412,7 +304,7 @@ def _check_groups(where: str, groups: Any) -> None:
         )
 
 
-def _labels(found: _Found, groups: Any, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
+def _labels(found: Found, groups: Any, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """The group of each leaf; None for leaves that can't decay."""
     if groups is None:
         labels = [" + ".join(found.rules.get(path, (UNDECAYED,))) for path, _ in leaves]
@@ -429,24 +321,8 @@ def _labels(found: _Found, groups: Any, leaves: Sequence[tuple[str, Any]]) -> li
     return labels
 
 
-def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
-    """For each leaf that decays, the rule that decides so, as `plan` shows it."""
-    rate = action.rates["weight_decay"]
-    chosen = asked(action.where, action.mask, params, leaves, "all")
-    left = trees.hidden_where([choice.value for choice in chosen], leaves)
-    rates = decisions(rate, action.where, left) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
-    labels: list[str | None] = []
-    for acts, (path, leaf), choice, rated in zip(action.acts_on(params, leaves), leaves, chosen, rates, strict=True):
-        label = UNDECAYED if trees.is_decayable(leaf) else None
-        if acts:
-            shown = row_of(trees.describe(path, leaf), True, choice, rated or Decision(0.0, ""), Decision(False, ""))
-            label = shown.rule.replace("'", "")
-        labels.append(label)
-    return labels
-
-
 def _measured(
-    found: _Found,
+    found: Found,
     groups: Any,
     updates: PyTree,
     inner_state: Any,
