@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import ROWS, Row, core_first, core_row
+from slow import slow
 
 import wdjax
 
@@ -109,7 +110,7 @@ def test_eager_and_without_the_mesh_in_a_context(row: Row, bare_mesh: Any) -> No
     assert_alike(found, placed, optimizer.update(jax.tree.map(jnp.asarray, updates), optimizer.init(plain), plain)[0])
 
 
-@pytest.mark.parametrize("kind", [wdjax.L2(), wdjax.L1(), wdjax.GroupLasso(), wdjax.Huber(0.5)], ids=repr)
+@pytest.mark.parametrize("kind", [wdjax.L2(), slow(wdjax.L1()), wdjax.GroupLasso(), slow(wdjax.Huber(0.5))], ids=repr)
 def test_the_loss_and_its_gradient(kind: Any, mesh: Any) -> None:
     params = make(0)
     for rate in (0.3, wdjax.by_path({"layers": wdjax.by_depth("layers", 0.5, axis=0)}, default=0.1)):

@@ -444,7 +444,7 @@ def test_a_decay_of_everything_is_told_from_the_intended_one(name: str) -> None:
         )
 
 
-@every_tree
+@pytest.mark.parametrize("name", slow_but(CASES, "Linen, boxed", "NNX, State of Variables", "Equinox", "Haiku"))
 @pytest.mark.parametrize("toward", [slow(None), "init"])
 def test_training_follows_adam_with_the_intended_decay(name: str, toward: Any) -> None:
     case = built(name)

@@ -156,7 +156,7 @@ def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 FAST = {("mask", "zero"), ("table", "init"), ("layers", "tree")}
 
 
-@pytest.mark.parametrize("devices", [ALL, ONE], indirect=True)
+@pytest.mark.parametrize("devices", [ALL, slow(ONE)], indirect=True)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "toward"),
