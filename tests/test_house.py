@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
     {"_engine"},
-    {"penalties", "paths", "states"},
+    {"constraints", "penalties", "paths", "rates", "states"},
     {"in_loss", "in_gradient", "in_update", "on_weights", "low_rank", "low_precision", "plans"},
     {"audits"},
     {"recipes", "wrappers", "telemetry", "testing", "sweeps"},

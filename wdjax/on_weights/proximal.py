@@ -1,22 +1,16 @@
-"""On the weights: last in the chain, where the update is rewritten so that the rule decides `params + update`.
-
-A proximal step does not follow the penalty's gradient. It minimizes the penalty plus half the squared distance from
-where the optimizer arrived. It never overshoots, however large the strength is. Where the penalty has a corner (L1,
-group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit,
-because they are set through a difference, which is always exact only for zero.
-"""
+"""The proximal step of a penalty."""
 
 import dataclasses
 
 import jax
 import optax
 
-from ._engine import checks
-from ._engine.arithmetic import Strength, away, unless_off
-from ._engine.loop import Action, transformation
-from ._engine.types import Anchor, Mask, Rate, StackedAxes
-from .paths import stacks
-from .penalties import ProximalPenalty, check_kind, check_strength, prox, rule_of
+from .._engine import checks
+from .._engine.arithmetic import Strength, away, unless_off
+from .._engine.loop import Action, transformation
+from .._engine.types import Anchor, Mask, Rate, StackedAxes
+from ..paths import stacks
+from ..penalties import ProximalPenalty, check_kind, check_strength, prox, rule_of
 
 
 @checks.known_arguments

@@ -1,0 +1,15 @@
+"""In the update: after the optimizer's scaling, so that no second moment divides the decay.
+
+This is weight decay in the sense of AdamW: the optimizer adapts the loss's gradient but not the decay. The exact place
+decides the unit. Before the learning rate (`decoupled_decay`, as in PyTorch and Optax), the learning rate and its
+schedule multiply the decay. After the learning rate (`independent_decay`), they do not. `continuous_decay`, also after
+it, is `decoupled_decay` in continuous time, which never overshoots.
+
+`cautious` is a modifier: it lets one of these decays act only where the decay agrees with the optimizer.
+"""
+
+from .._engine.loop import DecayState as DecayState
+from .decays import continuous_decay as continuous_decay
+from .decays import decoupled_decay as decoupled_decay
+from .decays import independent_decay as independent_decay
+from .modifiers import cautious as cautious

@@ -1,0 +1,9 @@
+"""On the weights: last in the chain, where the update is rewritten so that the rule decides `params + update`.
+
+A proximal step does not follow the penalty's gradient. It minimizes the penalty plus half the squared distance from
+where the optimizer arrived. It never overshoots, however large the strength is. Where the penalty has a corner (L1,
+group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit,
+because they are set through a difference, which is always exact only for zero.
+"""
+
+from .proximal import proximal_step as proximal_step
