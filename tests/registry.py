@@ -26,12 +26,24 @@ class Row(NamedTuple):
         build: (rate, mask, toward) -> transformation.
         oracle: (update, weight, rate, anchor) -> update, in float64, without JAX.
         core: whether it is a core row. The core rows cover all paths through the engine.
+        has_anchor: whether it takes `toward`.
+        off_at: the rate at which it does nothing; None if it always acts.
+        keeps_bits: whether an update that it does not act on keeps every bit.
+        is_elementwise: whether an element of the result depends on that element alone.
     """
 
     name: str
     build: Callable[..., Any]
     oracle: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
     core: bool = False
+    has_anchor: bool = True
+    off_at: float | None = 0.0
+    keeps_bits: bool = True
+    is_elementwise: bool = True
+
+    def masked(self, update: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The update of a parameter that a mask leaves out."""
+        return update if self.keeps_bits else self.oracle(update, weight, 0.0, 0.0)
 
 
 def soft(w: np.ndarray, k: float) -> np.ndarray:
@@ -69,7 +81,8 @@ def _in_gradient(name: str) -> Row:
         f"add_penalty_to_grads[{name}]",
         lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(kind, rate, mask, toward=toward),
         lambda u, w, rate, a: u + rate * gradient(w - a),
-        core=name == "GroupLasso",  # It is not elementwise.
+        core=name == "GroupLasso",
+        is_elementwise=name != "GroupLasso",
     )
 
 
@@ -82,6 +95,7 @@ def _on_weights(name: str) -> Row:
         ),
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
+        is_elementwise=name != "GroupLasso",
     )
 
 
@@ -145,11 +159,20 @@ ROWS = [
         ),
         lambda u, w, rate, a: -LEARNING_RATE * (u + rate * (w - a)),
         core=True,  # It wraps an optimizer.
+        keeps_bits=False,  # SGD itself changes updates.
+    ),
+    Row(
+        "scale_by_path",
+        lambda rate, mask=None, toward=None: wdjax.scale_by_path(rate, mask),
+        lambda u, w, rate, a: rate * u,
+        has_anchor=False,
+        off_at=1.0,
     ),
 ]
 
-# The rows that leave an update bit-identical when they are off. SGD itself changes updates.
-DECAYS = [row for row in ROWS if row.name != "with_decoupled_decay[sgd]"]
+# The rows that leave an update bit-identical at a rate of 0.
+DECAYS = [row for row in ROWS if row.off_at == 0 and row.keeps_bits]
+ANCHORED = [row for row in ROWS if row.has_anchor]
 
 
 def core_first(rows: Iterable[Row]) -> list[Any]:
@@ -159,5 +182,7 @@ def core_first(rows: Iterable[Row]) -> list[Any]:
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
+every_anchored = pytest.mark.parametrize("row", ANCHORED, ids=lambda row: row.name)
 core_row = pytest.mark.parametrize("row", core_first(ROWS))
 core_decay = pytest.mark.parametrize("row", core_first(DECAYS))
+core_anchored = pytest.mark.parametrize("row", core_first(ANCHORED))

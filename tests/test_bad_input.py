@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import Row, every_row
+from registry import Row, every_anchored, every_row
 
 import wdjax
 from wdjax import testing
@@ -206,7 +206,7 @@ BAD_ANCHORS = [
 ]
 
 
-@every_row
+@every_anchored
 @pytest.mark.parametrize(("toward", "words"), BAD_ANCHORS, ids=[str(i) for i in range(len(BAD_ANCHORS))])
 def test_anchors_of_another_structure_or_shape(row: Row, toward: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as caught:

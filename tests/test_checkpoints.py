@@ -30,7 +30,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from optax import contrib
 from orbax.checkpoint import v1 as ocp
-from registry import ROWS, Row, core_row
+from registry import ROWS, Row, core_anchored, core_row
 from slow import slow, slow_but
 
 import wdjax
@@ -469,8 +469,8 @@ class Code(NamedTuple):
 
     rate: Any
     mask: Any
-    kernel: Callable[[int], float]
-    bias: Callable[[int], float]
+    kernel: Callable[[int], float] | None  # None where the mask leaves it out.
+    bias: Callable[[int], float] | None
 
 
 def of_all(rate: Any, value: Callable[[int], float], mask: Any = None) -> Code:
@@ -484,11 +484,9 @@ CODES = {
     "schedule": of_all(rising, lambda n: 0.05 * (n + 1)),
     "another schedule": of_all(falling, lambda n: 0.4 / (n + 2)),
     "table": Code(by_path({"bias": falling}, default=0.2), None, lambda n: 0.2, lambda n: 0.4 / (n + 2)),
-    "mask": Code(rising, only("kernel"), lambda n: 0.05 * (n + 1), lambda n: 0.0),
-    "another mask": Code(rising, only("bias"), lambda n: 0.0, lambda n: 0.05 * (n + 1)),
-    "function for a mask": Code(
-        0.3, lambda params: {"Dense_0": {"kernel": False, "bias": True}}, lambda n: 0.0, lambda n: 0.3
-    ),
+    "mask": Code(rising, only("kernel"), lambda n: 0.05 * (n + 1), None),
+    "another mask": Code(rising, only("bias"), None, lambda n: 0.05 * (n + 1)),
+    "function for a mask": Code(0.3, lambda params: {"Dense_0": {"kernel": False, "bias": True}}, None, lambda n: 0.3),
 }
 
 
@@ -503,8 +501,8 @@ def walk_numpy(row: Row, code: Code, params: Any, updates: Any, counts: range) -
     weights, moves = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree["Dense_0"]) for tree in (params, updates))
     for count in counts:
         for name in weights:
-            rate = getattr(code, name)(count)
-            weights[name] = weights[name] + row.oracle(moves[name], weights[name], rate, 0.0)
+            u, w, rate = moves[name], weights[name], getattr(code, name)
+            weights[name] = w + (row.masked(u, w) if rate is None else row.oracle(u, w, rate(count), 0.0))
     return {"Dense_0": weights}
 
 
@@ -592,7 +590,7 @@ NO_ANCHOR = r"toward='init', but the state holds no anchor: an optimizer without
 
 
 @pytest.mark.usefixtures("x64_in_all_threads")
-@core_row
+@core_anchored
 def test_an_anchor_that_was_not_saved_is_missed_and_can_be_given(row: Row, tmp_path: Path) -> None:
     pretrained = make_float64()
     params = jax.tree.map(lambda p: p + 1, pretrained)

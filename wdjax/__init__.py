@@ -28,6 +28,7 @@ from .in_update import cautious as cautious
 from .in_update import continuous_decay as continuous_decay
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
+from .in_update import scale_by_path as scale_by_path
 from .low_precision import apply_updates as apply_updates
 from .low_precision import compensated as compensated
 from .low_precision import in_float32 as in_float32

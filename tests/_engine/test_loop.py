@@ -184,7 +184,7 @@ def within(radius: Any, mask: Any = None) -> optax.GradientTransformation:
         norm = jnp.linalg.norm(new)
         return new * jnp.minimum(1, strength.value / jnp.where(norm == 0, 1, norm)) - p
 
-    action = Action("within", {"radius": radius}, mask, zero_is_off=False)
+    action = Action("within", {"radius": radius}, mask, off_at=None)
     return transformation(action, stateless(project, is_elementwise=False))
 
 

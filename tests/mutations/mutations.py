@@ -241,13 +241,13 @@ MUTATIONS = [
     Mutation(
         "a rate of 0 is not permanently off",
         "_engine/loop.py",
-        " and not (self.zero_is_off and any(map(_is_zero, term.factors)))\n",
-        "\n",
+        "return not any(isinstance(factor, float) and factor == 0 for factor in term.factors)",
+        "return True",
     ),
     Mutation(
         "a radius of 0 is off",
         "_engine/loop.py",
-        "            is_off = number == 0 and self.zero_is_off\n",
+        "            is_off = number == 0 and self.off_at == 0\n",
         "            is_off = number == 0\n",
         (LOOP,),
     ),

@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import LEARNING_RATE, ROWS, Row, core_decay, core_first, every_row
+from registry import ANCHORED, LEARNING_RATE, ROWS, Row, core_decay, core_first, every_row
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 
@@ -255,6 +255,10 @@ few_rows = pytest.mark.parametrize(
     "row",
     [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ROWS],
 )
+few_anchored = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ANCHORED],
+)
 core_place = pytest.mark.parametrize("row", core_first(EVERYWHERE))
 every_axis = pytest.mark.parametrize("axis", [0, 1, -1])
 
@@ -283,7 +287,7 @@ def test_stacked_against_numpy(row: Row) -> None:
 
 
 # A norm sums in another order.
-@pytest.mark.parametrize("row", core_first(row for row in ROWS if "GroupLasso" not in row.name))
+@pytest.mark.parametrize("row", core_first(row for row in ROWS if row.is_elementwise))
 def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     rules = two_forms(0)
@@ -298,7 +302,7 @@ def test_stacked_on_eight_devices(row: Row) -> None:
     assert_forms_agree(row.build, 1, (plain, deep), run=run_pmap)
 
 
-@few_rows
+@few_anchored
 def test_stacked_toward_a_tree_and_toward_init(row: Row) -> None:
     axis = -1
     params, updates, anchor = listed(), listed(seed=1), listed(seed=2)

@@ -63,7 +63,8 @@ class Action:
         is_per_step: whether the rate is the fraction of a weight that one step removes. Then `init` warns of rates
             that round to nothing or overshoot.
         can_overshoot: whether a rate above 1 moves a weight past its anchor.
-        zero_is_off: whether the rule does nothing at a rate of 0. A projection onto a radius of 0, for example, acts.
+        off_at: the rate at which the rule does nothing: 0 for a decay, 1 for a multiplier. None if it always acts, as a
+            projection onto a radius of 0 does.
         stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
         probed: the values of each schedule, by its id, so that only the first `init` compiles it for the warnings.
     """
@@ -74,7 +75,7 @@ class Action:
     toward: Any = None
     is_per_step: bool = False
     can_overshoot: bool = True
-    zero_is_off: bool = True
+    off_at: float | None = 0.0
     stacked_axes: Any = 0
     probed: dict[int, Any] = dataclasses.field(default_factory=dict, init=False)
 
@@ -204,7 +205,7 @@ class Action:
             number, arrays = known[key]
             number = jnp.finfo(compute_dtype(update, param)).dtype.type(number)
             # A very small number may be 0 in this dtype.
-            is_off = number == 0 and self.zero_is_off
+            is_off = number == 0 and self.off_at == 0
             stack = () if rule.is_elementwise else term.stack
             parted.append(None if is_off else Term((number, *arrays, *gates), (), term.anchor, stack))
         numbers = iter(as_arguments([term.factors[0] for term in parted if term], updates))
@@ -295,7 +296,12 @@ class Action:
         hazards.warn_of_rates(self.where, argument, decays, self.probed, can_overshoot=self.can_overshoot)
 
     def _acts(self, term: Term | None) -> bool:
-        return term is not None and not (self.zero_is_off and any(map(_is_zero, term.factors)))
+        if term is None or self.off_at is None:
+            return term is not None
+        if self.off_at == 0:
+            return not any(isinstance(factor, float) and factor == 0 for factor in term.factors)
+        number, arrays = term.parted()
+        return bool(arrays) or number != self.off_at
 
     def acts_on(self, params: PyTree, leaves: Leaves) -> list[bool]:
         """Whether the action may act on each leaf in some step."""
@@ -397,7 +403,3 @@ def transformation(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, float) and value == 0

@@ -13,3 +13,4 @@ from .decays import continuous_decay as continuous_decay
 from .decays import decoupled_decay as decoupled_decay
 from .decays import independent_decay as independent_decay
 from .modifiers import cautious as cautious
+from .multipliers import scale_by_path as scale_by_path
