@@ -387,14 +387,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a strength may differ within a group",
-        "penalties/protocol.py",
-        "    if not parts or is_elementwise(kind):\n",
+        "_engine/groups.py",
+        '    if not parts or getattr(kind, "is_elementwise", False):\n',
         "    if True:\n",
         (ARRAYS,),
     ),
     Mutation(
         "`per` names the axes of a norm",
-        "penalties/groups.py",
+        "_engine/groups.py",
         "return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)",
         "return axes",
         ("test_penalties.py",),
