@@ -25,9 +25,31 @@ HAZARDS, BAD_INPUT, FRAMEWORKS = "_engine/test_hazards.py", "test_bad_input.py",
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
-STATES = "test_states.py"
+STATES, ANCHORS = "test_states.py", "_engine/test_anchors.py"
 
 MUTATIONS = [
+    # Moving averages as anchors.
+    Mutation(
+        "a skipped step moves the average",
+        "_engine/anchors.py",
+        "factors = (share,) if is_real is None else (share, is_real)",
+        "factors = (share,)",
+        (ANCHORS,),
+    ),
+    Mutation(
+        "the average moves by its memory",
+        "_engine/anchors.py",
+        "type(1 - kind.decay)",
+        "type(kind.decay)",
+        (ANCHORS,),
+    ),
+    Mutation(
+        "the average of bfloat16 weights is kept in bfloat16",
+        "_engine/anchors.py",
+        "jnp.array(p, compute_dtype(p))",
+        "jnp.array(p)",
+        (ANCHORS,),
+    ),
     # Warnings of rates.
     Mutation(
         "the smallest rate of a schedule is warned of",
@@ -74,14 +96,14 @@ MUTATIONS = [
     ),
     Mutation(
         "an anchor of 0.0 is only for one array",
-        "_engine/loop.py",
+        "_engine/anchors.py",
         "if zeros.isdisjoint(trees.prefixes(path))]",
         "if path not in zeros]",
         (LOOP,),
     ),
     Mutation(
         "integers are anchors",
-        "_engine/loop.py",
+        "_engine/anchors.py",
         "if not trees.is_decayable(anchor) or",
         "if",
         (BAD_INPUT,),
@@ -196,7 +218,7 @@ MUTATIONS = [
     Mutation(
         "updates are not counted",
         "_engine/loop.py",
-        "return new, state._replace(count=optax.safe_increment(state.count), leaf=leaf)",
+        "return new, state._replace(count=optax.safe_increment(state.count), anchor=anchor, leaf=leaf)",
         "return new, state._replace(leaf=leaf)",
     ),
     Mutation(
@@ -208,14 +230,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the mask is skipped",
-        "_engine/loop.py",
+        "_engine/per_leaf.py",
         "if flag is False or not trees.is_decayable(leaf):",
         "if not trees.is_decayable(leaf):",
     ),
     Mutation(
         "an array as the mask is skipped",
-        "_engine/loop.py",
-        '                factors.append(("mask", flag))\n',
+        "_engine/per_leaf.py",
+        '            factors.append(("mask", flag))\n',
         "                pass\n",
         (ARRAYS,),
     ),
@@ -234,8 +256,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the anchor at init shares the buffers of params",
-        "_engine/loop.py",
-        'jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)',
+        "_engine/anchors.py",
+        "jax.tree.map(_copied, params)",
         "params",
     ),
     Mutation(
@@ -260,8 +282,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a missing anchor is not noticed",
-        "_engine/loop.py",
-        "        if missing or extra:\n",
+        "_engine/anchors.py",
+        "    if missing or extra:\n",
         "        if extra:\n",
         ("test_bad_input.py",),
     ),
@@ -452,7 +474,7 @@ MUTATIONS = [
     Mutation(
         "the count increases in a skipped step",
         "wrappers/decay.py",
-        "next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)",
+        "next_count = jnp.where(is_real, optax.safe_increment(count), count)",
         "next_count = optax.safe_increment(count)",
         (STEPS, "wrappers/"),
     ),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from .._engine import checks, trees
+from .._engine import anchors, checks, trees
 from .._engine.arithmetic import compute_dtype, stateless, subtracted
 from .._engine.loop import Action, DecayState
 from .._engine.probe import gated
@@ -102,8 +102,10 @@ def with_decoupled_decay(
         new, probe = subtract(updates, *shares), extra_args.get("decay_probe")
         updates = gated(probe, action, params, lambda u: subtract(u, *shares), updates, new)
         count = state.decay.count
-        next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
-        return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
+        is_real = jnp.all(jnp.array(real, bool))
+        next_count = jnp.where(is_real, optax.safe_increment(count), count)
+        anchor = anchors.moved(where, toward, state.decay.anchor, params, is_real if real else None)
+        return updates, WithDecoupledDecayState(state.decay._replace(count=next_count, anchor=anchor), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
