@@ -62,6 +62,10 @@ def agreeing(u: np.ndarray, t: np.ndarray) -> np.ndarray:
     return np.where(u * t >= 0, u + t, u)
 
 
+def has_gradient(u: np.ndarray) -> np.ndarray:
+    return np.any(u != 0, axis=tuple(range(1, u.ndim)), keepdims=True)
+
+
 KINDS: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, float], np.ndarray]]] = {
     "L2": (wdjax.L2(), lambda w: w, lambda w, k: w / (1 + k)),
     "L1": (wdjax.L1(), np.sign, soft),
@@ -96,6 +100,19 @@ def _on_weights(name: str) -> Row:
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
         is_elementwise=name != "GroupLasso",
+    )
+
+
+def _of_rows(wrapper: Any) -> Row:
+    # In one step, or if the same rows have a gradient in every step, the two are the same.
+    return Row(
+        f"{wrapper.__name__}[identity]",
+        lambda rate, mask=None, toward=None: wrapper(
+            optax.identity(), rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: u - LEARNING_RATE * rate * (w - a) * has_gradient(u),
+        core=wrapper is wdjax.with_lazy_decay,  # It keeps a number for each row.
+        is_elementwise=False,
     )
 
 
@@ -161,6 +178,7 @@ ROWS = [
         core=True,  # It wraps an optimizer.
         keeps_bits=False,  # SGD itself changes updates.
     ),
+    *map(_of_rows, (wdjax.with_sparse_decay, wdjax.with_lazy_decay)),
     Row(
         "scale_by_path",
         lambda rate, mask=None, toward=None: wdjax.scale_by_path(rate, mask),

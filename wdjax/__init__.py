@@ -65,5 +65,7 @@ from .telemetry import monitor as monitor
 from .telemetry import scalars as scalars
 from .wrappers import freeze as freeze
 from .wrappers import with_decoupled_decay as with_decoupled_decay
+from .wrappers import with_lazy_decay as with_lazy_decay
+from .wrappers import with_sparse_decay as with_sparse_decay
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ HAZARDS, BAD_INPUT, FRAMEWORKS = "_engine/test_hazards.py", "test_bad_input.py",
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
-STATES, ANCHORS = "test_states.py", "_engine/test_anchors.py"
+STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -49,6 +49,35 @@ MUTATIONS = [
         "jnp.array(p, compute_dtype(p))",
         "jnp.array(p)",
         (ANCHORS,),
+    ),
+    # Rows.
+    Mutation(
+        "a row that has paid still owes",
+        "wrappers/rows.py",
+        "jnp.where(used, 0, owed)",
+        "owed",
+        (ROWS,),
+    ),
+    Mutation(
+        "what a row owes is a sum of rates",
+        "wrappers/rows.py",
+        "owed = owed + rate.value * (1 - owed)",
+        "owed = owed + rate.value",
+        (ROWS,),
+    ),
+    Mutation(
+        "rows are the last axis",
+        "wrappers/rows.py",
+        "range(1, gradient.ndim), keepdims=True)",
+        "range(gradient.ndim - 1), keepdims=True)",
+        (ROWS, CONTRACT),
+    ),
+    Mutation(
+        "a device knows only its own part of a row",
+        "wrappers/rows.py",
+        "return mesh_axes.total(used.astype(jnp.int32), split) > 0",
+        "return used",
+        (ROWS,),
     ),
     # Warnings of rates.
     Mutation(
@@ -502,15 +531,15 @@ MUTATIONS = [
     Mutation(
         "the decay has the learning rate of the step before",
         "wrappers/decay.py",
-        "kept = learning_rates(after)",
-        "kept = learning_rates(before)",
+        "scale.of(after)",
+        "scale.of(before)",
         ("wrappers/",),
     ),
     Mutation(
         "the decay does not follow reduce_on_plateau",
-        "wrappers/decay.py",
-        "(*real, *kept, *(node.scale for node in nodes(after, PLATEAUS)))",
-        "(*real, *kept)",
+        "wrappers/steps.py",
+        "(*kept, *(node.scale for node in nodes(state, PLATEAUS)))",
+        "tuple(kept)",
         ("wrappers/",),
     ),
     Mutation(
