@@ -91,6 +91,11 @@ CONSTRAINTS: dict[str, tuple[Any, Callable[[np.ndarray, float], np.ndarray]]] = 
     "L1Ball": (wdjax.L1Ball(), into_l1_ball),
 }
 
+
+def has_gradient(u: np.ndarray) -> np.ndarray:
+    return np.any(u != 0, axis=tuple(range(1, u.ndim)), keepdims=True)
+
+
 KINDS: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, float], np.ndarray]]] = {
     "L2": (wdjax.L2(), lambda w: w, lambda w, k: w / (1 + k)),
     "L1": (wdjax.L1(), np.sign, soft),
@@ -137,6 +142,19 @@ def _constrained(name: str) -> Row:
         core=name == "L2Ball",  # It always acts.
         has_anchor=False,
         off_at=None,
+        is_elementwise=False,
+    )
+
+
+def _of_rows(wrapper: Any) -> Row:
+    # In one step, or if the same rows have a gradient in every step, the two are the same.
+    return Row(
+        f"{wrapper.__name__}[identity]",
+        lambda rate, mask=None, toward=None: wrapper(
+            optax.identity(), rate, mask, learning_rate=LEARNING_RATE, toward=toward
+        ),
+        lambda u, w, rate, a: u - LEARNING_RATE * rate * (w - a) * has_gradient(u),
+        core=wrapper is wdjax.with_lazy_decay,  # It keeps a number for each row.
         is_elementwise=False,
     )
 
@@ -203,6 +221,7 @@ ROWS = [
         core=True,  # It wraps an optimizer.
         keeps_bits=False,  # SGD itself changes updates.
     ),
+    *map(_of_rows, (wdjax.with_sparse_decay, wdjax.with_lazy_decay)),
     Row(
         "scale_by_path",
         lambda rate, mask=None, toward=None: wdjax.scale_by_path(rate, mask),

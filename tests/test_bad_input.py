@@ -179,7 +179,10 @@ def test_a_traced_mask() -> None:
 
 
 BAD_ANCHORS = [
-    ("start", "toward must be None (zero), a tree like params, or 'init', got 'start'"),
+    (
+        "start",
+        "toward must be None (zero), a tree like params, 'init', EMA(...), or a table by path of the last two, got 's",
+    ),
     (
         {"Dense_0": {"kernel": jnp.ones((2, 3))}},
         "toward must be a tree like params. It lacks 'Dense_0/bias'. For zero write 0.0: toward={..., 'Dense_0': {",

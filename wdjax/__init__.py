@@ -13,6 +13,7 @@ does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sw
 Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
+from ._engine.anchors import EMA as EMA
 from ._engine.types import Anchor as Anchor
 from ._engine.types import Mask as Mask
 from ._engine.types import Params as Params
@@ -64,5 +65,7 @@ from .telemetry import monitor as monitor
 from .telemetry import scalars as scalars
 from .wrappers import freeze as freeze
 from .wrappers import with_decoupled_decay as with_decoupled_decay
+from .wrappers import with_lazy_decay as with_lazy_decay
+from .wrappers import with_sparse_decay as with_sparse_decay
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._engine import checks, mesh_axes, trees
+from ._engine.anchors import is_in_state
 from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
 from ._engine.text import shown
@@ -107,9 +108,10 @@ def penalty(
 
 def _penalty(action: Action, params: PyTree, kind: Penalty, axis_name: Any) -> jax.Array:
     where, toward = action.where, action.toward
-    if isinstance(toward, str):
+    if is_in_state(toward):
         raise ValueError(
-            f"{where}: toward={toward!r} needs a state, but a loss has none. Write {where}(..., toward=initial_params)."
+            f"{where}: toward={shown(toward)} needs a state, but a loss has none. "
+            f"Write {where}(..., toward=initial_params)."
         )
     axes = mesh_axes.names(where, axis_name)
     if set(axes) & set(mesh_axes.names(where, getattr(kind, "axis_name", None))):

@@ -25,9 +25,60 @@ HAZARDS, BAD_INPUT, FRAMEWORKS = "_engine/test_hazards.py", "test_bad_input.py",
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
-STATES = "test_states.py"
+STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 
 MUTATIONS = [
+    # Moving averages as anchors.
+    Mutation(
+        "a skipped step moves the average",
+        "_engine/anchors.py",
+        "factors = (share,) if is_real is None else (share, is_real)",
+        "factors = (share,)",
+        (ANCHORS,),
+    ),
+    Mutation(
+        "the average moves by its memory",
+        "_engine/anchors.py",
+        "type(1 - kind.decay)",
+        "type(kind.decay)",
+        (ANCHORS,),
+    ),
+    Mutation(
+        "the average of bfloat16 weights is kept in bfloat16",
+        "_engine/anchors.py",
+        "jnp.array(p, compute_dtype(p))",
+        "jnp.array(p)",
+        (ANCHORS,),
+    ),
+    # Rows.
+    Mutation(
+        "a row that has paid still owes",
+        "wrappers/rows.py",
+        "jnp.where(used, 0, owed)",
+        "owed",
+        (ROWS,),
+    ),
+    Mutation(
+        "what a row owes is a sum of rates",
+        "wrappers/rows.py",
+        "owed = owed + rate.value * (1 - owed)",
+        "owed = owed + rate.value",
+        (ROWS,),
+    ),
+    Mutation(
+        "rows are the last axis",
+        "wrappers/rows.py",
+        "range(1, gradient.ndim), keepdims=True)",
+        "range(gradient.ndim - 1), keepdims=True)",
+        (ROWS, CONTRACT),
+    ),
+    Mutation(
+        "a device knows only its own part of a row",
+        "wrappers/rows.py",
+        "return mesh_axes.total(used.astype(jnp.int32), split) > 0",
+        "return used",
+        (ROWS,),
+    ),
     # Warnings of rates.
     Mutation(
         "the smallest rate of a schedule is warned of",
@@ -74,14 +125,14 @@ MUTATIONS = [
     ),
     Mutation(
         "an anchor of 0.0 is only for one array",
-        "_engine/loop.py",
+        "_engine/anchors.py",
         "if zeros.isdisjoint(trees.prefixes(path))]",
         "if path not in zeros]",
         (LOOP,),
     ),
     Mutation(
         "integers are anchors",
-        "_engine/loop.py",
+        "_engine/anchors.py",
         "if not trees.is_decayable(anchor) or",
         "if",
         (BAD_INPUT,),
@@ -196,7 +247,7 @@ MUTATIONS = [
     Mutation(
         "updates are not counted",
         "_engine/loop.py",
-        "return new, state._replace(count=optax.safe_increment(state.count), leaf=leaf)",
+        "return new, state._replace(count=optax.safe_increment(state.count), anchor=anchor, leaf=leaf)",
         "return new, state._replace(leaf=leaf)",
     ),
     Mutation(
@@ -208,14 +259,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the mask is skipped",
-        "_engine/loop.py",
+        "_engine/per_leaf.py",
         "if flag is False or not trees.is_decayable(leaf):",
         "if not trees.is_decayable(leaf):",
     ),
     Mutation(
         "an array as the mask is skipped",
-        "_engine/loop.py",
-        '                factors.append(("mask", flag))\n',
+        "_engine/per_leaf.py",
+        '            factors.append(("mask", flag))\n',
         "                pass\n",
         (ARRAYS,),
     ),
@@ -234,8 +285,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the anchor at init shares the buffers of params",
-        "_engine/loop.py",
-        'jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)',
+        "_engine/anchors.py",
+        "jax.tree.map(_copied, params)",
         "params",
     ),
     Mutation(
@@ -260,8 +311,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a missing anchor is not noticed",
-        "_engine/loop.py",
-        "        if missing or extra:\n",
+        "_engine/anchors.py",
+        "    if missing or extra:\n",
         "        if extra:\n",
         ("test_bad_input.py",),
     ),
@@ -452,7 +503,7 @@ MUTATIONS = [
     Mutation(
         "the count increases in a skipped step",
         "wrappers/decay.py",
-        "next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)",
+        "next_count = jnp.where(is_real, optax.safe_increment(count), count)",
         "next_count = optax.safe_increment(count)",
         (STEPS, "wrappers/"),
     ),
@@ -480,15 +531,15 @@ MUTATIONS = [
     Mutation(
         "the decay has the learning rate of the step before",
         "wrappers/decay.py",
-        "kept = learning_rates(after)",
-        "kept = learning_rates(before)",
+        "scale.of(after)",
+        "scale.of(before)",
         ("wrappers/",),
     ),
     Mutation(
         "the decay does not follow reduce_on_plateau",
-        "wrappers/decay.py",
-        "(*real, *kept, *(node.scale for node in nodes(after, PLATEAUS)))",
-        "(*real, *kept)",
+        "wrappers/steps.py",
+        "(*kept, *(node.scale for node in nodes(state, PLATEAUS)))",
+        "tuple(kept)",
         ("wrappers/",),
     ),
     Mutation(

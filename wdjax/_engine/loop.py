@@ -13,27 +13,22 @@ The action guarantees for every place:
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from . import checks, hazards, mesh_axes, trees
+from . import anchors, checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
-from .masks import flags
+from .per_leaf import Leaves, Terms, checked_stack, stacks, terms_of_leaves
 from .probe import DecayProbe, gated
 from .rates import rate_or_rules
-from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
-from .text import lacks, shown
+from .rules import Rules, check_booleans
 from .unstable import as_arguments
 
 PyTree = Any
-Leaves = Sequence[tuple[str, Any]]  # Canonical paths and leaves.
-Terms = list[Term | None]  # One for each leaf; None where nothing decays.
 
 
 class DecayState(NamedTuple):
@@ -41,7 +36,8 @@ class DecayState(NamedTuple):
 
     Attributes:
         count: shape (), int32: the number of updates so far. Schedules are called with it.
-        anchor: None; with `toward="init"`, a copy of params at `init`.
+        anchor: None; with `toward="init"`, a copy of params at `init`; with an `EMA`, a tree like params with their
+            average, in at least float32.
         leaf: None; for a rule with a state for each parameter, a tree like params of arrays.
     """
 
@@ -59,7 +55,8 @@ class Action:
         rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules, `Rules` or trees of
             these. If it is empty, the rule acts on all parameters of the mask.
         mask: anything that `masks.flags` takes.
-        toward: None, a tree like params (0.0 may stand for an array or a subtree of zeros), or "init".
+        toward: None, a tree like params (0.0 may stand for an array or a subtree of zeros), "init", an `EMA`, or a
+            table of the last two.
         is_per_step: whether the rate is the fraction of a weight that one step removes. Then `init` warns of rates
             that round to nothing or overshoot.
         can_overshoot: whether a rate above 1 moves a weight past its anchor.
@@ -84,17 +81,7 @@ class Action:
         object.__setattr__(self, "rates", checked)
         if isinstance(self.mask, Rules):
             check_booleans(self.mask, self.where)
-        if isinstance(self.toward, str) and self.toward != "init":
-            raise ValueError(
-                f"{self.where}: toward must be None (zero), a tree like params, or 'init', got {self.toward!r}. "
-                f"Write {self.where}(..., toward='init') for the values at init."
-            )
-        if not isinstance(self.toward, str):
-            trees.parameters(self.where, self.toward, "toward", may_hold=["functions"])
-
-    @property
-    def keeps_anchor(self) -> bool:
-        return isinstance(self.toward, str)
+        anchors.check(self.where, self.toward)
 
     def init(
         self, params: PyTree, rule: LeafRule | None = None, *, aliases: Callable[[str], bool] = lambda path: True
@@ -104,12 +91,9 @@ class Action:
         It warns if one array has two of the paths that `aliases` selects and the rule acts on both.
         """
         leaves = trees.parameters(self.where, params)
-        anchor = None
-        if self.keeps_anchor:
-            # If the state shared the buffers of params, the two could not both be donated.
-            anchor = jax.tree.map(lambda p: p.copy() if hasattr(p, "copy") else p, params)
+        anchor = anchors.initial(self.where, self.toward, params, leaves)
         rows = self._rows(params, leaves)
-        self._anchors(leaves, rows, anchor)
+        anchors.found(self.where, self.toward, leaves, list(map(self._acts, rows)), anchor)
         acted_on = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row) and aliases(leaf[0])]
         trees.warn_of_aliases(self.where, acted_on)
         if self.is_per_step:
@@ -117,9 +101,11 @@ class Action:
         kept = None
         if rule is not None and rule.init is not None:
             # The mask and the rate do not matter here, so that a state can be restored under other ones.
-            pairs = zip(self._stacks(leaves), leaves, strict=True)
-            stacks = iter([self._checked_stack(*leaf, stack) for stack, leaf in pairs if rule.acts_on(leaf[1])])
-            kept = trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(stacks), p))
+            pairs = zip(stacks(self.where, self.stacked_axes, leaves), leaves, strict=True)
+            of_layers = iter(
+                [checked_stack(self.where, *leaf, stack) for stack, leaf in pairs if rule.acts_on(leaf[1])]
+            )
+            kept = trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(of_layers), p))
         return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
 
     def run(
@@ -221,7 +207,8 @@ class Action:
     def terms(self, params: PyTree, leaves: Leaves, state: DecayState | None) -> Terms:
         """The decay of each leaf in this step; None where it is permanently off."""
         rows = self._rows(params, leaves)
-        anchors = self._anchors(leaves, rows, None if state is None else state.anchor)
+        kept = None if state is None else state.anchor
+        of_each = anchors.found(self.where, self.toward, leaves, list(map(self._acts, rows)), kept)
         evaluated: dict[int, Any] = {}
 
         def at_this_step(name: str, factor: Any) -> Any:
@@ -232,7 +219,7 @@ class Action:
             return evaluated[id(factor)]
 
         terms: Terms = []
-        for row, anchor in zip(rows, anchors, strict=True):
+        for row, anchor in zip(rows, of_each, strict=True):
             if isinstance(anchor, jax.ShapeDtypeStruct):
                 raise TypeError(f"{self.where}: toward holds shapes without values. Pass arrays: toward=pretrained.")
             term = row and row._replace(factors=tuple(map(at_this_step, row.names, row.factors)), anchor=anchor)
@@ -241,53 +228,7 @@ class Action:
 
     def _rows(self, params: PyTree, leaves: Leaves) -> Terms:
         """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
-        columns = []
-        chosen = flags(self.where, self.mask, params, leaves)
-        asked = trees.hidden_where(chosen, leaves)
-        for name, rate in self.rates.items():
-            of_each = rates_of(rate, self.where, asked) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
-            columns.append([[(name, factor) for factor in factors] for factors in of_each])
-        rows: Terms = []
-        stacks = self._stacks(leaves)
-        for flag, stack, (path, leaf), *named in zip(chosen, stacks, leaves, *columns, strict=True):
-            if flag is False or not trees.is_decayable(leaf):
-                rows.append(None)
-                continue
-            factors = list(itertools.chain(*named))
-            stack = self._checked_stack(path, leaf, stack)
-            stack = tuple(sorted({*stack, *stack_of(self.where, path, (factor for _, factor in factors))}))
-            part = None if flag is True or self.off_at == 0 else flag
-            if flag is not True and part is None:  # The rule does nothing at a rate of 0.
-                factors.append(("mask", flag))
-            values = tuple(self._spread(name, factor, path, leaf) for name, factor in factors)
-            rows.append(Term(values, tuple(name for name, _ in factors), stack=stack, part=part))
-        return rows
-
-    def _spread(self, name: str, factor: Any, path: str, leaf: Any) -> Any:
-        """The factor. An array, or a number for each layer, becomes an array of the parameter's rank."""
-        if isinstance(factor, PerLayer):
-            return factor.along(np.ndim(leaf))
-        if callable(factor) or np.ndim(factor) == 0:
-            return factor
-        shape = np.shape(leaf)
-        trees.check_broadcasts(self.where, f"{name} at {path!r}", factor, shape)
-        return factor.reshape((1,) * (len(shape) - factor.ndim) + factor.shape)
-
-    def _stacks(self, leaves: Leaves) -> list[tuple[int, ...]]:
-        """The leading axes of each leaf that stack layers."""
-        counts: list[Any] = [self.stacked_axes] * len(leaves)
-        if isinstance(self.stacked_axes, Rules):
-            found = decisions(self.stacked_axes, self.where, leaves)
-            counts = [0 if decision is None else int(decision.value) for decision in found]
-        return [tuple(range(count)) for count in counts]
-
-    def _checked_stack(self, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
-        if len(stack) > np.ndim(leaf):
-            raise ValueError(
-                f"{self.where}: stacked_axes={len(stack)} for {path!r}, whose shape is {np.shape(leaf)}. Write "
-                "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
-            )
-        return stack
+        return terms_of_leaves(self.where, self.rates, self.mask, self.stacked_axes, params, leaves, self.off_at)
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, for an action that is never run."""
@@ -327,65 +268,6 @@ class Action:
             return value
         return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
 
-    def _anchors(self, leaves: Leaves, rows: Terms, initial: PyTree) -> list[Any]:
-        """Each leaf's anchor, found by canonical path; None for zero. Leaves that do not decay need no anchor."""
-        if self.toward is None or not leaves:
-            return [None] * len(leaves)
-        if self.keeps_anchor and initial is None:
-            raise ValueError(
-                f"{self.where}: toward='init', but the state holds no anchor: an optimizer without one made it. "
-                "Make a new state, optimizer.init(params), and copy the rest of the old state into it."
-            )
-        given = dict(trees.flatten_with_paths(initial if self.keeps_anchor else self.toward))
-        zeros = {path for path, anchor in given.items() if _is_number(anchor) and anchor == 0}
-        holes = tuple(path + "/" for path, leaf in leaves if trees.is_hole(leaf))
-        paths = {path: np.shape(leaf) for path, leaf in leaves}
-        nodes = {node for path in paths for node in trees.prefixes(path)}
-        write = f"Write {self.where}(..., toward=pretrained_params), or toward='init'."
-        for path in [path for path, anchor in given.items() if path in nodes - zeros and not trees.is_hole(anchor)]:
-            if path not in paths or (_is_number(given[path]) and paths[path] != ()):
-                at, there = f"at {path!r}" if path else "alone", "an array" if path in paths else "more"
-                raise ValueError(
-                    f"{self.where}: toward is {shown(given[path])} {at}, where params have {there}. Give an array for "
-                    f"each parameter, or 0.0 for zeros. {write}"
-                )
-        acting = [leaf for leaf, row in zip(leaves, rows, strict=True) if self._acts(row)]
-        pulled = [(path, leaf) for path, leaf in acting if zeros.isdisjoint(trees.prefixes(path))]
-        missing = [path for path, _ in pulled if trees.is_hole(given.get(path))]
-        for path in missing:
-            if isinstance(hole := given.get(path), trees.Hidden):
-                hole.refuse()
-        known = {path for path in given if path in paths or path.startswith(holes)} | (zeros & nodes)
-        extra = [path for path, anchor in given.items() if not (path in known or trees.is_hole(anchor))]
-        if missing or extra:
-            fits = missing and not paths.keys().isdisjoint(given)
-            zero = f" For zero write 0.0: toward={_with_zero(missing[0], given)}." if fits else ""
-            raise ValueError(f"{self.where}: toward must be a tree like params. {lacks(missing, extra)}{zero} {write}")
-        for path, leaf in pulled:
-            anchor = given[path]
-            if np.shape(anchor) != np.shape(leaf):
-                raise ValueError(
-                    f"{self.where}: toward has shape {np.shape(anchor)} at {path!r}, but the parameter has "
-                    f"{np.shape(leaf)}. {write}"
-                )
-            if not trees.is_decayable(anchor) or (jnp.iscomplexobj(anchor) and not jnp.iscomplexobj(leaf)):
-                raise ValueError(
-                    f"{self.where}: toward is {jnp.result_type(anchor)} at {path!r}, but the parameter is "
-                    f"{jnp.result_type(leaf)}. Convert it: a.astype(p.dtype). {write}"
-                )
-        acted_on = {path for path, _ in pulled}
-        return [given[path] if path in acted_on else None for path, _ in leaves]
-
-
-def _with_zero(path: str, given: Iterable[str]) -> str:
-    """How to write that a part of `toward` is zero: the outermost node above this path of which nothing is given."""
-    nodes = {node for other in given for node in trees.prefixes(other)}
-    *_, node = [path, *(node for node in trees.prefixes(path) if node and node not in nodes)]
-    text = "0.0"
-    for key in reversed(node.split("/")):
-        text = f"{{..., {key!r}: {text}}}"
-    return text
-
 
 def transformation(
     action: Action, rule: LeafRule, axis_name: mesh_axes.Names = (), *, is_decay: bool = False
@@ -404,10 +286,7 @@ def transformation(
         new, leaf = action.run(rule, updates, state, params, axis_name=axis_name)
         if is_decay:
             new = gated(decay_probe, action, params, lambda u: action.run(rule, u, state, params)[0], updates, new)
-        return new, state._replace(count=optax.safe_increment(state.count), leaf=leaf)
+        anchor = anchors.moved(action.where, action.toward, state.anchor, params)
+        return new, state._replace(count=optax.safe_increment(state.count), anchor=anchor, leaf=leaf)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from .anchors import EMA
 from .rules import Rules
 
 Params: TypeAlias = Any  # A tree of parameters.
@@ -19,8 +20,8 @@ Rate: TypeAlias = Number | Schedule | Rules | Mapping[Any, Any] | Sequence[Any]
 # Rules of booleans, a tree or prefix tree of booleans (or of arrays of booleans), or a function from params to one.
 Mask: TypeAlias = Rules | Callable[[Params], Params] | Params | None
 
-# A tree like params, or the values at `init`; None for zero.
-Anchor: TypeAlias = Params | Literal["init"] | None
+# A tree like params, the values at `init`, a moving average, or a table of the last two; None for zero.
+Anchor: TypeAlias = Params | Literal["init"] | EMA | Rules | None
 
 # A finished optimizer.
 Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps

@@ -31,8 +31,9 @@ def decoupled_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor = N
         mask: None, `Rules` of booleans, a tree or prefix tree of booleans, or a function of params that returns one.
             Instead of a boolean it may hold an array of booleans that broadcasts against the parameter.
         toward: None for zero; a tree like params, which may leave out parameters that do not decay (it is a constant in
-            the compiled step); or "init" for the values at `init`, which the state keeps. In a tree, the number 0.0
-            stands for zero, for one parameter or for all below: `{"encoder": pretrained, "head": 0.0}`.
+            the compiled step); "init" for the values at `init`, which the state keeps; or `EMA(0.999)` for a moving
+            average of the weights. In a tree, the number 0.0 stands for zero, for one parameter or for all below:
+            `{"encoder": pretrained, "head": 0.0}`. `by_path({"encoder": "init"}, default=0.0)` says it by path.
 
     Returns:
         An `optax.GradientTransformation` with a `DecayState`. Its `update` needs `params`. Updates keep their dtype.

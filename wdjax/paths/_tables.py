@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._engine import checks
+from .._engine.anchors import EMA
 from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, printed, read
 from .._engine.text import shown
 from . import language
@@ -98,7 +99,8 @@ def by_path(
 
     Args:
         rules: a dictionary, or a list of pairs (pattern, value). For patterns see `wdjax.paths`. Values: booleans for a
-            mask; finite numbers >= 0, 0-d arrays or schedules for rates; strings for labels; or a rule set of these.
+            mask; finite numbers >= 0, 0-d arrays or schedules for rates; strings for labels; `"init"` and
+            `EMA(...)` for anchors; or a rule set of these.
         default: the value of parameters that no rule matches, which are an error otherwise: `default=weights_only()`.
         syntax: how strings are read: "shell" as in `wdjax.paths`; "regex" as a regular expression for the whole path;
             "search" as one for any part of it; "contains" as a part of the path, where "." also stands for "/".
@@ -162,6 +164,6 @@ def stacks(where: str, stacked_axes: Any) -> Any:
 def _checked_value(value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if isinstance(value, (str, Rules)) or is_flag(value):
+    if isinstance(value, (str, Rules, EMA)) or is_flag(value):
         return value
     return checks.rate("by_path", "a value of the table", value, write=TABLE, may_be_array=True)

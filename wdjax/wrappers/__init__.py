@@ -17,3 +17,5 @@ steps raise an error. Only their own code can put a decay into such a step.
 from .decay import WithDecoupledDecayState as WithDecoupledDecayState
 from .decay import with_decoupled_decay as with_decoupled_decay
 from .freezing import freeze as freeze
+from .rows import with_lazy_decay as with_lazy_decay
+from .rows import with_sparse_decay as with_sparse_decay

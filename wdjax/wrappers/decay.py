@@ -1,20 +1,18 @@
 """Decay around a finished optimizer."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
-from .._engine import checks, trees
+from .._engine import anchors, checks, trees
 from .._engine.arithmetic import compute_dtype, stateless, subtracted
 from .._engine.loop import Action, DecayState
 from .._engine.probe import gated
-from .._engine.steps import learning_rates, nodes, stepped
+from .._engine.steps import nodes, stepped
 from .._engine.types import Anchor, Mask, Optimizer, Rate
-from .steps import PLATEAUS, check_learning_rate, refuse_what_undoes_it
+from .steps import FREE, Scale, check
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)
@@ -69,13 +67,12 @@ def with_decoupled_decay(
     where = "with_decoupled_decay"
     inner = checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
     action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
-    of_state = dataclasses.replace(action, rates={"weight_decay": weight_decay})
+    scale = Scale(action)
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
         trees.parameters(where, params)
         state = inner.init(params)
-        refuse_what_undoes_it(state)
-        check_learning_rate(action.rates["learning_rate"], state)
+        check(where, action.rates["learning_rate"], state)
         return WithDecoupledDecayState(action.init(params), state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
@@ -84,15 +81,13 @@ def with_decoupled_decay(
         updates, after = inner.update(updates, before, params, **extra_args)
         real = stepped(before, after)
         shares = _shares(before, after)
-        kept = learning_rates(after)
-        acting = of_state if kept else action
-        factors = (*real, *kept, *(node.scale for node in nodes(after, PLATEAUS)))
+        acting, factors = scale.of(after)
 
         def subtract(tree: PyTree, *shares: jax.Array) -> PyTree:
-            return acting.run(_SUBTRACTED, tree, state.decay, params, gates=(*factors, *shares))[0]
+            return acting.run(_SUBTRACTED, tree, state.decay, params, gates=(*real, *factors, *shares))[0]
 
         def is_free(node: Any) -> bool:
-            return isinstance(node, contrib.ScheduleFreeState)
+            return isinstance(node, FREE)
 
         def subtract_from_iterate(node: Any) -> Any:
             return node._replace(z=subtract(node.z)) if is_free(node) else node
@@ -102,8 +97,10 @@ def with_decoupled_decay(
         new, probe = subtract(updates, *shares), extra_args.get("decay_probe")
         updates = gated(probe, action, params, lambda u: subtract(u, *shares), updates, new)
         count = state.decay.count
-        next_count = jnp.where(jnp.all(jnp.array(real, bool)), optax.safe_increment(count), count)
-        return updates, WithDecoupledDecayState(state.decay._replace(count=next_count), after)
+        is_real = jnp.all(jnp.array(real, bool))
+        next_count = jnp.where(is_real, optax.safe_increment(count), count)
+        anchor = anchors.moved(where, toward, state.decay.anchor, params, is_real if real else None)
+        return updates, WithDecoupledDecayState(state.decay._replace(count=next_count, anchor=anchor), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -114,7 +111,7 @@ def _shares(before: Any, after: Any) -> tuple[jax.Array, ...]:
     z' = z + change; x' = (1 - c) x + c z'; y' = b1 x' + (1 - b1) z'. Here c is the weight of this step in the average.
     """
     shares = []
-    for old, new in zip(*(nodes(state, (contrib.ScheduleFreeState,)) for state in (before, after)), strict=True):
+    for old, new in zip(*(nodes(state, FREE) for state in (before, after)), strict=True):
         dtype = compute_dtype(new.weight_sum)
         total, previous, b1 = (jnp.asarray(x, dtype) for x in (new.weight_sum, old.weight_sum, new.b1))
         c = jnp.where(total > 0, (total - previous) / jnp.where(total > 0, total, 1), 0)

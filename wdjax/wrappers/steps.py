@@ -1,5 +1,6 @@
-"""Whether an optimizer's own steps allow a decay around it, and whether the learning rate given is its own."""
+"""Whether an optimizer's own steps allow a decay around it, and the learning rate that multiplies it."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from optax import contrib
 
 from .._engine.arithmetic import stateless, subtracted
+from .._engine.loop import Action
 from .._engine.rates import values_of
 from .._engine.steps import INJECTED, SKIPPING, injected, learning_rates, nodes
 from .._engine.text import shown
@@ -22,7 +24,8 @@ _SUBTRACTED = stateless(subtracted)
 
 _PARTIAL = (optax.PartitionState, optax.MaskedState)
 PLATEAUS = (contrib.ReduceLROnPlateauState,)
-_OWN_STEPS = (*SKIPPING, contrib.ScheduleFreeState)
+FREE = (contrib.ScheduleFreeState,)
+_OWN_STEPS = (*SKIPPING, *FREE)
 
 _INSIDE = "Put the decay inside: with_decoupled_decay(optax.sgd(lr), 0.1, learning_rate=lr), not optax.sgd(lr)."
 _INJECT = (
@@ -72,7 +75,31 @@ _A_RATE = re.compile(r"(.*_)?(lr|learning_?rate|step_?size)\d*|(lr|learning_?rat
 _MAYBE_A_RATE = re.compile(r"(eta|alpha|scale|factor|multiplier)\d*")
 
 
-def refuse_what_undoes_it(state: Any) -> None:
+class Scale:
+    """How strong a decay around an optimizer is in a step, if the optimizer keeps its learning rate in its state."""
+
+    def __init__(self, action: Action):
+        self._action, self._of_state = (
+            action,
+            dataclasses.replace(action, rates={"weight_decay": action.rates["weight_decay"]}),
+        )
+
+    def of(self, state: Any) -> tuple[Action, tuple[Any, ...]]:
+        """The decay, and further factors of its rate, for an update that ended with this state."""
+        kept = learning_rates(state)
+        return (self._of_state if kept else self._action), (*kept, *(node.scale for node in nodes(state, PLATEAUS)))
+
+
+def check(where: str, learning_rate: Any, state: Any) -> None:
+    """Raises an error, in the name of the wrapper `where`, if no decay is right around an optimizer with this state."""
+    try:
+        _refuse_what_undoes_it(state)
+        _check_learning_rate(learning_rate, state)
+    except ValueError as error:
+        raise ValueError(str(error).replace("with_decoupled_decay", where)) from None
+
+
+def _refuse_what_undoes_it(state: Any) -> None:
     names: list[str] = []
     jax.tree.leaves(state, is_leaf=lambda node: bool(names.append(type(node).__name__)))
     if found := [name for name in names if name in _REFUSED]:
@@ -103,7 +130,7 @@ def _rates_in(state: Any) -> list[str]:
     return [x for x in names if _A_RATE.fullmatch(x)] or [x for x in names if _MAYBE_A_RATE.fullmatch(x)]
 
 
-def check_learning_rate(given: Any, state: Any) -> None:
+def _check_learning_rate(given: Any, state: Any) -> None:
     """Raises an error if the learning rate that was given is not the one that the optimizer keeps in its state."""
     for kept in learning_rates(state):
         said = shown(given)

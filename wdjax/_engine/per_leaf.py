@@ -1,0 +1,78 @@
+"""The decay of each parameter, as far as it is known before a step: its rate, the axes that stack layers, its mask."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import trees
+from .arithmetic import Term
+from .masks import flags
+from .rules import PerLayer, Rules, decisions, rates_of, stack_of
+
+PyTree = Any
+Leaves = Sequence[tuple[str, Any]]  # Canonical paths and leaves.
+Terms = list[Term | None]  # One for each leaf; None where nothing decays.
+
+
+def terms_of_leaves(
+    where: str,
+    rates: Mapping[str, Any],
+    mask: Any,
+    stacked_axes: Any,
+    params: PyTree,
+    leaves: Leaves,
+    off_at: float | None,
+) -> Terms:
+    """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
+    columns = []
+    chosen = flags(where, mask, params, leaves)
+    asked = trees.hidden_where(chosen, leaves)
+    for name, rate in rates.items():
+        of_each = rates_of(rate, where, asked) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
+        columns.append([[(name, factor) for factor in factors] for factors in of_each])
+    rows: Terms = []
+    of_stacks = stacks(where, stacked_axes, leaves)
+    for flag, stack, (path, leaf), *named in zip(chosen, of_stacks, leaves, *columns, strict=True):
+        if flag is False or not trees.is_decayable(leaf):
+            rows.append(None)
+            continue
+        factors = list(itertools.chain(*named))
+        stack = checked_stack(where, path, leaf, stack)
+        stack = tuple(sorted({*stack, *stack_of(where, path, (factor for _, factor in factors))}))
+        part = None if flag is True or off_at == 0 else flag
+        if flag is not True and part is None:  # At a rate of 0 the rule does nothing.
+            factors.append(("mask", flag))
+        values = tuple(_spread(where, name, factor, path, leaf) for name, factor in factors)
+        rows.append(Term(values, tuple(name for name, _ in factors), stack=stack, part=part))
+    return rows
+
+
+def stacks(where: str, stacked_axes: Any, leaves: Leaves) -> list[tuple[int, ...]]:
+    """The leading axes of each leaf that stack layers."""
+    counts: list[Any] = [stacked_axes] * len(leaves)
+    if isinstance(stacked_axes, Rules):
+        found = decisions(stacked_axes, where, leaves)
+        counts = [0 if decision is None else int(decision.value) for decision in found]
+    return [tuple(range(count)) for count in counts]
+
+
+def checked_stack(where: str, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
+    if len(stack) > np.ndim(leaf):
+        raise ValueError(
+            f"{where}: stacked_axes={len(stack)} for {path!r}, whose shape is {np.shape(leaf)}. Write "
+            "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
+        )
+    return stack
+
+
+def _spread(where: str, name: str, factor: Any, path: str, leaf: Any) -> Any:
+    """The factor. An array, or a number for each layer, becomes an array of the parameter's rank."""
+    if isinstance(factor, PerLayer):
+        return factor.along(np.ndim(leaf))
+    if callable(factor) or np.ndim(factor) == 0:
+        return factor
+    shape = np.shape(leaf)
+    trees.check_broadcasts(where, f"{name} at {path!r}", factor, shape)
+    return factor.reshape((1,) * (len(shape) - factor.ndim) + factor.shape)
