@@ -196,14 +196,16 @@ def _capped_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # divided differences of the capped values instead (Daleckii & Krein), which exist also where values are equal.
     (w, radius), (dw, dradius) = primals, tangents
     u, s, vh = jnp.linalg.svd(w, full_matrices=False)
-    uh, v, capped = jnp.conj(u.T), jnp.conj(vh.T), jnp.minimum(s, radius)
-    inner = _product(uh, dw, v)
-    even, odd = (inner + jnp.conj(inner.T)) / 2, (inner - jnp.conj(inner.T)) / 2
-    of_even = _ratio(capped[:, None] - capped, s[:, None] - s, (s <= radius)[:, None])
-    of_odd = _ratio(capped[:, None] + capped, s[:, None] + s, True)
-    within = _product(u, of_even * even + of_odd * odd, vh)
-    beside = _product((_product(dw, v) - _product(u, inner)) * _ratio(capped, s, True)[None], vh)
-    return _capped(w, radius), within + beside + dradius * _product(u * (s > radius)[None], vh)
+    uh, v, capped, is_over = jnp.conj(u.T), jnp.conj(vh.T), jnp.minimum(s, radius), s > radius
+    with jax.numpy_dtype_promotion("standard"):  # Real times complex.
+        inner = _product(uh, dw, v)
+        even, odd = (inner + jnp.conj(inner.T)) / 2, (inner - jnp.conj(inner.T)) / 2
+        of_even = _ratio(capped[:, None] - capped[None], s[:, None] - s[None], ~is_over[:, None])
+        of_odd = _ratio(capped[:, None] + capped[None], s[:, None] + s[None], True)
+        within = _product(u, of_even * even + of_odd * odd, vh)
+        beside = _product((_product(dw, v) - _product(u, inner)) * _ratio(capped, s, True)[None], vh)
+        of_radius = dradius * _product(jnp.where(is_over[None], u, 0), vh)
+        return _capped(w, radius), within + beside + of_radius
 
 
 def _ratio(a: jax.Array, b: jax.Array, if_zero: Any) -> jax.Array:

@@ -14,7 +14,7 @@ from .._engine.groups import UnfitShapeError, check_even
 from .._engine.loop import Action, transformation
 from .._engine.text import listed, shown
 from .._engine.types import Mask, Rate, StackedAxes
-from .._engine.unstable import is_traced
+from .._engine.unstable import automatic, is_traced
 from ..constraints import Constraint, is_ours
 from ..paths import stacks
 
@@ -142,7 +142,8 @@ class _InitialNorm:
 
     def __call__(self, p: jax.Array) -> jax.Array:
         try:
-            return self.kind.norm(jnp.asarray(p, compute_dtype(p)))
+            # A decomposition refuses a matrix whose axes are split explicitly.
+            return automatic(lambda p: self.kind.norm(jnp.asarray(p, compute_dtype(p))), (p,), like=None)
         except UnfitShapeError:  # The mask leaves it out, or `update` raises the error.
             return jnp.zeros((1,) * jnp.ndim(p), jnp.finfo(compute_dtype(p)).dtype)
 
