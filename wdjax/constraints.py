@@ -186,8 +186,7 @@ def _size(w: jax.Array, axes: tuple[int, ...]) -> int:
 @jax.custom_jvp
 def _capped(w: jax.Array, radius: jax.Array) -> jax.Array:
     u, s, vh = jnp.linalg.svd(w, full_matrices=False)
-    # A difference, so that a matrix in the ball keeps every bit.
-    return w - _product(u * jnp.maximum(s - radius, 0)[None], vh)
+    return jnp.where(jnp.max(s, initial=0) <= radius, w, _product(u * jnp.minimum(s, radius)[None], vh))
 
 
 @_capped.defjvp

@@ -279,6 +279,11 @@ def test_the_radius_at_init_is_the_norm_of_each_group_and_stays(kind: Any, dtype
         size = kind.norm(jnp.asarray(params["kernel"], jnp.float32))
         np.testing.assert_allclose(size, radius, rtol=16 * float(jnp.finfo(dtype).eps))
         np.testing.assert_array_equal(state.leaf["kernel"], radius)
+    # Also for weights that come from elsewhere.
+    other = jax.tree.map(lambda p: 3 * p, params)
+    landed = optax.apply_updates(other, optimizer.update(jax.tree.map(jnp.zeros_like, other), state, other)[0])
+    size = kind.norm(jnp.asarray(landed["kernel"], jnp.float32))
+    np.testing.assert_allclose(size, radius, rtol=16 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("kind", [L2Ball(), L2Sphere(per=-1), L1Ball(), SpectralBall()], ids=repr)
