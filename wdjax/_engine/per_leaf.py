@@ -51,6 +51,20 @@ def stacks(where: str, stacked_axes: Any, leaves: Leaves) -> list[tuple[int, ...
     return [tuple(range(count)) for count in counts]
 
 
+def known_stacks(where: str, stacked_axes: Any, leaves: Leaves, rows: Terms) -> list[tuple[int, ...]]:
+    """The axes of each leaf that stack layers, for a rule with a state, which must know them without the rates."""
+    found = []
+    for stack, row, (path, leaf) in zip(stacks(where, stacked_axes, leaves), rows, leaves, strict=True):
+        found.append(checked_stack(where, path, leaf, stack) if trees.is_decayable(leaf) else ())
+        if row is not None and row.stack != found[-1]:
+            raise ValueError(
+                f"{where}: the rate of {path!r} has one number for each layer along axis {row.stack[-1]}. The state "
+                "must know which axes stack layers, however the rates change. Say that the first axis does: "
+                f"{where}(..., stacked_axes=1), or for some parameters stacked_axes={{'blocks': 1}}."
+            )
+    return found
+
+
 def checked_stack(where: str, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
     if len(stack) > np.ndim(leaf):
         raise ValueError(
