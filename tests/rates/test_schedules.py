@@ -128,7 +128,7 @@ def test_normalized_weights_keep_their_relative_gradient_under_the_corrected_dec
         }.items()
     }
     rise = {name: values[-50:].mean() / values[:200].mean() for name, values in ratio.items()}
-    # The recurrence of the squared norm, |w|^2 <- (1 - decay)^2 |w|^2 + eta^2 / |w|^2, gives 4.5 for these windows.
+    # The recurrence of the squared norm, |w|^2 <- (1 - decay)^2 |w|^2 + eta^2 / |w|^2, gives 4.69 for these windows.
     etas = peak * (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
     square, expected = (peak / (2 * 0.5)) ** 0.5, []
     for eta in etas:
@@ -254,6 +254,17 @@ def test_a_schedule_may_have_traced_arguments() -> None:
     np.testing.assert_allclose(ends, [0.1, 0.2], rtol=1e-6)
     halves = jax.vmap(lambda steps: rates.log_time(0.1, steps)(jnp.asarray(8)))(jnp.array([8, 4]))
     np.testing.assert_allclose(halves, [0.05, 0.1 / 3], rtol=1e-6)
+
+
+def test_the_plan_names_a_rate_after_its_function() -> None:
+    params, eta = {"kernel": jnp.ones((2, 3))}, optax.linear_schedule(0.5, 0.0, 10)
+    for rate, shown in (
+        (rates.relative(0.1, eta, peak=0.5), "relative"),
+        (rates.corrected(wdjax.by_path({"kernel": 0.02}), eta, peak=0.5), "0.02 × corrected"),
+        (rates.cosine(0.0, 0.4, 10), "cosine"),
+        (rates.log_time(0.1, 10), "log_time"),
+    ):
+        assert shown in str(wdjax.plan(params, rate))
 
 
 # Mistakes.

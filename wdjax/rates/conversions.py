@@ -100,8 +100,8 @@ def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, ep
     Rule:   weight_decay * sqrt(batch / (examples * epochs))
     Place:  `independent_decay`; under a schedule, through `relative`, which the paper also multiplies by.
     Units:  per step.
-    Source: Loshchilov & Hutter 2019, Appendix B.1, and the authors' code, which divides by the square root of the
-            number of steps. Their best values on CIFAR-10 are 0.025 and 0.05.
+    Source: Loshchilov & Hutter 2019, and the authors' code, which divides by the square root of the number of steps. It
+            suggests 0.025 and 0.05 for CIFAR-10.
 
     Args:
         weight_decay: the normalized weight decay, > 0.
@@ -132,7 +132,8 @@ def from_prior(scale: Number, examples: Number, noise: Number = 1.0) -> Converte
     Place:  `l2_penalty`, and `add_l2_to_grads` under any optimizer that goes to the minimum. Decay in the update is no
             penalty under Adam, and goes elsewhere.
     Units:  of a loss that is the mean over examples. For a sum over examples, write examples=1.
-    Source: MacKay 1992; scikit-learn's `BayesianRidge`, whose scale is 1 / sqrt(lambda_) and noise 1 / sqrt(alpha_).
+    Source: Bayes' rule. In scikit-learn's `BayesianRidge`, scale is 1 / sqrt(lambda_) and noise 1 / sqrt(alpha_). In
+            its `LogisticRegression`, C is scale**2.
 
     Args:
         scale: the standard deviation of a weight around its anchor under the prior, > 0.

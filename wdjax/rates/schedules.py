@@ -56,8 +56,8 @@ def relative(weight_decay: Rate, learning_rate: Number | Schedule, *, peak: Numb
 def corrected(weight_decay: Rate, learning_rate: Number | Schedule, *, peak: Number | None = None) -> Rate:
     """A weight decay in proportion to the square of the learning rate, so that normalized weights keep their size.
 
-    In equilibrium the squared size of a weight is in proportion to learning_rate / weight_decay. If only the learning
-    rate falls, normalized weights shrink and their gradients grow. Here both fall together.
+    The size at which normalized weights settle depends on learning_rate / weight_decay. If only the learning rate
+    falls, they shrink and their gradients grow. Here both fall together.
 
     Rule:   weight_decay * learning_rate(step)**2 / peak
     Place:  the weight_decay of `independent_decay`. Before the learning rate, write the same decay as
@@ -99,16 +99,16 @@ def _following(where: str, weight_decay: Any, learning_rate: Any, peak: Any, pow
         eta = wide(eta)
         if peak is None and power == 1:
             return rates
-        return _times(rates, eta ** (power - 1) if peak is None else eta**power / peak)
+        return _times(where, rates, eta ** (power - 1) if peak is None else eta**power / peak)
 
     def shape(step: Step) -> jax.Array:
         value = wide(jnp.asarray(eta(step)))
         return value**power / _like(value, peak)
 
-    return _times(rates, shape)
+    return _times(where, rates, _named(where, shape))
 
 
-def _times(rates: Any, shape: Any) -> Any:
+def _times(where: str, rates: Any, shape: Any) -> Any:
     """The product of a rate and a number or schedule, which sets the dtype."""
     if isinstance(rates, Rules):
         return rates * shape
@@ -119,7 +119,13 @@ def _times(rates: Any, shape: Any) -> Any:
         value = jnp.asarray(shape(step) if callable(shape) else shape)
         return _like(value, rates(step) if callable(rates) else rates) * value
 
-    return product
+    return _named(where, product)
+
+
+def _named(name: str, schedule: Schedule) -> Schedule:
+    """The schedule under a name, which `plan` shows."""
+    schedule.__name__ = name  # pyright: ignore[reportFunctionMemberAccess]
+    return schedule
 
 
 def _like(array: jax.Array, value: Any) -> jax.Array:
@@ -161,7 +167,7 @@ def cosine(start: Number, end: Number, steps: Number) -> Schedule:
         bend = (1 + jnp.cos(math.pi * share)) / 2
         return first * bend + last * (1 - bend)
 
-    return schedule
+    return _named("cosine", schedule)
 
 
 @checks.known_arguments
@@ -198,7 +204,7 @@ def log_time(weight_decay: Number, timescale: Number) -> Schedule:
     def schedule(step: Step) -> jax.Array:
         return jnp.asarray(rate, jnp.float32) / (1 + _float32(step) / _float32(timescale))
 
-    return schedule
+    return _named("log_time", schedule)
 
 
 def _float32(value: Any) -> jax.Array:
