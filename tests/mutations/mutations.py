@@ -26,6 +26,7 @@ WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
+RATES = "rates/"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -938,5 +939,76 @@ MUTATIONS = [
         "row = finite[losses[finite].mean(axis=1).argmin()]",
         "row = finite[losses[finite].mean(axis=1).argmax()]",
         ("sweeps/",),
+    ),
+    # Rates.
+    Mutation(
+        "the corrected rate falls only as the learning rate",
+        "rates/schedules.py",
+        'return _following("corrected", weight_decay, learning_rate, peak, 2)',
+        'return _following("corrected", weight_decay, learning_rate, peak, 1)',
+        (RATES,),
+    ),
+    Mutation(
+        "a rate that follows a schedule is not divided by its peak",
+        "rates/schedules.py",
+        "        return value**power / _like(value, peak)\n",
+        "        return value**power\n",
+        (RATES,),
+    ),
+    Mutation(
+        "a table does not follow the schedule",
+        "rates/schedules.py",
+        "        return rates * shape\n",
+        "        return rates\n",
+        (RATES,),
+    ),
+    Mutation(
+        "the weight decay's schedule sets the dtype of a product",
+        "rates/schedules.py",
+        "        return _like(value, rates(step) if callable(rates) else rates) * value\n",
+        "        return jnp.asarray(rates(step) if callable(rates) else rates) * value\n",
+        (RATES,),
+    ),
+    Mutation(
+        "a cosine swings back after its last step",
+        "rates/schedules.py",
+        "share = jnp.minimum(_float32(step) / _float32(steps), 1.0)",
+        "share = _float32(step) / _float32(steps)",
+        (RATES,),
+    ),
+    Mutation(
+        "a rate for a fraction of a run falls with the batch",
+        "rates/conversions.py",
+        'return positive("batch", batch, write) / (positive("learning_rate", learning_rate, write) * run)',
+        'return 1 / (positive("batch", batch, write) * positive("learning_rate", learning_rate, write) * run)',
+        (RATES,),
+    ),
+    Mutation(
+        "the normalized rate is divided by the steps and not by their root",
+        "rates/conversions.py",
+        'return positive("weight_decay", weight_decay, write) / steps**0.5',
+        'return positive("weight_decay", weight_decay, write) / steps',
+        (RATES,),
+    ),
+    Mutation(
+        "the noise of a prior is a variance",
+        "rates/conversions.py",
+        'of_data = positive("noise", noise, write) ** 2 / positive("examples", examples, write)',
+        'of_data = positive("noise", noise, write) / positive("examples", examples, write)',
+        (RATES,),
+    ),
+    Mutation(
+        "the angle in equilibrium knows nothing of momentum",
+        "rates/equilibrium.py",
+        "return (rate * (1 - memory) / (1 + memory)) ** 0.5",
+        "return rate**0.5",
+        (RATES,),
+    ),
+    Mutation(
+        "an infinite timescale is taken",
+        "rates/_numbers.py",
+        "if is_known and not (0 < float(value) < math.inf or (or_zero and value == 0)):",
+        "if is_known and not (0 < float(value) or (or_zero and value == 0)):",
+        (RATES,),
     ),
 ]
