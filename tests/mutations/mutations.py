@@ -46,21 +46,21 @@ MUTATIONS = [
     # What params and anchors are.
     Mutation(
         "a training state is a tree of parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         'is_whole = has("params") and (has("opt_state") or has("tx"))',
         "is_whole = False",
         (BAD_INPUT, FRAMEWORKS),
     ),
     Mutation(
         "batch statistics are parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         '("BatchStat", "Cache",',
         '("Cache",',
         (FRAMEWORKS,),
     ),
     Mutation(
         "an optimizer's state is a tree of parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         'type(node).__name__.endswith("State") and',
         "False and",
         (BAD_INPUT,),
@@ -88,7 +88,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the order of keys is no difference",
-        "_engine/trees.py",
+        "_engine/trees/companions.py",
         "    if keys != of_param:\n",
         "    if set(keys) != set(of_param):\n",
         (BAD_INPUT,),
@@ -282,27 +282,27 @@ MUTATIONS = [
     # Trees, masks, meshes, checks.
     Mutation(
         "integers are decayed",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         "dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)",
         "dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.number)",
     ),
     Mutation(
         "a sequence loses its index in the path",
-        "_engine/trees.py",
+        "_engine/trees/flattening.py",
         "            return str(key.idx)\n",
         '            return "0"\n',
         (PATHS,),
     ),
     Mutation(
         "two parameters with one path are not noticed",
-        "_engine/trees.py",
+        "_engine/trees/flattening.py",
         "    if len(set(paths)) < len(paths):\n",
         "    if False:\n",
         (PATHS,),
     ),
     Mutation(
         "an array of the wrong shape is accepted",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         "    if len(sizes) > len(shape) or any(size not in (1, of_param) for size, of_param in pairs):\n",
         "    if False:\n",
         (ARRAYS, "test_bad_input.py"),
@@ -514,7 +514,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a hole of freeze is a tuple in arithmetic",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         'setattr(Hidden, f"__{_name}__", Hidden.refuse)',
         "pass",
         (STATES,),
@@ -714,7 +714,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what doesn't decay needs a rate",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         "Hidden.of(leaf) if flag is False else leaf",
         "leaf",
         (SCALES,),
