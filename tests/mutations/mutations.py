@@ -665,7 +665,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a star crosses a segment",
-        "paths/language.py",
+        "paths/_shell.py",
         '"[^/]*" + last\n',
         '".*" + last\n',
         (PATHS,),
@@ -679,14 +679,14 @@ MUTATIONS = [
     ),
     Mutation(
         "layer-wise decay is one block off",
-        "paths/_scales.py",
+        "paths/_depth.py",
         "values, reason = tuple(self.factor ** (count - k) for k in range(count))",
         "values, reason = tuple(self.factor ** (count - k - 1) for k in range(count))",
         (SCALES, LOOP),
     ),
     Mutation(
         "width scales the other way",
-        "paths/_scales.py",
+        "paths/_width.py",
         "Decision((width / self.base) ** self.power,",
         "Decision((self.base / width) ** self.power,",
         (SCALES,),
@@ -700,14 +700,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a star takes the rightmost place of what follows",
-        "paths/language.py",
+        "paths/_shell.py",
         'f"(?>[^/]*?{piece})"',
         'f"(?>[^/]*{piece})"',
         (PATHS,),
     ),
     Mutation(
         "what is outside the blocks gets 1 and nobody knows",
-        "paths/_scales.py",
+        "paths/_depth.py",
         "        if outside:\n",
         "        if False:\n",
         (SCALES,),
@@ -721,7 +721,7 @@ MUTATIONS = [
     ),
     Mutation(
         "LoRA factors have no width",
-        "paths/_scales.py",
+        "paths/_width.py",
         "found.name not in (KERNEL, ADAPTER)",
         "found.name not in (KERNEL,)",
         (SCALES,),
@@ -750,7 +750,7 @@ MUTATIONS = [
     Mutation(
         "the line to paste lets vectors and positions decay",
         "paths/standard.py",
-        "unknown[leaf] = is_matrix and not is_position and found is not _STACKED",
+        "unknown[leaf] = is_matrix and not is_position and found is not STACKED",
         "unknown[leaf] = len(leaf.shape) > 1",
         (WEIGHTS,),
     ),
@@ -763,7 +763,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the names of other libraries are not recognized",
-        "paths/language.py",
+        "paths/hints.py",
         "        if name in called and name not in names\n",
         "        if name in called and name in names\n",
         (PATHS,),

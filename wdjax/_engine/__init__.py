@@ -3,14 +3,17 @@
 `loop`        finds the rate, mask and anchor of each parameter and applies the rule of a place to it
 `arithmetic`  computes the rule for one parameter in safe dtypes
 `rules`       the base class of rule sets: a decision for each parameter
+`decision`    the decision of a rule set on one parameter
 `rates`       a rate as a user gives it
 `masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
+`norms`       norms that neither overflow nor underflow, also over devices
+`probe`       how `monitor` reads the decays in an optimizer
 `mesh_axes`   sums over devices within `shard_map`
 `steps`       tells real steps from skipped ones
 `hazards`     warns at `init` of rates that are too small or too large to work
 `checks`      validates arguments and words the errors
 `types`       the types of arguments
-`text`        shows values in errors, and repeated blocks as one path
+`text`        shows values and calls in errors, and repeated blocks as one path
 `unstable`    every use of JAX's unstable API
 """

@@ -24,10 +24,11 @@ import optax
 
 from . import checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
+from .decision import PerLayer, stack_of
 from .masks import flags
 from .probe import DecayProbe, gated
 from .rates import rate_or_rules
-from .rules import PerLayer, Rules, check_booleans, decisions, rates_of, stack_of
+from .rules import Rules, check_booleans, decisions, rates_of
 from .text import lacks, shown
 from .unstable import as_arguments
 
