@@ -608,7 +608,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the monitor measures skipped steps",
-        "telemetry/__init__.py",
+        "telemetry/_monitor.py",
         "lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)",
         "lambda new, old: new, (measured, rates), before)",
         (TELEMETRY,),
