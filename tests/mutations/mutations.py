@@ -792,7 +792,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit measures half the rate",
-        "audits/_measures.py",
+        "audits/_moves.py",
         "return float(np.median(-np.real(moved[moves] / weights[moves])))",
         "return 0.5 * float(np.median(-np.real(moved[moves] / weights[moves])))",
         (AUDIT,),
@@ -800,8 +800,8 @@ MUTATIONS = [
     Mutation(
         "an audit misses L2 in the gradient",
         "audits/_measures.py",
-        '        place = "gradient"\n    elif not _same(',
-        '        place = "update"\n    elif not _same(',
+        '        place = "gradient"\n    elif not same(',
+        '        place = "update"\n    elif not same(',
         (AUDIT,),
     ),
     Mutation(
@@ -820,7 +820,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit overlooks a decay that stops",
-        "audits/_measures.py",
+        "audits/_facts.py",
         "    if not any(acts[-2:]):\n",
         "    if not any(acts):\n",
         (AUDIT,),
@@ -834,21 +834,21 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit calls L2 behind the moments unknown",
-        "audits/_measures.py",
-        "_kind(penalty, penalty_double, w) if is_known",
-        "_kind(penalty, penalty_double, w) if not is_known",
+        "audits/_moments.py",
+        "kind_of(penalty, penalty_double, w) if is_known",
+        "kind_of(penalty, penalty_double, w) if not is_known",
         (AUDIT,),
     ),
     Mutation(
         "an audit shows only one of two decays",
-        "audits/_measures.py",
+        "audits/_moments.py",
         "    if can_tell and is_seen and ",
         "    if False and is_seen and ",
         (AUDIT,),
     ),
     Mutation(
         "an audit overlooks a step size in the state",
-        "audits/_measures.py",
+        "audits/_step_sizes.py",
         "if abs(share - 1) > 0.05}",
         "if abs(share - 1) > 50}",
         (AUDIT,),
@@ -862,7 +862,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a finding gives the first number for all its paths",
-        "audits/_report.py",
+        "audits/_rows.py",
         "            groups.setdefault(numbers, []).append(path)\n",
         "            groups.setdefault(self.measured[0], []).append(path)\n",
         (AUDIT,),
