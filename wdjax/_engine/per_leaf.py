@@ -8,8 +8,9 @@ import numpy as np
 
 from . import trees
 from .arithmetic import Term
+from .decision import PerLayer, stack_of
 from .masks import flags
-from .rules import PerLayer, Rules, decisions, rates_of, stack_of
+from .rules import Rules, decisions, rates_of
 
 PyTree = Any
 Leaves = Sequence[tuple[str, Any]]  # Canonical paths and leaves.
