@@ -39,13 +39,13 @@ from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 import wdjax
+from wdjax import rates
 
 LEARNING_RATE, WEIGHT_DECAY, B1 = 2e-3, 0.5, 0.9
 BATCH_SIZE, NOISE = 16, 0.5  # The noise has this standard deviation; pixels are in [0, 1].
-RATE = LEARNING_RATE * WEIGHT_DECAY
 EXPECTED = {
-    "weight_rms": np.sqrt(LEARNING_RATE / (2 * WEIGHT_DECAY)),
-    "angular_update": np.sqrt(2 * RATE * (1 - B1) / (1 + B1)),
+    "weight_rms": rates.equilibrium_rms(WEIGHT_DECAY, LEARNING_RATE),
+    "angular_update": rates.equilibrium_angle(WEIGHT_DECAY, LEARNING_RATE, B1),
 }
 GROUPS = wdjax.by_path({"Dense_[01]/kernel": "hidden", "Dense_2/kernel": "head"}, default="rest")
 RUNS = {"learns, small start": 0.25, "learns, large start": 2.0, "random gradients": 1.0}

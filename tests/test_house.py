@@ -1,6 +1,7 @@
 """The structure of the house: imports run one way, docstrings hold their facts, and what README shows runs."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import itertools
@@ -16,6 +17,10 @@ import pytest
 import wdjax
 
 ROOT = Path(__file__).parent.parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "wdjax").rglob("*.py")
+}
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
     {"_engine"},
@@ -32,28 +37,37 @@ NAMES = sorted(name for name, value in vars(wdjax).items() if not name.startswit
 PUBLIC = [name for name in NAMES if inspect.isfunction(vars(wdjax)[name]) or inspect.isclass(vars(wdjax)[name])]
 
 
-def imported(path: Path, package: str) -> set[str]:
-    """The top-level modules of wdjax that a file imports."""
-    found = set()
+def imported(path: Path) -> set[str]:
+    """The modules of wdjax that a file imports."""
+    found, package = set(), ".".join(path.parent.relative_to(ROOT).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("wdjax")):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            names = [f"{base}.{alias.name}" for alias in node.names] if base == "wdjax" else [base]
-            found |= {name.split(".")[1] for name in names}
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found |= {name if name in FILES else base for name in names}
     return found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module: str) -> None:
-    folder = ROOT / "wdjax" / module
-    files = [(p, f"wdjax.{module}") for p in folder.glob("*.py")] or [(ROOT / "wdjax" / f"{module}.py", "wdjax")]
-    used = {name for path, package in files for name in imported(path, package)} - {module}
+    files = [path for name, path in FILES.items() if name.split(".")[1:2] == [module]]
+    used = {name.split(".")[1] for path in files for name in imported(path)} - {module}
+    assert files
     assert all(FLOOR[name] < FLOOR[module] for name in used), (module, used)
+
+
+def test_no_imports_are_circular() -> None:
+    graphlib.TopologicalSorter({name: imported(path) for name, path in FILES.items()}).prepare()
+
+
+def test_no_file_is_longer_than_three_hundred_lines() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
 def test_importing_wdjax_needs_no_extra() -> None:
     allowed = {"jax", "numpy", "scipy", "optax", "wdjax"}
-    for path in (ROOT / "wdjax").rglob("*.py"):
+    for path in FILES.values():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

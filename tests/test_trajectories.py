@@ -21,6 +21,7 @@ import optax
 import pytest
 
 import wdjax
+from wdjax import rates
 
 pytestmark = pytest.mark.peers  # Optax's bias correction.
 
@@ -72,8 +73,8 @@ class Run:
         return self.group_lr(0)
 
     def group_lr(self, group: int) -> Any:
-        rates = load(self.name)["lr"].reshape(STEPS, -1)[:, group]
-        return float(rates[0]) if facts(self.name)["schedule"] == "const" else self.schedule(rates)
+        lrs = load(self.name)["lr"].reshape(STEPS, -1)[:, group]
+        return float(lrs[0]) if facts(self.name)["schedule"] == "const" else self.schedule(lrs)
 
     def schedule(self, values: np.ndarray) -> Callable[[Any], jax.Array]:
         return lambda count: jnp.asarray(values, self.dtype)[count]
@@ -111,11 +112,11 @@ def torch_sgd(run: Run) -> Any:
 def torch_sgd_groups(run: Run) -> Any:
     # One table has all the decays. The groups' learning rates are Optax's business: last, each under its label.
     labels = wdjax.by_path({names: str(i) for i, (names, _) in enumerate(run.groups)})
-    rates = {str(i): optax.scale_by_learning_rate(run.group_lr(i)) for i in range(len(run.groups))}
+    lrs = {str(i): optax.scale_by_learning_rate(run.group_lr(i)) for i in range(len(run.groups))}
     return optax.chain(
         wdjax.add_l2_to_grads(run.group_wd),
         optax.trace(run.options["momentum"]),
-        optax.partition(rates, labels.values),
+        optax.partition(lrs, labels.values),
     )
 
 
@@ -166,17 +167,14 @@ def timm_sgdw(run: Run) -> Any:
     return wdjax.sgdw(run.lr, run.wd, momentum=momentum, nesterov=nesterov)
 
 
-def corrected(run: Run) -> Callable[[Any], jax.Array]:
-    """timm's `corrected_weight_decay`: the decay follows the learning rate once more, relative to its maximum."""
-    return lambda count: run.wd * run.lr(count) / run.options["lr"]
-
-
 def timm_sgdw_corrected(run: Run) -> Any:
-    return wdjax.sgdw(run.lr, corrected(run), momentum=run.options["momentum"])
+    weight_decay = rates.relative(run.wd, run.lr, peak=run.options["lr"])
+    return wdjax.sgdw(run.lr, weight_decay, momentum=run.options["momentum"])
 
 
 def timm_adamw_corrected(run: Run) -> Any:
-    return wdjax.adamw(run.lr, corrected(run))
+    decay = wdjax.independent_decay(rates.corrected(run.wd, run.lr, peak=run.options["lr"]))
+    return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(run.lr), decay)
 
 
 def timm_adopt(run: Run) -> Any:

@@ -13,6 +13,7 @@ does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sw
 Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
+from . import rates as rates
 from ._engine.anchors import EMA as EMA
 from ._engine.types import Anchor as Anchor
 from ._engine.types import Mask as Mask

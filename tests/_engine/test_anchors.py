@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import ANCHORED, LEARNING_RATE, Row, core_anchored, core_first
+from registry import ANCHORED, LEARNING_RATE, Row, core_first
 
 import wdjax
 from wdjax import EMA, by_path
@@ -108,7 +108,7 @@ def is_decay(node: Any) -> bool:
 
 
 @pytest.mark.usefixtures("x64")
-@core_anchored
+@pytest.mark.parametrize("row", core_first(row for row in ANCHORED if row.is_elementwise))
 def test_a_table_of_anchors_is_each_of_them(row: Row) -> None:
     params, start = make(jnp.float64), make(jnp.float64, 1)
     updates = jax.tree.map(jnp.cos, params)

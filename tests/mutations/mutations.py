@@ -26,7 +26,7 @@ WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
-CONSTRAIN = "on_weights/test_constrain.py"
+RATES, CONSTRAIN = "rates/", "on_weights/test_constrain.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -162,21 +162,21 @@ MUTATIONS = [
     # What params and anchors are.
     Mutation(
         "a training state is a tree of parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         'is_whole = has("params") and (has("opt_state") or has("tx"))',
         "is_whole = False",
         (BAD_INPUT, FRAMEWORKS),
     ),
     Mutation(
         "batch statistics are parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         '("BatchStat", "Cache",',
         '("Cache",',
         (FRAMEWORKS,),
     ),
     Mutation(
         "an optimizer's state is a tree of parameters",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         'type(node).__name__.endswith("State") and',
         "False and",
         (BAD_INPUT,),
@@ -204,7 +204,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the order of keys is no difference",
-        "_engine/trees.py",
+        "_engine/trees/companions.py",
         "    if keys != of_param:\n",
         "    if set(keys) != set(of_param):\n",
         (BAD_INPUT,),
@@ -398,27 +398,27 @@ MUTATIONS = [
     # Trees, masks, meshes, checks.
     Mutation(
         "integers are decayed",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         "dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.inexact)",
         "dtype in (float, complex) if is_python else jnp.issubdtype(dtype, jnp.number)",
     ),
     Mutation(
         "a sequence loses its index in the path",
-        "_engine/trees.py",
+        "_engine/trees/flattening.py",
         "            return str(key.idx)\n",
         '            return "0"\n',
         (PATHS,),
     ),
     Mutation(
         "two parameters with one path are not noticed",
-        "_engine/trees.py",
+        "_engine/trees/flattening.py",
         "    if len(set(paths)) < len(paths):\n",
         "    if False:\n",
         (PATHS,),
     ),
     Mutation(
         "an array of the wrong shape is accepted",
-        "_engine/trees.py",
+        "_engine/trees/inputs.py",
         "    if len(sizes) > len(shape) or any(size not in (1, of_param) for size, of_param in pairs):\n",
         "    if False:\n",
         (ARRAYS, "test_bad_input.py"),
@@ -471,35 +471,35 @@ MUTATIONS = [
         "penalties/kinds.py",
         "return 0.5 * jnp.sum(square(w))",
         "return jnp.sum(square(w))",
-        ("test_penalties.py", "test_algebra.py"),
+        ("penalties/", "test_algebra.py"),
     ),
     Mutation(
         "the proximal map of L2 is its first-order approximation",
         "penalties/kinds.py",
         "        return w / (1 + step)\n\n\n@dataclasses.dataclass(frozen=True)\nclass L1",
         "        return w * (1 - step)\n\n\n@dataclasses.dataclass(frozen=True)\nclass L1",
-        ("test_penalties.py", CONTRACT),
+        ("penalties/", CONTRACT),
     ),
     Mutation(
         "the proximal map of L1 makes no zeros",
         "penalties/kinds.py",
         "jnp.sign(w) * jnp.maximum(jnp.abs(w) - step, 0)",
         "jnp.sign(w) * jnp.abs(jnp.abs(w) - step)",
-        ("test_penalties.py", CONTRACT),
+        ("penalties/", CONTRACT),
     ),
     Mutation(
         "a zero group has a NaN gradient",
         "_engine/norms.py",
         "return jnp.where(size == 0, 0, w / jnp.where(size == 0, 1, size))",
         "return w / norm",
-        ("test_penalties.py",),
+        ("penalties/",),
     ),
     Mutation(
         "a derived gradient is halved",
         "penalties/protocol.py",
         'jax.grad(lambda w: _like(kind, "value", kind.value(w), ()))(w)',
         'jax.grad(lambda w: 0.5 * _like(kind, "value", kind.value(w), ()))(w)',
-        ("test_penalties.py", "test_docs.py"),
+        ("penalties/", "test_docs.py"),
     ),
     Mutation(
         "a strength may differ within a group",
@@ -513,14 +513,14 @@ MUTATIONS = [
         "_engine/groups.py",
         "return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)",
         "return axes",
-        ("test_penalties.py",),
+        ("penalties/",),
     ),
     Mutation(
         "several axes of a norm count as an array that the penalty holds",
         "penalties/protocol.py",
         "if parts and held and not is_ours(kind):",
         "if parts and held:",
-        ("test_penalties.py",),
+        ("penalties/",),
     ),
     Mutation(
         "continuous decay is its first-order approximation",
@@ -630,7 +630,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a hole of freeze is a tuple in arithmetic",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         'setattr(Hidden, f"__{_name}__", Hidden.refuse)',
         "pass",
         (STATES,),
@@ -724,7 +724,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the monitor measures skipped steps",
-        "telemetry/__init__.py",
+        "telemetry/_monitor.py",
         "lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)",
         "lambda new, old: new, (measured, rates), before)",
         (TELEMETRY,),
@@ -781,7 +781,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a star crosses a segment",
-        "paths/language.py",
+        "paths/_shell.py",
         '"[^/]*" + last\n',
         '".*" + last\n',
         (PATHS,),
@@ -795,14 +795,14 @@ MUTATIONS = [
     ),
     Mutation(
         "layer-wise decay is one block off",
-        "paths/_scales.py",
+        "paths/_depth.py",
         "values, reason = tuple(self.factor ** (count - k) for k in range(count))",
         "values, reason = tuple(self.factor ** (count - k - 1) for k in range(count))",
         (SCALES, LOOP),
     ),
     Mutation(
         "width scales the other way",
-        "paths/_scales.py",
+        "paths/_width.py",
         "Decision((width / self.base) ** self.power,",
         "Decision((self.base / width) ** self.power,",
         (SCALES,),
@@ -816,28 +816,28 @@ MUTATIONS = [
     ),
     Mutation(
         "a star takes the rightmost place of what follows",
-        "paths/language.py",
+        "paths/_shell.py",
         'f"(?>[^/]*?{piece})"',
         'f"(?>[^/]*{piece})"',
         (PATHS,),
     ),
     Mutation(
         "what is outside the blocks gets 1 and nobody knows",
-        "paths/_scales.py",
+        "paths/_depth.py",
         "        if outside:\n",
         "        if False:\n",
         (SCALES,),
     ),
     Mutation(
         "what doesn't decay needs a rate",
-        "_engine/trees.py",
+        "_engine/trees/leaves.py",
         "Hidden.of(leaf) if flag is False else leaf",
         "leaf",
         (SCALES,),
     ),
     Mutation(
         "LoRA factors have no width",
-        "paths/_scales.py",
+        "paths/_width.py",
         "found.name not in (KERNEL, ADAPTER)",
         "found.name not in (KERNEL,)",
         (SCALES,),
@@ -866,7 +866,7 @@ MUTATIONS = [
     Mutation(
         "the line to paste lets vectors and positions decay",
         "paths/standard.py",
-        "unknown[leaf] = is_matrix and not is_position and found is not _STACKED",
+        "unknown[leaf] = is_matrix and not is_position and found is not STACKED",
         "unknown[leaf] = len(leaf.shape) > 1",
         (WEIGHTS,),
     ),
@@ -879,7 +879,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the names of other libraries are not recognized",
-        "paths/language.py",
+        "paths/hints.py",
         "        if name in called and name not in names\n",
         "        if name in called and name in names\n",
         (PATHS,),
@@ -908,7 +908,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit measures half the rate",
-        "audits/_measures.py",
+        "audits/_moves.py",
         "return float(np.median(-np.real(moved[moves] / weights[moves])))",
         "return 0.5 * float(np.median(-np.real(moved[moves] / weights[moves])))",
         (AUDIT,),
@@ -916,8 +916,8 @@ MUTATIONS = [
     Mutation(
         "an audit misses L2 in the gradient",
         "audits/_measures.py",
-        '        place = "gradient"\n    elif not _same(',
-        '        place = "update"\n    elif not _same(',
+        '        place = "gradient"\n    elif not same(',
+        '        place = "update"\n    elif not same(',
         (AUDIT,),
     ),
     Mutation(
@@ -936,7 +936,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit overlooks a decay that stops",
-        "audits/_measures.py",
+        "audits/_facts.py",
         "    if not any(acts[-2:]):\n",
         "    if not any(acts):\n",
         (AUDIT,),
@@ -950,21 +950,21 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit calls L2 behind the moments unknown",
-        "audits/_measures.py",
-        "_kind(penalty, penalty_double, w) if is_known",
-        "_kind(penalty, penalty_double, w) if not is_known",
+        "audits/_moments.py",
+        "kind_of(penalty, penalty_double, w) if is_known",
+        "kind_of(penalty, penalty_double, w) if not is_known",
         (AUDIT,),
     ),
     Mutation(
         "an audit shows only one of two decays",
-        "audits/_measures.py",
+        "audits/_moments.py",
         "    if can_tell and is_seen and ",
         "    if False and is_seen and ",
         (AUDIT,),
     ),
     Mutation(
         "an audit overlooks a step size in the state",
-        "audits/_measures.py",
+        "audits/_step_sizes.py",
         "if abs(share - 1) > 0.05}",
         "if abs(share - 1) > 50}",
         (AUDIT,),
@@ -978,7 +978,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a finding gives the first number for all its paths",
-        "audits/_report.py",
+        "audits/_rows.py",
         "            groups.setdefault(numbers, []).append(path)\n",
         "            groups.setdefault(self.measured[0], []).append(path)\n",
         (AUDIT,),
@@ -1003,5 +1003,76 @@ MUTATIONS = [
         "row = finite[losses[finite].mean(axis=1).argmin()]",
         "row = finite[losses[finite].mean(axis=1).argmax()]",
         ("sweeps/",),
+    ),
+    # Rates.
+    Mutation(
+        "the corrected rate falls only as the learning rate",
+        "rates/schedules.py",
+        'return _following("corrected", weight_decay, learning_rate, peak, 2)',
+        'return _following("corrected", weight_decay, learning_rate, peak, 1)',
+        (RATES,),
+    ),
+    Mutation(
+        "a rate that follows a schedule is not divided by its peak",
+        "rates/schedules.py",
+        "        return value**power / _like(value, peak)\n",
+        "        return value**power\n",
+        (RATES,),
+    ),
+    Mutation(
+        "a table does not follow the schedule",
+        "rates/schedules.py",
+        "        return rates * shape\n",
+        "        return rates\n",
+        (RATES,),
+    ),
+    Mutation(
+        "the weight decay's schedule sets the dtype of a product",
+        "rates/schedules.py",
+        "        return _like(value, rates(step) if callable(rates) else rates) * value\n",
+        "        return jnp.asarray(rates(step) if callable(rates) else rates) * value\n",
+        (RATES,),
+    ),
+    Mutation(
+        "a cosine swings back after its last step",
+        "rates/schedules.py",
+        "share = jnp.minimum(_float32(step) / _float32(steps), 1.0)",
+        "share = _float32(step) / _float32(steps)",
+        (RATES,),
+    ),
+    Mutation(
+        "a rate for a fraction of a run falls with the batch",
+        "rates/conversions.py",
+        'return positive("batch", batch, write) / (positive("learning_rate", learning_rate, write) * run)',
+        'return 1 / (positive("batch", batch, write) * positive("learning_rate", learning_rate, write) * run)',
+        (RATES,),
+    ),
+    Mutation(
+        "the normalized rate is divided by the steps and not by their root",
+        "rates/conversions.py",
+        'return positive("weight_decay", weight_decay, write) / steps**0.5',
+        'return positive("weight_decay", weight_decay, write) / steps',
+        (RATES,),
+    ),
+    Mutation(
+        "the noise of a prior is a variance",
+        "rates/conversions.py",
+        'of_data = positive("noise", noise, write) ** 2 / positive("examples", examples, write)',
+        'of_data = positive("noise", noise, write) / positive("examples", examples, write)',
+        (RATES,),
+    ),
+    Mutation(
+        "the angle in equilibrium knows nothing of momentum",
+        "rates/equilibrium.py",
+        "return (rate * (1 - memory) / (1 + memory)) ** 0.5",
+        "return rate**0.5",
+        (RATES,),
+    ),
+    Mutation(
+        "an infinite timescale is taken",
+        "rates/_numbers.py",
+        "if is_known and not (0 < float(value) < math.inf or (or_zero and value == 0)):",
+        "if is_known and not (0 < float(value) or (or_zero and value == 0)):",
+        (RATES,),
     ),
 ]

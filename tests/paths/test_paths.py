@@ -20,7 +20,7 @@ import pytest
 import wdjax
 from wdjax import all_but, by_path, only
 from wdjax.paths import canonical_paths
-from wdjax.paths.language import compiled
+from wdjax.paths._shell import compiled
 
 PARAMS = {
     "encoder": {

@@ -246,3 +246,18 @@ def test_the_decay_is_added_before_the_update_is_rounded(wrapper: Callable[..., 
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     assert updates["embedding"].dtype == jnp.bfloat16
     assert float(updates["embedding"][0, 0]) == float(jnp.asarray(1 - 0.01 * 3.0, jnp.bfloat16))
+
+
+def test_layers_with_rates_of_their_own_have_to_be_declared() -> None:
+    params = {"blocks": jnp.ones((3, 4, 2)), "head": jnp.ones((4, 2))}
+    rates = 0.1 * wdjax.by_depth("blocks", 0.5, last="head", axis=0)
+    with pytest.raises(ValueError, match=r"^with_lazy_decay: the rate of 'blocks' has one number for each layer along"):
+        wdjax.with_lazy_decay(optax.identity(), rates, learning_rate=1.0).init(params)
+    optimizer = wdjax.with_lazy_decay(optax.set_to_zero(), rates, learning_rate=1.0, stacked_axes={"blocks": 1})
+    grads = {"blocks": jnp.zeros((3, 4, 2)).at[:, 1].set(1.0), "head": jnp.zeros((4, 2))}
+    state = optimizer.init(params)
+    assert state.decay.leaf["blocks"].shape == (3, 4, 1)
+    updates, state = optimizer.update(grads, state, params)
+    np.testing.assert_allclose(updates["blocks"][:, 1, 0], [-0.0125, -0.025, -0.05], rtol=1e-6)
+    np.testing.assert_array_equal(updates["blocks"][:, 0], 0)
+    np.testing.assert_allclose(state.decay.leaf["blocks"][:, 0, 0], [0.0125, 0.025, 0.05], rtol=1e-6)

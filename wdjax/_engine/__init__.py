@@ -5,16 +5,17 @@
 `anchors`     the anchor of each parameter, and what the state keeps of it
 `arithmetic`  computes the rule for one parameter in safe dtypes
 `rules`       the base class of rule sets: a decision for each parameter
+`decision`    the decision of a rule set on one parameter
 `rates`       a rate as a user gives it
 `masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
-`norms`       norms that neither overflow nor underflow
+`norms`       norms that neither overflow nor underflow, also over devices
 `mesh_axes`   sums over devices within `shard_map`
 `probe`       how `monitor` reads a decay
 `steps`       tells real steps from skipped ones
 `hazards`     warns at `init` of rates that are too small or too large to work
 `checks`      validates arguments and words the errors
 `types`       the types of arguments
-`text`        shows values in errors, and repeated blocks as one path
+`text`        shows values and calls in errors, and repeated blocks as one path
 `unstable`    every use of JAX's unstable API
 """

@@ -22,7 +22,7 @@ import optax
 
 from . import anchors, checks, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
-from .per_leaf import Leaves, Terms, checked_stack, stacks, terms_of_leaves
+from .per_leaf import Leaves, Terms, known_stacks, terms_of_leaves
 from .probe import DecayProbe, gated
 from .rates import rate_or_rules
 from .rules import Rules, check_booleans
@@ -101,10 +101,8 @@ class Action:
         kept = None
         if rule is not None and rule.init is not None:
             # The mask and the rate do not matter here, so that a state can be restored under other ones.
-            pairs = zip(stacks(self.where, self.stacked_axes, leaves), leaves, strict=True)
-            of_layers = iter(
-                [checked_stack(self.where, *leaf, stack) for stack, leaf in pairs if rule.acts_on(leaf[1])]
-            )
+            known = known_stacks(self.where, self.stacked_axes, leaves, rows)
+            of_layers = iter([stack for stack, (_, leaf) in zip(known, leaves, strict=True) if rule.acts_on(leaf)])
             kept = trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(of_layers), p))
         return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from . import trees
 from .arithmetic import Term
+from .decision import PerLayer, stack_of
 from .masks import flags
-from .rules import PerLayer, Rules, decisions, rates_of, stack_of
+from .rules import Rules, decisions, rates_of
 
 PyTree = Any
 Leaves = Sequence[tuple[str, Any]]  # Canonical paths and leaves.
@@ -56,6 +57,20 @@ def stacks(where: str, stacked_axes: Any, leaves: Leaves) -> list[tuple[int, ...
         found = decisions(stacked_axes, where, leaves)
         counts = [0 if decision is None else int(decision.value) for decision in found]
     return [tuple(range(count)) for count in counts]
+
+
+def known_stacks(where: str, stacked_axes: Any, leaves: Leaves, rows: Terms) -> list[tuple[int, ...]]:
+    """The axes of each leaf that stack layers, for a rule with a state, which must know them without the rates."""
+    found = []
+    for stack, row, (path, leaf) in zip(stacks(where, stacked_axes, leaves), rows, leaves, strict=True):
+        found.append(checked_stack(where, path, leaf, stack) if trees.is_decayable(leaf) else ())
+        if row is not None and row.stack != found[-1]:
+            raise ValueError(
+                f"{where}: the rate of {path!r} has one number for each layer along axis {row.stack[-1]}. The state "
+                "must know which axes stack layers, however the rates change. Say that the first axis does: "
+                f"{where}(..., stacked_axes=1), or for some parameters stacked_axes={{'blocks': 1}}."
+            )
+    return found
 
 
 def checked_stack(where: str, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from . import checks, trees
-from .rules import TABLE, Decision, Rules, Tree, check_rates
+from .decision import Decision, Tree
+from .rules import TABLE, Rules, check_rates
 from .text import lacks
 
 

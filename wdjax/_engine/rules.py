@@ -3,15 +3,15 @@
 import abc
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
 
 from . import checks, trees
-from .text import shown
-from .trees import Leaf
+from .decision import Decision, Tree, product, times
+from .text import printed, shown
 from .unstable import is_traced
 
 PyTree = Any
@@ -19,54 +19,6 @@ T = TypeVar("T")
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
 _OF_A_MODEL = ("functions", "variables")  # Rules may be asked about a whole model.
-
-
-class Decision(NamedTuple):
-    """The decision of a rule set on one parameter.
-
-    Attributes:
-        value: a boolean, a rate or multiplier, a schedule, a `PerLayer`, or a label.
-        rule: the rule that decided, as the user wrote it.
-        reason: why the rule applies, in a few words.
-        factors: further factors of the value.
-    """
-
-    value: Any
-    rule: str
-    reason: str = ""
-    factors: tuple[Any, ...] = ()
-
-
-class PerLayer(NamedTuple):
-    """One multiplier for each layer of a stacked parameter: `values[i]` for index i along `axis`."""
-
-    values: tuple[float, ...]
-    axis: int
-
-    def along(self, ndim: int) -> np.ndarray:
-        """The multipliers as an array that broadcasts against a parameter of this rank."""
-        shape = [1] * ndim
-        shape[self.axis] = len(self.values)
-        return np.array(self.values).reshape(shape)
-
-
-def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
-    """The axis that stacks layers, if a factor has one number for each layer."""
-    axes = sorted({factor.axis for factor in factors if isinstance(factor, PerLayer)})
-    if len(axes) > 1:
-        raise ValueError(
-            f"{where}: by_depth: the multipliers of {path!r} lie along several axes, {axes}. Layers are stacked along "
-            "one axis: write one by_depth with the product of the factors."
-        )
-    return tuple(axes)
-
-
-class Tree(NamedTuple):
-    """The parameters that a rule set is asked about."""
-
-    where: str  # The function to name in an error.
-    leaves: list[Leaf]  # All, including holes.
-    required: frozenset[int]  # The indices of the leaves that a rule must cover.
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -113,7 +65,7 @@ class Rules(abc.ABC):
         """
         leaves = trees.parameters("Rules.values", params, may_hold=_OF_A_MODEL)
         found = decisions(self, "Rules.values", leaves, lambda leaf: not trees.is_hole(leaf))
-        return _like(params, leaves, [_product(d, leaf) for d, (_, leaf) in zip(found, leaves, strict=True)])
+        return _like(params, leaves, [product(d, leaf) for d, (_, leaf) in zip(found, leaves, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
         """The rules as plain dictionaries, lists, strings, numbers and booleans, for JSON, TOML or a tracker.
@@ -225,7 +177,7 @@ def answers(rules: Rules, tree: Tree, asked: Sequence[int]) -> dict[int, Decisio
     for factor in reversed(rules.factors):
         if isinstance(factor, Rules):
             more = answers(factor, tree, asked)
-            decided = {i: _times(more[i], d) if i in more else d for i, d in decided.items()}
+            decided = {i: times(more[i], d) if i in more else d for i, d in decided.items()}
         else:
             decided = {i: d._replace(factors=(factor, *d.factors)) for i, d in decided.items()}
     return decided
@@ -273,22 +225,6 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, (np.ndarray, jax.Array)) and value.dtype == bool)
 
 
-def call(name: str, *said: Any, **named: Any) -> str:
-    """A call as it is written, without the arguments that are None."""
-    rest = [f"{key}={value}" for key, value in named.items() if value is not None]
-    return f"{name}({', '.join([*map(str, said), *rest])})"
-
-
-def printed(value: Any) -> str:
-    """A value in a rule set that is printed. An array is printed by its shape."""
-    return shown(value) if np.ndim(value) else repr(value)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, and no boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def plain(value: Any) -> Any:
     """A value of a rule set, as JSON and TOML can hold it."""
     if isinstance(value, Rules):
@@ -328,29 +264,6 @@ def read(of: str, make: Callable[..., T], written: Any) -> T:
         may = f", and may have {optional}" if optional else ""
         raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {shown(dict(written))}.")
     return make(**written)
-
-
-def _times(first: Decision, second: Decision) -> Decision:
-    reason = "; ".join(reason for reason in (first.reason, second.reason) if reason)
-    factors = (*first.factors, first.value, *second.factors)
-    return Decision(second.value, f"{first.rule} × {second.rule}", reason, factors)
-
-
-def _product(decision: Decision | None, leaf: Any) -> Any:
-    """The value of a decision times its factors, in the simplest form."""
-    if decision is None:
-        return None
-    parts = (*decision.factors, decision.value)
-    if len(parts) == 1 and not isinstance(decision.value, PerLayer):
-        return decision.value
-    if any(callable(part) for part in parts):
-        return lambda step: _product(
-            Decision(1.0, "", "", tuple(part(step) if callable(part) else part for part in parts)), leaf
-        )
-    result: Any = 1.0
-    for part in parts:
-        result = result * (part.along(leaf.ndim) if isinstance(part, PerLayer) else part)
-    return result
 
 
 def _like(params: PyTree, leaves: Sequence[tuple[str, Any]], values: Sequence[Any]) -> PyTree:

@@ -1,4 +1,4 @@
-"""How errors and tables show values and paths: an array by its shape, and repeated blocks as one path."""
+"""How errors and tables show values, calls and paths: an array by its shape, and repeated blocks as one path."""
 
 import collections
 import math
@@ -32,6 +32,17 @@ def shown(value: Any) -> str:
     if is_leaf or not leaves:
         return kind_of(value)
     return f"{kind_of(value)} of " + (f"{arrays} array{'s' * (arrays != 1)}" if arrays else f"{len(leaves)} leaves")
+
+
+def printed(value: Any) -> str:
+    """A value in a rule set that is printed. An array is printed by its shape."""
+    return shown(value) if np.ndim(value) else repr(value)
+
+
+def call(name: str, *said: Any, **named: Any) -> str:
+    """A call as it is written, without the arguments that are None."""
+    rest = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return f"{name}({', '.join([*map(str, said), *rest])})"
 
 
 def kind_of(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Measures what an optimizer really does to weights, whoever built it.
 
 `audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`). From the results
-it derives where, how fast, toward what and in which way each parameter decays (`_measures`). It looks for unexpected
-results (`findings`) and reports them (`_report`): a table to read, and values to assert on.
+it derives where, how fast, toward what and in which way each parameter decays (`_measures`), also behind moments
+(`_moments`) and beside step sizes in the state (`_step_sizes`). It looks for unexpected results (`findings`) and
+reports them (`_report`): a table to read, and values to assert on.
 """
 
 import contextlib
@@ -28,14 +29,17 @@ from ..low_precision import WRITERS, CompensatedState
 from ..low_precision.rounding import is_low
 from ..low_precision.writers import NARROW_UPDATES
 from ..paths import Rules
+from ..paths.parameters import parameter_at
 from ..paths.roles import role
-from ..paths.standard import parameter_at
-from ._measures import Facts, find_step_sizes, look_behind_the_moments, measure
+from ._facts import Facts
+from ._measures import measure
+from ._moments import look_behind_the_moments
 from ._probes import Probes
 from ._progress import progress
 from ._report import Audit as Audit
-from ._report import Audited as Audited
-from ._report import Finding as Finding
+from ._rows import Audited as Audited
+from ._rows import Finding as Finding
+from ._step_sizes import find_step_sizes
 from .findings import findings_of
 
 PyTree = Any

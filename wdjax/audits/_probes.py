@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,11 @@ import optax
 from .._engine import trees
 from ..low_precision import apply_updates
 from ..low_precision.rounding import is_low
+from ._states import Change, is_a
 
 PyTree = Any
 Arrays = dict[int, Any]  # A NumPy array for each leaf that is a number.
-Change = Callable[[PyTree], PyTree]  # From a state to a state.
 _SMALLEST = 8  # Axes of probes of further layers.
-_FEW = 64  # The most step sizes that an optimizer keeps in one array.
 _MOST_CALLS = 64  # How long to wait for an optimizer that accumulates gradients or warms up.
 
 
@@ -104,8 +103,8 @@ class Probes:
                     dtype = jnp.float32
                 return np.asarray(arrays[i], dtype)
             if not isinstance(given, jax.ShapeDtypeStruct):
-                return jax.tree.map(jnp.zeros_like, given) if zeros and not _is(given, jax.dtypes.prng_key) else given
-            if _is(given, jax.dtypes.prng_key):
+                return jax.tree.map(jnp.zeros_like, given) if zeros and not is_a(given, jax.dtypes.prng_key) else given
+            if is_a(given, jax.dtypes.prng_key):
                 return jax.random.split(jax.random.key(0), given.shape)
             return jnp.zeros(given.shape, given.dtype)
 
@@ -235,6 +234,11 @@ class Probes:
         return {i: number(i) for i in self.indices}
 
 
+def weights_from(origin: Arrays | None, weights: Arrays, factor: float) -> Arrays:
+    """Weights times a factor, as offsets from the origin if there is one."""
+    return {i: factor * w if origin is None else origin[i] + factor * w for i, w in weights.items()}
+
+
 def _probe_shapes(leaves: Sequence[trees.Leaf], longest: int | None) -> list[tuple[int, ...]]:
     """The shapes, with axes cut to `longest` in arrays of more than 4 * longest**2 elements.
 
@@ -259,38 +263,3 @@ def _values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, least: f
     dtype = dtype if isinstance(dtype, np.dtype) else np.dtype(np.float32)
     signs = rng.permutation(np.resize([1.0, -1.0], math.prod(shape))).reshape(shape)  # Half of each.
     return (magnitudes * signs).astype(dtype).astype(np.float64)
-
-
-def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[int, int]]:
-    """The leaves of a state that count steps: their values before one, and what it adds: 1, or its number of calls."""
-    if jax.tree.structure(before) != jax.tree.structure(after):
-        return {}
-    pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
-    scalars = [(i, old, new) for i, (old, new) in pairs if _is(old, jnp.integer) and jnp.ndim(old) == 0]
-    found = {i: (int(old), int(new) - int(old)) for i, old, new in scalars}
-    return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
-
-
-def numbers_in(state: PyTree, params: PyTree) -> dict[str, int]:
-    """The leaves of a state that are a float or a few, beside no parameter, by name."""
-    beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
-    leaves = enumerate(jax.tree_util.tree_leaves_with_path(state))
-    few = ((jax.tree_util.keystr(keys), i) for i, (keys, x) in leaves if _is(x, jnp.floating) and x.size <= _FEW)
-    return {name: i for name, i in few if not (name.endswith(beside) and "" not in beside)}
-
-
-def positions_of_keys(state: PyTree) -> list[int]:
-    """The leaves of a state that are random keys, typed or raw."""
-    leaves = jax.tree.leaves(state)
-    are_raw = [_is(leaf, jnp.uint32) and jnp.shape(leaf)[-1:] == (2,) for leaf in leaves]
-    return [i for i, leaf in enumerate(leaves) if are_raw[i] or _is(leaf, jax.dtypes.prng_key)]
-
-
-def replaced(state: PyTree, positions: Collection[int], new: Callable[[int, Any], Any]) -> PyTree:
-    """The state with `new(i, leaf)` for the leaves at these positions."""
-    leaves, treedef = jax.tree.flatten(state)
-    return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
-
-
-def _is(leaf: Any, kind: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)

@@ -30,8 +30,8 @@ from .._engine.arithmetic import LeafRule, Strength, Term, cast, compute_dtype, 
 from .._engine.loop import Action, DecayState
 from .._engine.types import Mask, Rate
 from .._engine.unstable import varying_axes
+from ..paths.parameters import parameter_at
 from ..paths.roles import ADAPTER, role
-from ..paths.standard import parameter_at
 from ._pairs import WHERE, WRITE_PAIRS, Pair, checked_pairs, factors_of, has
 
 PyTree = Any

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._engine import trees
 from .._engine.text import shown
-from ..paths.language import nearest
+from ..paths.hints import nearest
 
 WHERE = "decoupled_lora_decay"
 WRITE_PAIRS = "pairs={'path of W0': ('path of A', 'path of B')}, where W = W0 + scale * A @ B"

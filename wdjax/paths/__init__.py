@@ -25,11 +25,11 @@ mask leaves out needs no rate.
 from .._engine.rules import Rules as Rules
 from .._engine.trees import Leaf as Leaf
 from .._engine.trees import canonical_paths as canonical_paths
+from ._depth import by_depth as by_depth
 from ._modules import register_layer as register_layer
-from ._scales import by_depth as by_depth
-from ._scales import by_width as by_width
 from ._tables import all_but as all_but
 from ._tables import by_path as by_path
 from ._tables import only as only
 from ._tables import stacks as stacks
+from ._width import by_width as by_width
 from .standard import weights_only as weights_only

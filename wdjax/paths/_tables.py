@@ -8,8 +8,9 @@ import numpy as np
 
 from .._engine import checks
 from .._engine.anchors import EMA
-from .._engine.rules import TABLE, Decision, Rules, Tree, answers, from_plain, is_flag, is_whole, printed, read
-from .._engine.text import shown
+from .._engine.decision import Decision, Tree
+from .._engine.rules import TABLE, Rules, answers, from_plain, is_flag, read
+from .._engine.text import printed, shown
 from . import language
 from .language import Pattern, Patterns
 
@@ -156,7 +157,7 @@ def stacks(where: str, stacked_axes: Any) -> Any:
     if stacked_axes is None:
         return 0
     counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
-    if any(not is_whole(count) or count < 0 for count in counts):
+    if any(not checks.is_whole(count) or count < 0 for count in counts):
         raise TypeError(f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1.")
     return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
 

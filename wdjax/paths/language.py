@@ -1,60 +1,22 @@
-"""The pattern language: what a pattern matches, and the error message for a pattern that matches nothing."""
+"""The pattern language: which parameters a pattern matches. A pattern that matches nothing is an error."""
 
-import collections
 import contextlib
 import dataclasses
-import difflib
-import functools
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .._engine.rules import Rules, Tree, answers, check_booleans, check_whole, plain
-from .._engine.text import merged, merged_texts, shown
+from .._engine.decision import Tree
+from .._engine.rules import Rules, answers, check_booleans, check_whole, plain
+from .._engine.text import shown
 from .._engine.trees import Leaf
+from ._shell import compiled, compiled_regex
+from .hints import near_names, nearest, other_names
 
 Pattern = str | re.Pattern[str] | Callable[[Leaf], bool] | Rules | tuple[Any, ...]
 SYNTAXES = ("shell", "regex", "search", "contains")
-
-# What the libraries call one parameter.
-_CALLED: dict[str, dict[str, str]] = {
-    "a norm's scale": {"gamma": "Keras", "scale": "Flax and Haiku", "weight": "PyTorch and Equinox"},
-    "a norm's shift": {"beta": "Keras", "offset": "Haiku", "bias": "Flax, PyTorch and Equinox"},
-    "a layer's matrix": {"kernel": "Flax and Keras", "weight": "PyTorch and Equinox", "w": "Haiku"},
-    "a layer's bias": {"bias": "Flax, Keras, PyTorch and Equinox", "b": "Haiku"},
-    "an embedding's table": {
-        "embedding": "Flax",
-        "embeddings": "Keras and Haiku",
-        "weight": "PyTorch and Equinox",
-    },
-    "the mean of a batch norm": {"mean": "Flax", "moving_mean": "Keras", "running_mean": "PyTorch"},
-    "the variance of a batch norm": {"var": "Flax", "moving_variance": "Keras", "running_var": "PyTorch"},
-    **{
-        f"an attention's {name} projection": {
-            name: "Flax, Keras and Haiku",
-            f"{name}_proj": "Equinox",
-            f"{name[0]}_proj": "PyTorch",
-            "in_proj_weight": "PyTorch",
-        }
-        for name in ("query", "key", "value")
-    },
-    "an attention's output projection": {
-        "out_proj": "PyTorch",
-        "out": "Flax",
-        "attention_output": "Keras",
-        "output_proj": "Equinox",
-    },
-    "a recurrent layer's matrix for its state": {
-        "recurrent_kernel": "Keras",
-        "weight_hh_l0": "PyTorch",
-        "weight_hh": "Equinox",
-        "w_h": "Haiku",
-        "hi": "Flax",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +68,7 @@ def _checked(where: str, pattern: Any, syntax: str) -> Any:
         if not pattern:
             raise ValueError(f"{where}: the pattern is an empty string. Write the path, or a part of it.")
         regex = re.sub(r"\\\.|/", "[./]", re.escape(pattern)) if syntax == "contains" else pattern
-        return Text(pattern, syntax, _regex(where, f"the regular expression {pattern!r}", regex))
+        return Text(pattern, syntax, compiled_regex(where, f"the regular expression {pattern!r}", regex))
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return Text(_with_flags(pattern), "regex", pattern)
     if isinstance(pattern, Rules):
@@ -175,55 +137,6 @@ def _with_flags(pattern: re.Pattern[str]) -> str:
     return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){pattern.pattern}"
 
 
-def _regex(where: str, what: str, text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{where}: {what} is malformed: {error}.") from error
-
-
-@functools.lru_cache(maxsize=4096)
-def compiled(pattern: str, *, is_numbered: bool = False) -> re.Pattern[str]:
-    """A shell pattern as a regular expression, to `search` a canonical path with.
-
-    If `is_numbered`, each "*" is a group for a whole number. The time is polynomial, because no step after a star is
-    taken back: if what follows a star matches anywhere, its leftmost place leaves the most for the rest.
-    """
-    segments = pattern.split("/")
-    if not all(segments):
-        raise ValueError(
-            f"by_path: the pattern {pattern!r} has an empty segment. Remove the extra '/'. 'encoder/kernel' is "
-            "compared from the root, and 'kernel' at any depth. A node includes everything below it."
-        )
-    if any("**" in segment and segment != "**" for segment in segments):
-        raise ValueError(f"by_path: in {pattern!r}, '**' must stand alone in its segment, as in 'encoder/**/kernel'.")
-    runs = [""]  # The segments between one "**" and the next.
-    for k, segment in enumerate(segments, 1):
-        # A pattern that matches an inner node matches everything below it.
-        end = r"(?:/|\Z)" if k == len(segments) else "/"
-        runs = [*runs, ""] if segment == "**" else [*runs[:-1], runs[-1] + _segment(segment, is_numbered) + end]
-    start = r"\A" if len(segments) > 1 else r"(?:\A|/)"
-    regex = start + runs[0] + "".join(f"(?>(?:[^/]*/)*?{run})" for run in runs[1:])
-    return _regex("by_path", f"the pattern {pattern!r}", regex)
-
-
-def _segment(pattern: str, is_numbered: bool) -> str:
-    """One segment of a shell pattern as a regular expression. It is read as by `fnmatch`, but never crosses a "/"."""
-    pieces = [""]  # The parts between one star and the next.
-    for token in re.finditer(r"\[(?P<negated>!?+)(?P<inside>.[^\]]*)\]|.", pattern, flags=re.DOTALL):
-        if token[0] == "*":
-            pieces.append("")
-        elif token["inside"]:
-            inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", token["inside"])
-            pieces[-1] += f"(?!/)[{'^' if token['negated'] else ''}{inside}]"
-        else:
-            pieces[-1] += "[^/]" if token[0] == "?" else re.escape(token[0])
-    if is_numbered or len(pieces) == 1:
-        return r"(\d++)".join(pieces)
-    first, *middle, last = pieces
-    return first + "".join(f"(?>[^/]*?{piece})" for piece in middle) + "[^/]*" + last
-
-
 def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
     leaves = [tree.leaves[i] for i in asked]
     paths = [leaf.path for leaf in leaves]
@@ -239,90 +152,10 @@ def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:
             "them outside optax.flatten. With optax.inject_hyperparams, pass the rule set itself and not its .mask."
         )
     if isinstance(pattern, Text):
-        message += _other_names(pattern.text, paths)
-        message += _near_names(pattern.text, paths) if pattern.syntax == "shell" else ""
+        message += other_names(pattern.text, paths)
+        message += near_names(pattern.text, paths) if pattern.syntax == "shell" else ""
     message += f" The nearest of {len(paths)} paths: {nearest(getattr(pattern, 'text', ''), paths)}."
     hidden = sum(leaf.dtype is None for leaf in leaves)
     remedy = "If the rule is for hidden parameters, build the mask on all parameters first: mask=rules.mask(params)."
     empty = f" {hidden} of them are empty here (None, or hidden by optax.masked). {remedy}" if hidden else ""
     return message + empty
-
-
-def grouped(leaves: Iterable[Leaf]) -> list[list[Leaf]]:
-    """The parameters in groups of one shape, whose paths differ only in their numbers."""
-    groups: dict[Any, list[Leaf]] = collections.defaultdict(list)
-    for leaf in leaves:
-        groups[re.sub(r"\d+", "0", leaf.path), leaf.shape].append(leaf)
-    return [part for group in groups.values() for part in merged(group)]
-
-
-def with_shapes(leaves: Iterable[Leaf]) -> str:
-    """The parameters and their shapes, with repeated blocks as one."""
-    groups = grouped(leaves)
-    return ", ".join(f"{merged_texts([leaf.path for leaf in group])!r} {group[0].shape}" for group in groups)
-
-
-def nearest(text: str, paths: Sequence[str]) -> str:
-    """The three paths that are nearest to a string."""
-    return ", ".join(map(repr, difflib.get_close_matches(text, paths, n=3, cutoff=0.0)))
-
-
-def _other_names(text: str, paths: Sequence[str]) -> str:
-    """Hints: what this tree calls the parameters that another library has under a name in a pattern."""
-    names = {name for path in paths for name in re.split("[/.]", path)}
-    hints = [
-        f" {name!r} is {what} in {called[name]}. Here it is {other!r}, which matches {_parameters(other, paths)}."
-        for name in dict.fromkeys(re.findall(r"[\w\[\]]+", text))
-        for what, called in _CALLED.items()
-        if name in called and name not in names
-        for other in called
-        if other in names and _count(other, paths)
-    ]
-    for name in dict.fromkeys(re.findall(r"\w+", text)):
-        kept = [what for what, called in _CALLED.items() if name in called and "batch norm" in what]
-        if kept and not hints:
-            hints = [f" {name!r} is {kept[0]}. These params hold none, so leave the pattern out."]
-    return "".join(hints)
-
-
-def _near_names(pattern: str, paths: Sequence[str]) -> str:
-    """Hints: the name that is nearest to a pattern, and a name that contains it."""
-    count = functools.partial(_count, paths=paths)
-    anywhere = f"**/{pattern}"
-    if "/" in pattern and count(anywhere):
-        return f" It is compared from the root. At any depth, {anywhere!r} matches {count(anywhere)}."
-    matched = re.search(r"\.[*+]|[()|^$\\]", pattern) and count(pattern, as_regex=True)
-    if matched:
-        return f" As a regular expression it matches {matched}. Write syntax='regex', or re.compile({pattern!r})."
-    names = sorted(set(paths) if "/" in pattern else {name for path in paths for name in path.split("/")})
-    by_lower = {name.lower(): name for name in reversed(names)}
-    hint = ""
-    near = difflib.get_close_matches(pattern.lower(), by_lower, n=1, cutoff=0.6)
-    if near and count(by_lower[near[0]]):
-        name = by_lower[near[0]]
-        numbered = re.sub(r"\d+", "*", name)
-        # A pattern without a number probably means all the numbered siblings.
-        if count(numbered) > count(name) and not re.search(r"\d", pattern):
-            name = numbered
-        hint += f" Did you mean {name!r}? It matches {_parameters(name, paths)}."
-    longer = (name for name in names if len(name) > len(pattern) > 1 and pattern.lower() in name.lower())
-    whole = None if "/" in pattern else next(longer, None)
-    if whole:
-        start = whole.lower().index(pattern.lower())
-        wider = f"*{whole[start : start + len(pattern)]}*"
-        hint += f" {pattern!r} is part of {whole!r}, not a whole name. {wider!r} matches {count(wider)}."
-    return hint
-
-
-def _parameters(pattern: str, paths: Sequence[str]) -> str:
-    return f"{(count := _count(pattern, paths))} parameter{'s' * (count != 1)}"
-
-
-def _count(pattern: str, paths: Sequence[str], *, as_regex: bool = False) -> int:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The pattern was not meant as a regular expression.
-            match = _regex("", "", pattern).fullmatch if as_regex else compiled(pattern).search
-    except ValueError:  # Not every name is a valid pattern.
-        return 0
-    return sum(map(bool, map(match, paths)))

@@ -9,6 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
+from .parameters import Parameter
+
 Words = tuple[str, ...]
 KERNEL, EMBEDDING, ADAPTER = "kernel", "embedding", "adapter"
 NORM, BIAS, TOKEN, POSITION = "norm", "bias", "token", "position"
@@ -20,20 +22,6 @@ class Role(NamedTuple):
     name: str
     reason: str  # How it was recognized, in a few words.
     or_table: bool = False  # Whether this kernel could also be the table of an embedding layer.
-
-
-class Parameter(NamedTuple):
-    """What a role is decided from."""
-
-    name: str  # The last segment of its path that carries meaning.
-    owner: str  # The module that holds it, the list that this module is in, or its class; "" if there is none.
-    shape: tuple[int, ...]  # Without the axes that are known to stack layers.
-    bias: tuple[int, ...] | None = None  # The shape of the bias beside it, also without these axes.
-    is_library: bool = False  # Whether the owner is a library layer. Then its name decides, whatever the shape.
-    in_list: bool = False  # Whether the owner is a list. Its name doesn't tell which of its layers this is.
-    around: str = ""  # The name of the owner's owner.
-    is_own: bool = False  # Whether the model says that the owner is a class of the user's, and not a library layer.
-    is_beside_weight: bool = False  # Whether it is named `u` or `v`, and the module holds a weight too.
 
 
 def _set(text: str) -> frozenset[str]:

@@ -8,20 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._engine import checks
-from .._engine.rules import Decision, Rules, Tree, call, is_whole, read
-from .._engine.text import merged_texts, shown
+from .._engine.decision import Decision, Tree
+from .._engine.rules import Rules, read
+from .._engine.text import call, merged_texts, shown
 from .._engine.trees import Leaf
-from . import _modules, language
+from . import _modules, hints, language
 from ._modules import Owner
-from .roles import ADAPTER, EMBEDDING, KERNEL, NORM, Parameter, Role, is_layer, role, says_position, words
+from ._shell import compiled
+from ._stacked import STACKED, stacks_of, unstacked
+from .parameters import parameter_at
+from .roles import ADAPTER, EMBEDDING, KERNEL, Role, is_layer, role, says_position, words
 
-Axes = tuple[int, ...]
-Stacks = dict[str, tuple[set[Axes], set[Axes]]]
-# Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
-_STORAGE = frozenset(("value", "raw_value", "array", "param"))
-_WEIGHTS = ("weight", "kernel", "w", "W", "weight_orig", "weight_bar")
-# The role of a matrix that is more likely a vector in each of several stacked layers.
-_STACKED = Role("unknown", "a matrix, or one vector in each layer")
 # Linen's collections beside "params".
 _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
 
@@ -49,7 +46,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             if i not in tree.required:
                 if leaf.dtype is not None:
                     decided[i] = Decision(False, "weights_only", "not a real number")
-            elif found is not None and found is not _STACKED and (self.embeddings or not found.or_table):
+            elif found is not None and found is not STACKED and (self.embeddings or not found.or_table):
                 decays = found.name in (KERNEL, ADAPTER) or (found.name == EMBEDDING and self.embeddings)
                 decided[i] = Decision(decays, "weights_only", f"{found.name}: {found.reason}")
             elif isinstance(self.unknown, bool):
@@ -57,7 +54,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             else:
                 is_matrix = sum(size > 1 for size in leaf.shape[stacked.get(i, 0) :]) > 1
                 is_position = any(map(says_position, re.split("[/.]", leaf.path)))
-                unknown[leaf] = is_matrix and not is_position and found is not _STACKED
+                unknown[leaf] = is_matrix and not is_position and found is not STACKED
         if unknown:
             raise ValueError(f"{tree.where}: {self._question(unknown, tree)}")
         return decided
@@ -80,7 +77,7 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _roles(self, tree: Tree, asked: Sequence[int], stacked: Mapping[int, int]) -> dict[int, Role | None]:
         held = [(i, leaf) for i, leaf in enumerate(tree.leaves) if leaf.dtype is not None]
         shapes = {leaf.path: leaf.shape[stacked.get(i, 0) :] for i, leaf in held}
-        stacks = _stacks(shapes)
+        stacks = stacks_of(shapes)
         roles: dict[int, Role | None] = {}
         for i in asked:
             path = tree.leaves[i].path
@@ -96,7 +93,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             if named is not None and named.name not in (KERNEL, EMBEDDING, ADAPTER):
                 roles[i] = named
             if i not in stacked and not isinstance(owner, Role):
-                roles[i] = _unstacked(path, roles[i], parameter, stacks)
+                roles[i] = unstacked(path, roles[i], parameter, stacks)
         return roles
 
     def _owner(self, tree: Tree, path: str) -> Owner | Role | None:
@@ -108,7 +105,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             return Role("statistic", f"in {named!r}") if named else None
         found = self.owners.get(path, self.owners.get(path.removeprefix("params/")))
         if found is None:
-            near = language.nearest(path, list(self.owners))
+            near = hints.nearest(path, list(self.owners))
             raise ValueError(
                 f"{tree.where}: weights_only was given a model that has no parameter {path!r}. The nearest of its "
                 f"{len(self.owners)}: {near}. Give weights_only the model that these params belong to."
@@ -121,7 +118,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         default = self._written().replace("<model>", "model")
         message = (
             f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: "
-            f"{language.with_shapes(unknown)}. Say for each whether it decays, True or False: "
+            f"{hints.with_shapes(unknown)}. Say for each whether it decays, True or False: "
             f"by_path({lines}, default={default}). Or exclude all of them: weights_only(unknown=False)."
         )
         registered = {name: layer for layer, name in _modules.registered() if name in names}
@@ -202,7 +199,7 @@ def weights_only(
     for pattern, axes in stacks.items():
         if not isinstance(pattern, str):
             raise TypeError(f"weights_only: a pattern of stacked_axes must be a string, got {shown(pattern)}.")
-        if not is_whole(axes) or axes < 0:
+        if not checks.is_whole(axes) or axes < 0:
             raise ValueError(
                 f"weights_only: stacked_axes must be a number of leading axes >= 0, got {shown(axes)} for {pattern!r}. "
                 "Write stacked_axes=1, or stacked_axes={'layers': 1}."
@@ -210,81 +207,6 @@ def weights_only(
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
     return WeightsOnly(embeddings, unknown, stacks, owners)
-
-
-def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
-    """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
-    found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)] or [(0, "")]
-    while len(found) > 1 and found[-1][1] in _STORAGE:
-        found.pop()
-    said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]
-    own = said[-1] if said else len(found) - 1
-    around, owner = ("", "", *(found[k][1] for k in said[:-1]))[-2:]
-    start, name = found[own]
-
-    def beside(names: Sequence[str]) -> Axes | None:
-        others = (path[:start] + other + path[start + len(name) :] for other in names)
-        return next((shapes[other] for other in others if other in shapes), None)
-
-    return Parameter(
-        name,
-        owner,
-        shapes[path],
-        beside(_names_of_the_bias(name)),
-        in_list=own > 0 and found[own - 1][1].isdigit(),
-        around=around,
-        is_beside_weight=name.strip("_0123456789") in ("u", "v") and beside(_WEIGHTS) is not None,
-    )
-
-
-def _names_of_the_bias(name: str) -> list[str]:
-    """Possible names of the bias beside a parameter of this name, the most likely first."""
-    raw = [("b" if name[0] == "w" else "B") + name[1:], "b" + name[1:]] if re.fullmatch(r"[wW](\d*|_\w+)", name) else []
-    raw += [name[:-1] + "b"] if name.endswith("_w") else []
-    matrices = [matrix for matrix in ("kernel", "weights", "weight") if matrix in name]
-    return [*raw, *(name.replace(matrix, bias) for matrix in matrices for bias in ("bias", "biases")), "bias", "b"]
-
-
-def _stacks(shapes: Mapping[str, Axes]) -> Stacks:
-    """For each node of the tree, the surplus leading axes of its layers: the certain ones, then the possible ones.
-
-    A bias has one axis, to which a convolution adds axes of size 1. A `weight` without a bias has two, and more in a
-    convolution. Any more axes stack layers.
-    """
-    found: Stacks = collections.defaultdict(lambda: (set(), set()))
-    for path, shape in shapes.items():
-        if not path.endswith("/weight"):
-            continue
-        node = path.removesuffix("/weight")
-        bias = shapes.get(node + "/bias")
-        if bias == shape or (bias is not None and len(bias) > 1 and bias[-1] == 1) or (bias is None and len(shape) < 3):
-            continue
-        axes = shape[:-2] if bias is None else bias[:-1]
-        parent = node.rpartition("/")[0]
-        found[parent][bias is None].add(axes)
-        while parent:
-            parent = parent.rpartition("/")[0]
-            found[parent][1].add(axes)
-    return found
-
-
-def _unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stacks) -> Role | None:
-    """The role of what only its shape shows to be a matrix and no stacked vector, by the layers nearest to it."""
-    is_bare = parameter.name == "weight" and parameter.bias is None and not parameter.is_library
-    by_shape = is_bare and found is not None and found.name == KERNEL and len(parameter.shape) >= 2
-    if not by_shape or (is_layer(parameter.owner) and not parameter.in_list):
-        return found
-    leading = parameter.shape[:-1]
-    beside = node = path.removesuffix("/weight").rpartition("/")[0]
-    while True:
-        surely, perhaps = stacks.get(node, (set(), set()))
-        if surely == {leading} and node == beside and parameter.in_list:
-            return Role(NORM, f"'weight', one vector in each of {leading} layers")
-        if leading in (surely or perhaps):
-            return _STACKED
-        if surely or not node:
-            return found
-        node = node.rpartition("/")[0]
 
 
 def _lines(unknown: Mapping[Leaf, bool], tree: Tree) -> dict[str, bool]:
@@ -296,7 +218,7 @@ def _lines(unknown: Mapping[Leaf, bool], tree: Tree) -> dict[str, bool]:
             paths_with[name].append(leaf.path)
     lines: dict[str, bool] = {}
     covered: set[str] = set()
-    for group in language.grouped(unknown):
+    for group in hints.grouped(unknown):
         paths = [leaf.path for leaf in group if leaf.path not in covered]
         if not paths:
             continue
@@ -306,7 +228,7 @@ def _lines(unknown: Mapping[Leaf, bool], tree: Tree) -> dict[str, bool]:
         starred = re.sub(r"\{[\d.,]+\}", "*", glob.escape(merged_texts([leaf.path for leaf in group])))
         matched = {name: paths_with[paths[0].rpartition("/")[2]]} if name and not name.isdigit() else {}
         if len(paths) > 1:
-            search = language.compiled(starred).search
+            search = compiled(starred).search
             matched[starred] = [leaf.path for leaf in tree.leaves if search(leaf.path)]
         fits = (pattern for pattern, found in matched.items() if all(answers.get(path) is decays for path in found))
         pattern = next(fits, None)

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 
 from .._engine import checks, trees
+from .._engine.decision import Decision, PerLayer, stack_of
 from .._engine.masks import flags
 from .._engine.rates import rate_or_rules, values_of
-from .._engine.rules import Decision, PerLayer, decisions, stack_of
+from .._engine.rules import decisions
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
 from .._engine.unstable import is_traced
 from ..paths import Leaf, Rules
+from ..paths.parameters import parameter_at
 from ..paths.roles import BIAS, role
-from ..paths.standard import parameter_at
 from ._plan import Plan as Plan
 from ._plan import PlanDiff as PlanDiff
 from .table import MANY, PlannedRate, show_rate

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from .._engine import trees
+from .._engine.decision import Decision
 from .._engine.loop import Action, DecayState
 from .._engine.probe import DecayProbe
-from .._engine.rules import Decision, Rules, decisions
+from .._engine.rules import Rules, decisions
 from .._engine.steps import INJECTED, learning_rates, nodes
 from .._engine.text import listed
 from ..plans import asked, row_of

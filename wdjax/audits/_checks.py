@@ -1,0 +1,227 @@
+"""Unexpected measurements of one parameter, and what to write instead: one entry for each, the most harmful first."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._engine.hazards import remedy as remedy_for
+from .._engine.hazards import smallest_fraction
+from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
+from ._facts import LAPSES, Facts
+from ._rows import GRADIENT_AND_UPDATE
+
+_ROUNDING = 1e-6  # Of a rate that is the product of two numbers.
+_WEIGHTS = (KERNEL, EMBEDDING, ADAPTER)
+
+
+def _range(least: float, most: float) -> str:
+    return " to ".join(dict.fromkeys((f"{least:.6g}", f"{most:.6g}")))
+
+
+def rate_text(facts: Facts) -> str:
+    return f"{_range(facts.row.least, facts.row.most)} per step" if facts.row.decays else ""
+
+
+def _rates(facts: Facts) -> str:
+    """The rate at each count, where it changes."""
+    pairs = [(one.at + one.after, one.rate) for one in facts.later]
+    texts = [f"{rate:.3g} (step {count})" for k, (count, rate) in enumerate(pairs) if not k or rate != pairs[k - 1][1]]
+    return ", ".join(texts[:6]) if len(texts) > 1 else rate_text(facts)
+
+
+def _largest(facts: Facts) -> float:
+    """The largest rate, also at later counts, where it may be infinite."""
+    later = [one.rate for one in facts.later] if facts.is_proportional else []
+    return max(facts.row.most, *later) if later else facts.row.most
+
+
+def _is_times(facts: Facts, factor: float) -> bool:
+    """Whether the rate is this many times the expected one."""
+    rates, expected = (facts.row.least, facts.row.most), np.multiply(facts.expected or 0.0, factor)
+    return 0 in facts.row.shape or bool(np.allclose(rates, expected, rtol=facts.tolerance, atol=1e-12))
+
+
+def _is_twice(facts: Facts) -> bool:
+    return facts.row.decays and facts.expected is not None and _is_times(facts, 2.0)
+
+
+def _unexpected(facts: Facts) -> str:
+    """In which way the decay is not as expected; "" if it is."""
+    row = facts.row
+    if facts.expected is not None and not _is_twice(facts) and not _is_times(facts, 1.0):
+        return f"it is {_range(row.least, row.most)} per step, not {_range(*facts.expected)}"
+    if facts.should_decay is not None and facts.should_decay != row.decays and 0 not in row.shape:
+        return f"it is {_range(row.least, row.most)} per step, not {'more than 0' if facts.should_decay else '0'}"
+    for count, want in facts.expected_later.items():
+        rate = dict(row.rates).get(count, want)
+        if not np.isclose(rate, want, rtol=facts.tolerance, atol=1e-12):
+            return f"it is {rate:.6g} per step at step {count}, not {want:.6g}"
+    return ""
+
+
+class _Check(NamedTuple):
+    """A finding for each parameter to which it applies, with the numbers. The remedy may differ by parameter."""
+
+    harm: str
+    name: str
+    message: str
+    remedy: str | Callable[[Facts], str]
+    applies: Callable[[Facts], Any]
+    measured: Callable[[Facts], str] = lambda _: ""
+
+
+CHECKS = (
+    _Check(
+        "wrong",
+        "not finite",
+        "finite weights get updates that are inf or NaN, with zero gradients or with nonzero ones",
+        "Look at the learning rate, at eps and at the dtype. Some optimizers divide by a norm of the gradients.",
+        lambda f: not f.is_finite,
+    ),
+    _Check(
+        "wrong",
+        "raw gradients",
+        "the update is the gradient itself, so each step climbs the loss",
+        "optax.masked returns raw gradients outside its mask. Write freeze(optimizer, mask), or use optax.partition.",
+        lambda f: f.is_raw,
+    ),
+    _Check(
+        "wrong",
+        "grows",
+        "weights grow where they should decay",
+        "Put decoupled_decay and optax.add_decayed_weights before the learning rate, and independent_decay after it.",
+        lambda f: f.grows,
+        rate_text,
+    ),
+    _Check(
+        "wrong",
+        "diverges",
+        "the rate is 2 or more per step, so weights never settle",
+        "Is a factor missing, such as the learning rate?",
+        lambda f: _largest(f) >= 2 - _ROUNDING,
+        _rates,
+    ),
+    _Check(
+        "wrong",
+        "decays frozen",
+        "a parameter moves although it is frozen, or decays although no gradient moves it",
+        "Put freeze(optimizer, mask) around the whole optimizer. It keeps every bit.",
+        lambda f: (f.is_frozen and f.is_touched) or (f.row.decays and (f.is_frozen or not f.moves)),
+        lambda f: rate_text(f) or "0 per step, but it moves",
+    ),
+    _Check(
+        "wrong",
+        "rounds to nothing",
+        "the decay is lost in rounding to the parameter's dtype",
+        lambda f: remedy_for(f.row.dtype).replace(" and ignore this warning", ""),
+        lambda f: f.row.decays and f.row.kept < 0.5,
+        lambda f: f"{rate_text(f)} in {f.row.dtype}, which keeps no change below {smallest_fraction(f.row.dtype):.3g}",
+    ),
+    _Check(
+        "wrong",
+        "decays between steps",
+        "a step takes several calls of update, and the decay acts in each of them",
+        "Put the decay inside the wrapper that accumulates the gradients, or with_decoupled_decay around it.",
+        lambda f: f.is_repeated,
+        rate_text,
+    ),
+    _Check(
+        "wrong",
+        "twice",
+        "the decay is twice what is expected",
+        "Set weight_decay=0.0 in an optimizer that decays by itself, such as optax.adamw or optax.lion.",
+        _is_twice,
+        lambda f: f"it is {_range(f.row.least, f.row.most)} per step, not {_range(*(f.expected or (0.0, 0.0)))}",
+    ),
+    _Check(
+        "wrong",
+        "not as expected",
+        "the rate is not what is expected",
+        "Check the mask, the rate and the learning rate.",
+        _unexpected,
+        _unexpected,
+    ),
+    _Check(
+        "suspect",
+        "overshoots",
+        "the rate is 1 or more per step, so weights land on zero or jump past it",
+        "Lower the rate, or use continuous_decay or proximal_step(L2(), ...), which never overshoot.",
+        lambda f: 1 - _ROUNDING <= _largest(f) < 2 - _ROUNDING,
+        _rates,
+    ),
+    _Check(
+        "suspect",
+        "not times the step size",
+        "a number in the optimizer's state or arguments scales the step, but not the decay",
+        "Put the decay inside the optimizer, before this number. If the decay is meant to be independent, allow this.",
+        lambda f: f.step_size,
+        lambda f: f"{f.step_size}, {rate_text(f)}",
+    ),
+    _Check(
+        "suspect",
+        "decays non-weights",
+        "the decay acts on a bias, a norm or another parameter that is not a layer's weight",
+        "Write mask=weights_only(), or mask=weights_only().mask for Optax.",
+        lambda f: f.row.decays and f.row.role not in ("", *_WEIGHTS),
+        rate_text,
+    ),
+    _Check(
+        "suspect",
+        LAPSES[0],
+        "the decay stops while gradients still move the weights",
+        "Check its schedule. A constant weight decay follows the learning rate in decoupled_decay.",
+        lambda f: f.lapse == LAPSES[0],
+        _rates,
+    ),
+    _Check(
+        "suspect",
+        "two decays",
+        "a decay in the update acts beside a penalty in the gradient",
+        "Remove one: set weight_decay=0.0 in the optimizer, or leave out the L2 in front of it.",
+        lambda f: f.row.place == GRADIENT_AND_UPDATE,
+        lambda f: (
+            f"{f.row.in_update:.6g} per step in the update, and {f.row.kind}"
+            + (f" of {f.strength:.3g}" if f.strength else "")
+            + " in the gradient"
+        ),
+    ),
+    _Check(
+        "suspect",
+        "seen by the moments",
+        "the decay is scaled with the gradient: this is regularization in the gradient, not weight decay",
+        "If you want weight decay, put decoupled_decay after the scaling, as adamw does.",
+        lambda f: f.row.place in ("gradient", GRADIENT_AND_UPDATE) and not f.rescaled,
+        lambda f: f"{f.row.kind}, {rate_text(f)}",
+    ),
+    _Check(
+        "suspect",
+        "rescaled",
+        "a norm rescales the decay together with the gradient, as a trust ratio does",
+        "The decay of a step depends on the gradient. With zero gradient it may not depend on weight_decay at all.",
+        lambda f: f.rescaled,
+        lambda f: f"{rate_text(f)}, and {f.row.beside_gradient:.3g} beside a gradient",
+    ),
+    _Check(
+        "note",
+        "not times the learning rate",
+        "the learning rate and its schedule do not scale the decay",
+        "independent_decay does this. decoupled_decay scales with the learning rate.",
+        lambda f: f.row.decays and f.row.scales_with_learning_rate is False,
+        rate_text,
+    ),
+    *(
+        _Check(
+            "note",
+            lapse,
+            message,
+            "If this is not intended, check its schedule.",
+            lambda f, lapse=lapse: f.lapse == lapse,
+            _rates,
+        )
+        for lapse, message in (
+            (LAPSES[1], "the decay starts some steps after the gradients"),
+            (LAPSES[2], "the decay is missing in some of the steps in which gradients move the weights"),
+        )
+    ),
+)

@@ -1,0 +1,70 @@
+"""Looks behind the moments of an optimizer: which penalty they rescale, and whether a decay acts beside it."""
+
+from typing import Any
+
+import numpy as np
+
+from ._facts import Facts
+from ._moves import kind_of, rate_of
+from ._probes import Probes, Step, weights_from
+from ._rows import GRADIENT_AND_UPDATE
+
+# Gradients beside which a decay is so small that the moments respond to it in proportion.
+_STRONG = 100.0
+
+
+def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int, Facts]:
+    """The facts with the kind of a decay that moments have rescaled, and with a decay in the update beside it.
+
+    Beside strong gradients, moments respond to a penalty's gradient in proportion. So two steps show it: in the first,
+    weights of both signs or gradients moved by +w and -w; in the second, the same weights, so that only the memory of
+    the first differs. Where the optimizer has no memory, the first step must do.
+    """
+    zeros, weights, found = probes.scaled(probes.weights, 0.0), probes.weights, dict(facts)
+    strong = {i: _STRONG * np.sign(gradient) for i, gradient in probes.gradients.items()}
+    starts = {"plus": (1, 0), "minus": (-1, 0), "double": (2, 0), "up": (1, 1), "down": (1, -1)}
+    for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init",))):
+        those = [i for i, fact in facts.items() if fact.row.place == "gradient" and fact.row.toward in toward]
+        those = [i for i in those if not (facts[i].rescaled and facts[i].is_proportional)]
+        if not those:
+            continue
+        first, second = {}, {}
+        for name, (factor, shift) in starts.items():
+            given = {i: gradient + shift * weights[i] for i, gradient in strong.items()}
+            first[name] = probes.first_step(weights_from(origin, weights, factor), given, origin)
+            second[name] = probes.step(first["plus"].end(), zeros, first[name].after).bare()
+            if name != "plus":
+                first[name] = first[name].bare()
+        for i in those:
+            found[i] = _behind_the_moments(probes, facts[i], i, first, second)
+    return found
+
+
+def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second: Any) -> Facts:
+    w = probes.weights[i]
+
+    def halves(steps: dict[str, Step]) -> tuple[np.ndarray, ...]:
+        plus, minus, double, up, down = (step.total(i) for step in steps.values())
+        odd, noise = (plus - minus) / 2, 64 * probes.eps * np.abs(plus)
+        return np.where(np.abs(odd) > noise, odd, 0.0), double - (plus + minus) / 2, (up - down) / 2
+
+    direct, remembered = halves(first), halves(second)
+    odd, _, response = direct
+    size = np.abs(first["plus"].total(i))
+    is_direct, has_memory = np.all(np.abs(response) > 1e-6 * size), bool(np.any(remembered[0]))
+    with np.errstate(all="ignore"):
+        part, double, beside = direct if is_direct else remembered
+        penalty, penalty_double = part / beside * w, double / beside * w
+        strengths = np.real(remembered[0] / remembered[2])
+        strength = float(np.median(strengths)) if np.std(strengths) <= 1e-2 * np.abs(np.mean(strengths)) else 0.0
+    is_known = np.any(part) and np.all(np.isfinite(penalty) & np.isfinite(penalty_double))
+    kind = fact.row.kind if fact.row.kind == "L2" else kind_of(penalty, penalty_double, w) if is_known else "unknown"
+    row = fact.row._replace(kind=kind)
+    # A decay in the update is the part of the first step that the penalty does not explain.
+    rest = odd - strength * response
+    in_update = rate_of(rest, w)
+    is_seen = np.all(np.abs(rest) > 1e-3 * np.abs(odd) + 1e3 * probes.eps * size)
+    can_tell = strength > 0 if has_memory else not np.any(response)
+    if can_tell and is_seen and np.std(rest / w) <= 1e-2 * in_update:
+        return fact._replace(row=row._replace(place=GRADIENT_AND_UPDATE, in_update=in_update), strength=strength)
+    return fact._replace(row=row)

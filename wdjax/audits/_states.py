@@ -1,0 +1,46 @@
+"""What an audit looks for and replaces in an optimizer's state: counters of steps, random keys, single numbers."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Change = Callable[[PyTree], PyTree]  # From a state to a state.
+_FEW = 64  # The most step sizes that an optimizer keeps in one array.
+
+
+def counters_of(before: PyTree, after: PyTree, calls: int) -> dict[int, tuple[int, int]]:
+    """The leaves of a state that count steps: their values before one, and what it adds: 1, or its number of calls."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        return {}
+    pairs = enumerate(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    scalars = [(i, old, new) for i, (old, new) in pairs if is_a(old, jnp.integer) and jnp.ndim(old) == 0]
+    found = {i: (int(old), int(new) - int(old)) for i, old, new in scalars}
+    return {i: (start, added) for i, (start, added) in found.items() if added in (1, calls)}
+
+
+def numbers_in(state: PyTree, params: PyTree) -> dict[str, int]:
+    """The leaves of a state that are a float or a few, beside no parameter, by name."""
+    beside = tuple(jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
+    leaves = enumerate(jax.tree_util.tree_leaves_with_path(state))
+    few = ((jax.tree_util.keystr(keys), i) for i, (keys, x) in leaves if is_a(x, jnp.floating) and x.size <= _FEW)
+    return {name: i for name, i in few if not (name.endswith(beside) and "" not in beside)}
+
+
+def positions_of_keys(state: PyTree) -> list[int]:
+    """The leaves of a state that are random keys, typed or raw."""
+    leaves = jax.tree.leaves(state)
+    are_raw = [is_a(leaf, jnp.uint32) and jnp.shape(leaf)[-1:] == (2,) for leaf in leaves]
+    return [i for i, leaf in enumerate(leaves) if are_raw[i] or is_a(leaf, jax.dtypes.prng_key)]
+
+
+def replaced(state: PyTree, positions: Collection[int], new: Callable[[int, Any], Any]) -> PyTree:
+    """The state with `new(i, leaf)` for the leaves at these positions."""
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten([new(i, leaf) if i in positions else leaf for i, leaf in enumerate(leaves)])
+
+
+def is_a(leaf: Any, kind: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)

@@ -1,0 +1,175 @@
+"""From what you know to a rate, and back: the memory of AdamW, the AdamW paper's normalization, a Gaussian prior.
+
+The arguments are numbers or 0-d arrays, which may be traced, as in `wdjax.sweep`. Of a learning-rate schedule, give the
+peak.
+"""
+
+from typing import Any
+
+from .._engine import checks
+from .._engine.types import Number
+from ._numbers import positive
+
+Converted = Any  # A float; an array if an argument is an array.
+
+
+@checks.known_arguments
+def from_timescale(steps: Number, learning_rate: Number) -> Converted:
+    """The weight decay with which AdamW averages over this many steps.
+
+    AdamW's weights are an exponential moving average of its past directions, divided by weight_decay. One step has the
+    weight learning_rate * weight_decay in it. Its inverse is the timescale.
+
+    Rule:   weight_decay = 1 / (steps * learning_rate)
+    Place:  the weight_decay of `decoupled_decay` and `adamw`. With learning_rate=1.0, that of `independent_decay`.
+    Units:  per step and per unit of learning rate.
+    Source: Wang & Aitchison 2025, arXiv 2405.13698. In epochs: steps = epochs * examples / batch.
+
+    Args:
+        steps: the timescale: after this many steps, the share of a past direction has fallen to 1 / e. > 0.
+        learning_rate: the optimizer's learning rate, > 0. Of a schedule, the peak.
+
+    Returns: a float; an array if an argument is an array.
+    Raises: TypeError, ValueError for arguments that are not such numbers.
+
+    Example:
+
+        >>> import wdjax, wdjax.rates
+        >>> wdjax.rates.from_timescale(10_000, learning_rate=1e-3)
+        0.1
+        >>> optimizer = wdjax.adamw(1e-3, wdjax.rates.from_timescale(10_000, 1e-3), wdjax.weights_only())
+    """
+    write = "from_timescale(10_000, learning_rate=1e-3)"
+    return 1 / (positive("steps", steps, write) * positive("learning_rate", learning_rate, write))
+
+
+@checks.known_arguments
+def timescale(weight_decay: Number, learning_rate: Number) -> Converted:
+    """The number of steps that AdamW averages over: the inverse of `from_timescale`.
+
+    Rule:   steps = 1 / (weight_decay * learning_rate)
+    Units:  steps. weight_decay is that of `decoupled_decay`. For that of `independent_decay`, write learning_rate=1.0.
+    Source: as `from_timescale`.
+
+    Args, Returns, Raises: as `from_timescale`, with weight_decay > 0: without decay, nothing is ever forgotten.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> wdjax.rates.timescale(0.1, learning_rate=1e-3)
+        10000.0
+    """
+    write = "timescale(0.1, learning_rate=1e-3)"
+    return 1 / (positive("weight_decay", weight_decay, write) * positive("learning_rate", learning_rate, write))
+
+
+@checks.known_arguments
+def from_tokens(tokens: Number, learning_rate: Number, *, batch: Number, fraction: Number) -> Converted:
+    """The weight decay with which AdamW averages over a fraction of a run, given in tokens.
+
+    Rule:   weight_decay = batch / (learning_rate * tokens * fraction)
+    Place:  as `from_timescale`, with steps = fraction * tokens / batch.
+    Units:  per step and per unit of learning rate. Examples may stand for tokens, in tokens and batch alike.
+    Source: Bergsma et al. 2025, "Power Lines", arXiv 2505.13738, where the fraction is tau = batch / (learning_rate *
+            weight_decay * tokens). They find that its best value does not depend on the batch, and falls as a power of
+            the number of tokens per parameter.
+
+    Args:
+        tokens: the tokens of the whole run, > 0.
+        learning_rate: the optimizer's learning rate, > 0. Of a schedule, the peak.
+        batch: the tokens of one step, > 0.
+        fraction: the timescale as a fraction of the run, > 0.
+
+    Returns, Raises: as `from_timescale`.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> round(wdjax.rates.from_tokens(2e9, 1e-3, batch=500_000, fraction=0.25), 6)
+        1.0
+    """
+    write = "from_tokens(2e9, 1e-3, batch=500_000, fraction=0.25)"
+    run = positive("tokens", tokens, write) * positive("fraction", fraction, write)
+    return positive("batch", batch, write) / (positive("learning_rate", learning_rate, write) * run)
+
+
+@checks.known_arguments
+def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, epochs: Number) -> Converted:
+    """The rate per step of the AdamW paper's normalized weight decay, which should suit runs of any length.
+
+    Rule:   weight_decay * sqrt(batch / (examples * epochs))
+    Place:  `independent_decay`; under a schedule, through `relative`, which the paper also multiplies by.
+    Units:  per step.
+    Source: Loshchilov & Hutter 2019, and the authors' code, which divides by the square root of the number of steps. It
+            suggests 0.025 and 0.05 for CIFAR-10.
+
+    Args:
+        weight_decay: the normalized weight decay, > 0.
+        batch: the examples of one step, > 0.
+        examples: the examples of one epoch, > 0.
+        epochs: the epochs of the run. With warm restarts, those until the next restart. > 0.
+
+    Returns, Raises: as `from_timescale`.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> wdjax.rates.from_normalized(0.05, batch=100, examples=10_000, epochs=100)
+        0.0005
+    """
+    write = "from_normalized(0.05, batch=128, examples=50_000, epochs=100)"
+    steps = positive("examples", examples, write) * positive("epochs", epochs, write) / positive("batch", batch, write)
+    return positive("weight_decay", weight_decay, write) / steps**0.5
+
+
+@checks.known_arguments
+def from_prior(scale: Number, examples: Number, noise: Number = 1.0) -> Converted:
+    """The weight decay that a Gaussian prior with this standard deviation means.
+
+    The minimum of the mean loss with this penalty is the maximum of the posterior.
+
+    Rule:   weight_decay = noise**2 / (examples * scale**2)
+    Place:  `l2_penalty`, and `add_l2_to_grads` under any optimizer that goes to the minimum. Decay in the update is no
+            penalty under Adam, and goes elsewhere.
+    Units:  of a loss that is the mean over examples. For a sum over examples, write examples=1.
+    Source: Bayes' rule. In scikit-learn's `BayesianRidge`, scale is 1 / sqrt(lambda_) and noise 1 / sqrt(alpha_). In
+            its `LogisticRegression`, C is scale**2.
+
+    Args:
+        scale: the standard deviation of a weight around its anchor under the prior, > 0.
+        examples: the size of the data, > 0.
+        noise: for half the squared error, the standard deviation of the targets around the prediction, > 0. For a
+            negative log-likelihood, such as cross-entropy, 1.
+
+    Returns, Raises: as `from_timescale`.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> wdjax.rates.from_prior(0.5, examples=1000)
+        0.004
+    """
+    write = "from_prior(0.1, examples=1000)"
+    of_data = positive("noise", noise, write) ** 2 / positive("examples", examples, write)
+    return of_data / positive("scale", scale, write) ** 2
+
+
+@checks.known_arguments
+def prior_scale(weight_decay: Number, examples: Number, noise: Number = 1.0) -> Converted:
+    """The standard deviation of the Gaussian prior that a weight decay means: the inverse of `from_prior`.
+
+    Rule:   scale = noise / sqrt(examples * weight_decay)
+    Units:  those of the weights.
+    Source: as `from_prior`.
+
+    Args, Returns, Raises: as `from_prior`, with weight_decay > 0: no decay means a prior without a scale.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> wdjax.rates.prior_scale(0.1, examples=1000)
+        0.1
+    """
+    write = "prior_scale(0.1, examples=1000)"
+    noise = positive("noise", noise, write)
+    return noise / (positive("examples", examples, write) * positive("weight_decay", weight_decay, write)) ** 0.5
