@@ -55,7 +55,7 @@ def _left_out(facts: Sequence[Facts]) -> list[Finding]:
     those = [
         each
         for each in facts
-        if decaying and each.row.role in usual and not each.row.decays and each.moves and each.is_finite
+        if decaying and each.row.role in usual and each.row.kind == "none" and each.moves and each.is_finite
         if not each.is_frozen and _is_judged_by_role(each)
     ]
     message = "weights do not decay although other parameters do"
