@@ -951,6 +951,7 @@ UNASKED = [
         in_decay="none",
         scales_with_lr=False,
         decay_takes_schedule=False,
+        decays_bias_by_default=False,
     ),
     Row(
         "yogi",

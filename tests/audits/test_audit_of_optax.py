@@ -103,8 +103,9 @@ def check_findings(row: Row, audit: wdjax.Audit) -> None:
     names = {finding.name for finding in audit.findings}
     assert ("grows" in names) == any(expected(row, path) < 0 for path in SHAPES)
     assert ("decays non-weights" in names) == audit["Dense_0/bias"].decays
-    assert ("no decay" in names) == (row.place == "none")
-    assert ("constrained" in names) == (row.in_weight == "projection")
+    is_constraint = row.in_weight == "projection"
+    assert ("no decay" in names) == (row.place == "none" and not is_constraint)
+    assert ("constrained" in names) == is_constraint
     assert not {"needs a gradient", "catches up"} & names
     assert bool({"seen by the moments", "rescaled"} & names) == (row.place == "gradient")
     assert ("not finite" in names) == (row.nan_from_step == 1)

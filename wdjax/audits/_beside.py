@@ -19,18 +19,16 @@ _KINDS = ("L2", "L1", "norm", "Huber")  # Others can't be told from steps that d
 
 
 def find_beside_gradients(probes: Probes, counts: Sequence[int], facts: dict[int, Facts]) -> dict[int, Facts]:
-    """The facts with the decays that need a gradient."""
+    """The facts with the decays that need a gradient. Cheap looks come first."""
     found, gradients = dict(facts), (probes.gradients, probes.scaled(probes.gradients, -1.0))
     for origin in (None, probes.origin):
         those = [i for i, fact in found.items() if fact.row.kind == "none" and fact.moves and fact.is_finite]
         if origin is None:
             those = [i for i in those if found[i].odd_beside]
-        elif those:
-            odd, noise = _odd(probes, origin, gradients[:1])
-            those = [i for i in those if not is_noise(odd[i], probes.weights[i], noise[i])]
-        if those:
-            odd, noise = _odd(probes, origin, gradients)
-            those = [i for i in those if not is_noise(odd[i], probes.weights[i], noise[i])]
+        for given in (gradients[:1], gradients) if origin is not None else (gradients,):
+            if those:
+                odd, noise = _odd(probes, origin, given)
+                those = [i for i in those if not is_noise(odd[i], probes.weights[i], noise[i])]
         if those:
             found |= _decays(probes, counts, found, those, origin)
     return found
@@ -65,20 +63,22 @@ def _decays(
     steps = {name: mean(step, down.steps[name]) for name, step in up.steps.items()}
     # The step of the gradient at a count is the difference of the third step and the first.
     later = [(*a[:2], mean(a[2], b[2]), mean(a[3], b[3]), a[2]) for a, b in zip(up.later, down.later, strict=True)]
-    runs = Runs(steps, later, {i: np.abs(up.steps["plus"].total(i)) for i in those})
+    runs = Runs(steps, later, up.moving, {i: np.abs(up.steps["plus"].total(i)) for i in those})
     found = {}
     for i in those:
         fact, row = facts[i], (new := facts_of(probes, runs, i, origin)).row
-        is_even = bool(np.isclose(row.beside_gradient, row.rate, rtol=probes.tolerance, atol=0))
-        if row.kind in _KINDS and is_even and not new.rescaled and (origin is None or row.rate < 0.5):
+        # Moments that are linear remember it, and it is still the same beside other gradients.
+        is_even = row.kind == "L2" and np.isclose(row.beside_gradient, row.rate, rtol=probes.tolerance, atol=0)
+        is_decay = row.kind in _KINDS and (row.place != "gradient" or (is_even and not new.rescaled))
+        if is_decay and (origin is None or row.rate < 0.5):
             row = row._replace(needs_gradient=True)
             found[i] = new._replace(row=row, is_raw=fact.is_raw, is_touched=fact.is_touched)
     if not found:
         return found
-    units, late = _units(probes, origin, steps, list(found)), _rates_after_a_pause(probes, origin)
+    units = _units(probes, origin, steps, list(found))
+    usual, late = (_second_rates(probes, origin, share) for share in (1.0, 0.0))
     for i, fact in found.items():
-        usual = _rate(steps["plus_second"], steps["minus_second"], i)
-        fact = fact._replace(needed_by=units[i], late_rate=late[i] if late[i] > 1.2 * usual else 0.0)
+        fact = fact._replace(needed_by=units[i], late_rate=late[i] if late[i] > 1.2 * usual[i] else 0.0)
         plus, minus = (np.abs(up.steps[name].total(i) - up.steps["still"].total(i)) for name in ("plus", "minus"))
         # Where a cautious decay acts on a weight, it does not act on the weight's negative. The mean is half of it.
         is_cautious = fact.row.kind == "L2" and np.all(np.minimum(plus, minus) < 1e-3 * np.maximum(plus, minus))
@@ -114,15 +114,14 @@ def _units(probes: Probes, origin: Arrays | None, steps: dict[str, Step], those:
     return units
 
 
-def _rates_after_a_pause(probes: Probes, origin: Arrays | None) -> dict[int, float]:
-    """The rates of the second step beside a gradient, after a first one without."""
-    zeros, seconds = probes.scaled(probes.weights, 0.0), []
+def _second_rates(probes: Probes, origin: Arrays | None, share: float) -> dict[int, float]:
+    """The rates of the second step beside a gradient, from the first weights, after one with a share of it."""
+    seconds = []
     for sign in (1.0, -1.0):
-        idle = probes.first_step(weights_from(origin, probes.weights, sign), zeros, origin)
-        both = [probes.step(idle.end(), probes.scaled(probes.gradients, to), idle.after).bare() for to in (1.0, -1.0)]
+        start, both = weights_from(origin, probes.weights, sign), []
+        for to in (1.0, -1.0):
+            first = probes.first_step(start, probes.scaled(probes.gradients, to * share), origin)
+            both.append(probes.step(first.start, probes.scaled(probes.gradients, to), first.after).bare())
         seconds.append(mean(*both))
-    return {i: _rate(seconds[0], seconds[1], i) for i in probes.indices}
-
-
-def _rate(plus: Step, minus: Step, i: int) -> float:
-    return rate_of(plus.total(i) - minus.total(i), plus.start[i] - minus.start[i])
+    plus, minus = seconds
+    return {i: rate_of(plus.total(i) - minus.total(i), plus.start[i] - minus.start[i]) for i in probes.indices}

@@ -230,9 +230,9 @@ CHECKS = (
         "note",
         "constrained",
         "weights outside a set are put back onto it in one step: a constraint, not a decay",
-        "constrain does this. The set and its radius are not measured.",
+        "constrain does this. It may hide a decay: to measure that, audit the optimizer without the constraint.",
         lambda f: f.is_constrained,
-        lambda f: f"with a decay of {rate_text(f)} inside" if f.row.decays else "",
+        lambda f: f"beside it, {rate_text(f)}" if f.row.decays else "",
     ),
     *(
         _Check(

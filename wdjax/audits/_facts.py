@@ -22,7 +22,9 @@ class Facts(NamedTuple):
     is_proportional: bool = False  # Whether the first step takes the same fraction of all weights.
     later: tuple["Later", ...] = ()  # Steps at the tested counts, and at those that follow.
     odd_beside: bool = False  # Whether, beside a gradient, a part of the step changes sign with the weights.
-    lands: bool = False  # Whether a step with zero gradient moves it far, and the next one does not.
+    lands: bool = (
+        False  # Whether it may move onto a set: far in the first step with zero gradient, and less in the second.
+    )
     is_constrained: bool = False  # Whether weights outside a set are put onto it.
     needed_by: str = ""  # "element", "row" or "array": each of these needs a gradient of its own to decay.
     late_rate: float = 0.0  # The rate of the step that makes up for a step without a gradient; 0 if none does.

@@ -25,6 +25,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i])) + runs.sizes.get(i, 0)
     rounding = 8 * probes.eps * scale
     moves = nudged or i in probes.moved or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
+    before = steps["plus"].start[i] - weights_from(origin, probes.weights, 1.0)[i]
     later = []
     for count, after, one, other, given in runs.later:
         part, by_gradient = (one.total(i) - other.total(i)) / 2, given.total(i) - one.total(i)
@@ -39,7 +40,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
         is_finite=bool(np.all(np.isfinite(plus_grad) & np.isfinite(plus))) and not nudged,
         is_touched=bool(np.any(plus != 0) or np.any(plus_grad != 0)),
         odd_beside=not is_noise(beside, w, rounding),
-        lands=bool(np.any(np.abs(steps["plus"].start[i] - weights_from(origin, probes.weights, 1.0)[i]) > rounding)),
+        lands=bool(np.any(np.abs(before) > rounding)),
     )
     if not np.all(np.isfinite(plus)) or is_noise(odd, w, rounding):
         return facts
@@ -71,7 +72,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     is_odd = nudged or same(even, 0 * even, 1e-3 * np.abs(odd) + rounding)
     if not is_odd and place == "update" and kind == "L2" and origin is None:  # An anchor stays, but noise changes.
         is_odd = not same(total["plus_second"] - odd / w * (start["plus"] + plus), even, 8 * rounding, 0.05)
-    from_init = MOVING_AVERAGE if follows else "init"
+    from_init = MOVING_AVERAGE if follows or leaf.path in runs.moving else "init"
     rate, ratios = rate_of(odd, w), 0.0 - np.real(odd / w)
     lapse = lapse_of(later)
     if not lapse and kind == "L2" and rate < 0.9:  # An optimizer without a count may still pause.
@@ -92,7 +93,11 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
         lapse=lapse,
         is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
         rescaled=rescaled,
-        lands=bool(np.linalg.norm(second) * np.linalg.norm(w) < 0.5 * np.linalg.norm(odd) * np.linalg.norm(at_second)),
+        lands=bool(
+            np.linalg.norm(before) > 2 * np.linalg.norm(odd)
+            or np.linalg.norm(odd) > 0.5 * np.linalg.norm(w)
+            or np.linalg.norm(second) * np.linalg.norm(w) < 0.5 * np.linalg.norm(odd) * np.linalg.norm(at_second)
+        ),
     )
 
 

@@ -1,7 +1,8 @@
 """Measures every leaf: with zero gradient first, then where that shows no decay, in other ways.
 
 Some decays show only with weights away from where the optimizer was initialized, and some only beside a gradient
-(`_beside`). Some moves of weights are no decay, but a constraint (`_constraints`).
+(`_beside`). Some moves of weights are no decay, but a constraint (`_constraints`). Then the decay is measured again,
+with weights that obey it.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ._beside import find_beside_gradients
-from ._constraints import find_constraints
+from ._constraints import find_constraints, inside
 from ._facts import Facts
 from ._interpret import facts_of
 from ._probes import Probes, weights_from
@@ -18,6 +19,20 @@ from ._runs import run
 
 def measure(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
     """The facts of every leaf that is a number."""
+    facts = _measured(probes, counts)
+    if those := [i for i, fact in facts.items() if fact.is_constrained and fact.lands]:
+        inner = _measured(inside(probes, those), counts)
+        facts |= {i: inner[i]._replace(is_constrained=True) for i in those if _is_decay_inside(inner[i])}
+    return facts
+
+
+def _is_decay_inside(fact: Facts) -> bool:
+    """Whether this is surely a decay, and no effect of a step that left the set."""
+    return fact.row.place == "update" and fact.row.kind.endswith(("L2", "L1")) and not fact.lands
+
+
+def _measured(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
+    """The facts of every leaf at these probe weights."""
     runs = run(probes, counts)
     bare, given = ([runs.steps[name].total(i) for i in probes.indices] for name in ("plus", "plus_grad"))
     # Some optimizers divide zero by zero if all gradients are zero.

@@ -1,13 +1,13 @@
 """The steps from which the audit draws its conclusions, by name: from different weights, with or without gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ._probes import Arrays, Probes, Step, weights_from
-from ._states import Change, counters_of, positions_of_keys, replaced
+from ._states import Change, counters_of, moving_anchors, positions_of_keys, replaced
 
 
 class Runs(NamedTuple):
@@ -15,6 +15,7 @@ class Runs(NamedTuple):
 
     steps: dict[str, Step]
     later: Sequence[tuple[int, int, Step, Step, Step]]
+    moving: Collection[str] = ()  # The paths of anchors that the first step has moved.
     sizes: Mapping[int, Any] = {}  # By leaf, how large the parts of the steps are that have cancelled.
 
 
@@ -87,4 +88,4 @@ def run(
         there = to(count, after)
         three = step(1.0, zeros, there), step(-1.0, zeros, there), step(1.0, gradients, there)
         later.append((count, after, three[0].bare(), three[1].bare(), three[2].bare()))
-    return Runs(steps, later)
+    return Runs(steps, later, () if origin is None else moving_anchors(plus.before, plus.after))

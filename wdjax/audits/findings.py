@@ -31,7 +31,8 @@ def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> 
         for remedy, those in remedies.items():
             found.append(_finding(check.harm, check.name, check.message, remedy, those, check.measured))
     found += [*_left_out(facts), *_uneven(facts)]
-    if facts and not any(each.row.decays for each in facts):
+    # A constraint may hide a decay.
+    if facts and not any(each.row.decays or each.is_constrained for each in facts):
         message = f"nothing decays in the first {calls} calls or at the tested counts"
         found.append(Finding("note", _NOTHING, message, "If this is not intended, look at masks and rates."))
     return tuple(sorted(found, key=lambda finding: ("wrong", "suspect", "note").index(finding.harm)))
