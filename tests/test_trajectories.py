@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,13 @@ def torch_sgd(run: Run) -> Any:
 
 
 def torch_sgd_groups(run: Run) -> Any:
-    # One table has all the decays. The groups' learning rates are Optax's business: last, each under its label.
-    labels = wdjax.by_path({names: str(i) for i, (names, _) in enumerate(run.groups)})
-    rates = {str(i): optax.scale_by_learning_rate(run.group_lr(i)) for i in range(len(run.groups))}
+    # One table has all the decays, and one the learning rates: a schedule for each group, without a common factor.
+    rates = wdjax.by_path({names: run.group_lr(i) for i, (names, _) in enumerate(run.groups)})
     return optax.chain(
         wdjax.add_l2_to_grads(run.group_wd),
         optax.trace(run.options["momentum"]),
-        optax.partition(rates, labels.values),
+        wdjax.scale_by_path(rates),
+        optax.scale(-1.0),
     )
 
 
@@ -317,13 +318,9 @@ def big_vision_sgd(run: Run) -> Any:
 
 def big_vision_adam(run: Run) -> Any:
     # w1 has half the learning rate and the whole decay; b1 has no schedule, and so neither a step nor a decay.
-    labels = wdjax.by_path({"b1": "frozen", "w1": "half"}, default="whole")
-    directions = {
-        "half": optax.chain(optax.scale_by_adam(), optax.scale(0.5)),
-        "whole": optax.scale_by_adam(),
-        "frozen": optax.set_to_zero(),
-    }
-    return big_vision(run, optax.partition(directions, labels.values), wdjax.by_path({"b1": 0.0}, default=1.0))
+    halves = wdjax.by_path([("b1", 0.0), *((re.compile(name), value) for name, value in run.options["lr_mults"])])
+    direction = optax.chain(optax.scale_by_adam(), wdjax.scale_by_path(halves))
+    return big_vision(run, direction, wdjax.by_path({"b1": 0.0}, default=1.0))
 
 
 # pytorch-optimizer (kozistr): any optimizer, with the learning rate in the decay or, `fixed_decay`, without.
