@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from peer import peer
 
 import wdjax
 
-torch = pytest.importorskip("torch")
+torch = peer("torch")
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("x64")]  # Peers: Optax's bias correction.
 

@@ -335,6 +335,19 @@ def fixed(direction: Callable[[], Any]) -> Build:
     return lambda run: optax.chain(direction(), optax.scale_by_learning_rate(run.lr), wdjax.independent_decay(run.wd))
 
 
+# heavyball, whose cautious weight decay is the paper's, except for ties.
+
+
+def heavyball_sgd(run: Run) -> Any:
+    # It compares bits of signs. w1[0, 0] is below zero and its gradient +0: a tie, in which the paper's rule decays.
+    mask = {"w1": np.arange(12).reshape(4, 3) > 0, "b1": True, "s": True, "w2": True, "b2": True}
+    return optax.chain(
+        optax.trace(run.options["beta"]),
+        wdjax.cautious(wdjax.decoupled_decay(run.wd, mask)),
+        optax.scale_by_learning_rate(run.lr),
+    )
+
+
 ROWS: dict[str, Build] = {
     # add_l2_to_grads
     "torch_sgd_m0": torch_sgd,
@@ -373,6 +386,8 @@ ROWS: dict[str, Build] = {
     "koz_lion_dec": decoupled(lambda lr: optax.lion(lr, b1=0.9, b2=0.99, weight_decay=0.0)),
     "koz_adamax_dec": decoupled(optax.adamax),
     "koz_yogi_dec": decoupled(optax.yogi),
+    # cautious
+    "hb_sgd_cautious": heavyball_sgd,
     # independent_decay
     "koz_adabelief_fixed": fixed(lambda: optax.scale_by_belief(eps=1e-16, eps_root=1e-16)),
     "koz_adamc_fixed": fixed(lambda: keras_adam(1e-8, eps_root=1e-15)),

@@ -1,4 +1,4 @@
-"""Learning rates by path: closed forms of what `scale_by_path` multiplies and what not, timm's recorded rates, wrappers.
+"""Learning rates by path: closed forms of what `scale_by_path` multiplies, recorded rates of timm, and wrappers.
 
 PyTorch's own groups are in test_torch.py, the recordings of PyTorch and big_vision in test_trajectories.py, and timm's
 own code is in peers/test_timm.py.
@@ -234,7 +234,7 @@ def test_around_an_injected_learning_rate_the_multipliers_come_after_the_decay()
     after = optax.chain(wdjax.with_decoupled_decay(injected, WD, learning_rate=LR), SCALED)
     assert_close(trajectory(after), sgd_with(lambda m: 1 - m * LR * WD))
     inside = wdjax.with_decoupled_decay(optax.chain(injected, SCALED), WD, learning_rate=LR * TABLE)
-    with pytest.raises(ValueError, match="the optimizer keeps 0.05 in its state, and the decay takes that one"):
+    with pytest.raises(ValueError, match=r"the optimizer keeps 0\.05 in its state, and the decay takes that one"):
         inside.init(START)
 
 
