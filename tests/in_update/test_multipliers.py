@@ -322,9 +322,11 @@ def test_an_audit_finds_a_decay_that_the_multipliers_do_not_reach() -> None:
 
 @pytest.mark.parametrize("build", LAYER_WISE.values(), ids=LAYER_WISE)
 def test_the_monitor_reads_the_products(build: Any) -> None:
-    optimizer = wdjax.monitor(build(LR), groups=lambda leaf: leaf.path)
+    optimizer = wdjax.monitor(build(LR), learning_rate=LR, groups=lambda leaf: leaf.path)
     updates = optimizer.update(jax.tree.map(jnp.ones_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     measured = wdjax.scalars(updates[1])
     for path, multiplier in RATES.items():
         np.testing.assert_allclose(measured[f"{path}/effective_rate"], multiplier * LR * WD, rtol=1e-6)
+        # It divides by the one learning rate that it knows.
+        np.testing.assert_allclose(measured[f"{path}/weight_decay"], multiplier * WD, rtol=1e-6)
     assert measured["Block_0/bias/decay_norm"] == 0

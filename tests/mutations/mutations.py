@@ -25,7 +25,7 @@ HAZARDS, BAD_INPUT, FRAMEWORKS = "_engine/test_hazards.py", "test_bad_input.py",
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
-STATES = "test_states.py"
+STATES, MULTIPLIERS = "test_states.py", "in_update/test_multipliers.py"
 
 MUTATIONS = [
     # Warnings of rates.
@@ -887,5 +887,27 @@ MUTATIONS = [
         "row = finite[losses[finite].mean(axis=1).argmin()]",
         "row = finite[losses[finite].mean(axis=1).argmax()]",
         ("sweeps/",),
+    ),
+    # Learning rates by path.
+    Mutation(
+        "a multiplier of 0 lets NaN through",
+        "in_update/multipliers.py",
+        "jnp.where((multiplier.value == 0) & ~jnp.isfinite(update), 0, update)",
+        "update",
+        (MULTIPLIERS,),
+    ),
+    Mutation(
+        "a multiplier of 0 leaves the update as it is, as a decay of 0 does",
+        "in_update/multipliers.py",
+        "off_at=1.0",
+        "off_at=0.0",
+        (MULTIPLIERS,),
+    ),
+    Mutation(
+        "multipliers are added up with decays by the monitor",
+        "in_update/multipliers.py",
+        "_SCALED)\n\n\ndef",
+        "_SCALED, is_decay=True)\n\n\ndef",
+        (MULTIPLIERS,),
     ),
 ]
