@@ -320,6 +320,13 @@ def test_an_audit_finds_a_decay_that_the_multipliers_do_not_reach() -> None:
     assert "Block_0/kernel" in str(report.findings)
 
 
+def test_an_audit_finds_a_decay_behind_a_multiplier_of_zero() -> None:
+    stopped = optax.chain(wdjax.adamw(LR, WD), wdjax.scale_by_path(wdjax.by_path({"head": 0.0}, default=1.0)))
+    for optimizer, found in ((stopped, []), (optax.chain(stopped, wdjax.independent_decay(0.01)), ["head"])):
+        findings = wdjax.audit(optimizer, PARAMS, frozen=wdjax.only("head")).findings
+        assert [path for finding in findings if finding.name == "decays frozen" for path in finding.paths] == found
+
+
 @pytest.mark.parametrize("build", LAYER_WISE.values(), ids=LAYER_WISE)
 def test_the_monitor_reads_the_products(build: Any) -> None:
     optimizer = wdjax.monitor(build(LR), learning_rate=LR, groups=lambda leaf: leaf.path)
