@@ -4,13 +4,15 @@
                ▲        ▲                    ▲                     ▲                ▲
             in_loss  in_gradient         in_update             in_update       on_weights
           l2_penalty add_l2_to_grads  decoupled_decay      independent_decay  proximal_step
+                                                                               constrain
 
 `weights_only`, `by_path`, `only` and `all_but` (wdjax.paths) choose parameters, and `plan` (wdjax.plans) shows the
-choice for a model. Penalties: `L2`, `L1`, ... (wdjax.penalties). Wrappers for a finished optimizer:
-`with_decoupled_decay`, `freeze`. For their states (wdjax.states): `thaw`, `state_shardings`. LoRA:
-`decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit` (wdjax.audits) finds out what an optimizer really
-does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sweeps) searches for the best rate.
-Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+choice for a model. Rates from what a person knows: wdjax.rates. Learning rates by path: `scale_by_path`. Penalties:
+`L2`, `L1`, ... (wdjax.penalties). Constraints: `L2Ball`, `L2Sphere`, ... (wdjax.constraints). Wrappers for a finished
+optimizer (wdjax.wrappers): `with_decoupled_decay`, `with_sparse_decay`, `with_lazy_decay`, `freeze`. For their states
+(wdjax.states): `thaw`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
+(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
+(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from . import rates as rates
