@@ -30,6 +30,7 @@ class Row(NamedTuple):
         off_at: the rate at which it does nothing; None if it always acts.
         keeps_bits: whether an update that it does not act on keeps every bit.
         is_elementwise: whether an element of the result depends on that element alone.
+        has_norm: whether it takes the norm of a whole array.
         has_rate: whether it takes a rate. A row without one ignores it, in `build` and in `oracle`.
         is_real: whether it is for real weights only.
     """
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     off_at: float | None = 0.0
     keeps_bits: bool = True
     is_elementwise: bool = True
+    has_norm: bool = False
     has_rate: bool = True
     is_real: bool = False
 
@@ -117,6 +119,7 @@ def _in_gradient(name: str) -> Row:
         lambda u, w, rate, a: u + rate * gradient(w - a),
         core=name == "GroupLasso",
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
     )
 
 
@@ -130,6 +133,7 @@ def _on_weights(name: str) -> Row:
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
     )
 
 
@@ -143,6 +147,7 @@ def _constrained(name: str) -> Row:
         has_anchor=False,
         off_at=None,
         is_elementwise=False,
+        has_norm=True,
     )
 
 
@@ -246,6 +251,7 @@ ROWS = [
         has_anchor=False,
         off_at=None,
         is_elementwise=False,
+        has_norm=True,
         has_rate=False,
     ),
 ]
