@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -21,13 +19,13 @@ from flax import nnx
 from registry import ANCHORED, LEARNING_RATE, RATED, Row, core_decay, core_first, every_rated
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
+from timm_models import DATA, TABLES, recorded
 
 import wdjax
 from wdjax import all_but, by_depth, by_path, by_width, only, weights_only
 from wdjax.low_rank import decoupled_lora_decay
 from wdjax.testing import assert_only_decays
 
-TIMM = Path(__file__).parents[1] / "data" / "layer_decay"
 RATE = 0.25  # A power of two: times other powers of two it rounds nowhere.
 LAYERS = 3
 
@@ -44,40 +42,16 @@ def by_name(rules: Any, *paths: str) -> dict[str, Any]:
 
 # By depth: numbered blocks.
 
-TIMM_RULES = {
-    "beitv2_base_patch16_224": by_depth("blocks/*", 0.75, first=("cls_token", "patch_embed"), last=("fc_norm", "head")),
-    "eva02_tiny_patch14_224": by_depth(
-        "blocks/*", 0.75, first=("cls_token", "pos_embed", "patch_embed"), last="fc_norm"
-    ),
-    "regnety_016": by_depth("s*/b*", 0.75, first="stem", last="head"),
-    "convnextv2_tiny": by_depth(
-        re.compile(r"stages/(\d+)/(?:blocks/(\d+)|downsample)/.*"),  # A downsampling belongs to the block after it.
-        0.75,
-        first="stem",
-        last="head",
-    ),
-    "swinv2_tiny_window8_256": by_path(
-        {"norm/*": 0.75},  # timm takes the last norm to the last block.
-        default=by_depth(
-            re.compile(r"layers/(\d+)/(?:blocks/(\d+)|downsample)/.*"),
-            0.75,
-            first="patch_embed",
-            last="head",
-        ),
-    ),
-}
-
 
 def test_every_recorded_model_of_timm_is_here() -> None:
-    assert {path.stem for path in TIMM.glob("*.json")} == set(TIMM_RULES)
+    assert {path.stem for path in (DATA / "layer_decay").glob("*.json")} == set(TABLES)
 
 
-@pytest.mark.parametrize("model", TIMM_RULES)
+@pytest.mark.parametrize("model", TABLES)
 def test_the_multipliers_are_those_of_timm(model: str) -> None:
-    recorded = json.loads((TIMM / f"{model}.json").read_text())["multipliers"]
-    wanted = {path.replace(".", "/"): multiplier for multiplier, paths in recorded for path in paths}
+    wanted = recorded(model)
     assert len(wanted) > 150
-    got = by_name(TIMM_RULES[model], *wanted)
+    got = by_name(TABLES[model], *wanted)
     for path, multiplier in wanted.items():
         np.testing.assert_allclose(got[path], multiplier, rtol=1e-12, err_msg=path)
 
