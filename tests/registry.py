@@ -30,6 +30,9 @@ class Row(NamedTuple):
         off_at: the rate at which it does nothing; None if it always acts.
         keeps_bits: whether an update that it does not act on keeps every bit.
         is_elementwise: whether an element of the result depends on that element alone.
+        has_norm: whether it takes the norm of a whole array.
+        has_rate: whether it takes a rate. A row without one ignores it, in `build` and in `oracle`.
+        is_real: whether it is for real weights only.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Row(NamedTuple):
     off_at: float | None = 0.0
     keeps_bits: bool = True
     is_elementwise: bool = True
+    has_norm: bool = False
+    has_rate: bool = True
+    is_real: bool = False
 
     def masked(self, update: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The update of a parameter that a mask leaves out."""
@@ -60,6 +66,32 @@ def huber(w: np.ndarray, k: float, delta: float) -> np.ndarray:
 
 def agreeing(u: np.ndarray, t: np.ndarray) -> np.ndarray:
     return np.where(u * t >= 0, u + t, u)
+
+
+def onto_sphere(w: np.ndarray, radius: float) -> np.ndarray:
+    return w * (radius / np.linalg.norm(w))
+
+
+def into_ball(w: np.ndarray, radius: float) -> np.ndarray:
+    return w * min(1, radius / np.linalg.norm(w))
+
+
+def into_l1_ball(w: np.ndarray, radius: float) -> np.ndarray:
+    """Soft thresholding by the number that leaves a sum of `radius`, found by sorting."""
+    moduli = np.abs(w)
+    if moduli.sum() <= radius:
+        return w
+    largest = np.sort(moduli, axis=None)[::-1]
+    thresholds = (np.cumsum(largest) - radius) / np.arange(1, largest.size + 1)
+    count = max(np.count_nonzero(largest > thresholds), 1)
+    return soft(w, thresholds[count - 1])
+
+
+CONSTRAINTS: dict[str, tuple[Any, Callable[[np.ndarray, float], np.ndarray]]] = {
+    "L2Ball": (wdjax.L2Ball(), into_ball),
+    "L2Sphere": (wdjax.L2Sphere(), onto_sphere),
+    "L1Ball": (wdjax.L1Ball(), into_l1_ball),
+}
 
 
 def has_gradient(u: np.ndarray) -> np.ndarray:
@@ -87,6 +119,7 @@ def _in_gradient(name: str) -> Row:
         lambda u, w, rate, a: u + rate * gradient(w - a),
         core=name == "GroupLasso",
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
     )
 
 
@@ -100,6 +133,21 @@ def _on_weights(name: str) -> Row:
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
+    )
+
+
+def _constrained(name: str) -> Row:
+    kind, project = CONSTRAINTS[name]
+    return Row(
+        f"constrain[{name}]",
+        lambda rate, mask=None, toward=None: wdjax.constrain(kind, rate, mask),
+        lambda u, w, rate, a: project(w + u, rate) - w,
+        core=name == "L2Ball",  # It always acts.
+        has_anchor=False,
+        off_at=None,
+        is_elementwise=False,
+        has_norm=True,
     )
 
 
@@ -186,10 +234,31 @@ ROWS = [
         has_anchor=False,
         off_at=1.0,
     ),
+    *map(_constrained, CONSTRAINTS),
+    Row(
+        "constrain[NonNegative]",
+        lambda rate, mask=None, toward=None: wdjax.constrain(wdjax.NonNegative(), mask=mask),
+        lambda u, w, rate, a: np.maximum(w + u, 0) - w,
+        has_anchor=False,
+        off_at=None,
+        has_rate=False,
+        is_real=True,
+    ),
+    Row(
+        "normalized_update",
+        lambda rate, mask=None, toward=None: wdjax.normalized_update(mask),
+        lambda u, w, rate, a: onto_sphere(u, np.linalg.norm(w)),
+        has_anchor=False,
+        off_at=None,
+        is_elementwise=False,
+        has_norm=True,
+        has_rate=False,
+    ),
 ]
 
 # The rows that leave an update bit-identical at a rate of 0.
 DECAYS = [row for row in ROWS if row.off_at == 0 and row.keeps_bits]
+RATED = [row for row in ROWS if row.has_rate]
 ANCHORED = [row for row in ROWS if row.has_anchor]
 
 
@@ -199,6 +268,7 @@ def core_first(rows: Iterable[Row]) -> list[Any]:
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_rated = pytest.mark.parametrize("row", RATED, ids=lambda row: row.name)
 every_decay = pytest.mark.parametrize("row", DECAYS, ids=lambda row: row.name)
 every_anchored = pytest.mark.parametrize("row", ANCHORED, ids=lambda row: row.name)
 core_row = pytest.mark.parametrize("row", core_first(ROWS))

@@ -15,7 +15,7 @@ from test_contract import assert_same_bits, float64
 import wdjax
 
 SHAPE = (4, 3)
-by_element = [row for row in ROWS if "GroupLasso" not in row.name]
+by_element = [row for row in ROWS if row.is_elementwise]
 row_by_element = pytest.mark.parametrize("row", core_first(by_element))
 ARRAYS = {
     "rows": np.array([[0.3], [0.0], [0.1], [0.2]], np.float32),
@@ -76,6 +76,19 @@ def test_where_an_array_is_zero_or_false_no_bit_changes(row: Row) -> None:
         assert_same_bits(new["bias"], updates["bias"])
         want = expected(row, updates["kernel"], params["kernel"], np.where(on, 0.3, 0.0))[2:]
         np.testing.assert_allclose(new["kernel"][2:], want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [row for row in by_element if row.off_at != 0], ids=lambda row: row.name)
+def test_where_a_mask_is_false_no_bit_changes_though_no_rate_does_nothing(row: Row) -> None:
+    params, updates = make(0), make(1)
+    on = np.array([[False], [True], [False], [True]])
+    optimizer = row.build(0.3, {"kernel": on, "bias": False})
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        new, _ = update(updates, optimizer.init(params), params)
+        assert_same_bits(new["kernel"][::2], updates["kernel"][::2])
+        assert_same_bits(new["bias"], updates["bias"])
+        want = expected(row, updates["kernel"], params["kernel"], 0.3)[1::2]
+        np.testing.assert_allclose(new["kernel"][1::2], want, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")

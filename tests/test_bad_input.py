@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import Row, every_anchored, every_row
+from registry import Row, every_anchored, every_rated, every_row
 
 import wdjax
 from wdjax import testing
@@ -57,7 +57,7 @@ BAD_RATES = [
 ]
 
 
-@every_row
+@every_rated
 @pytest.mark.parametrize(("rate", "error", "words"), BAD_RATES, ids=[repr(rate) for rate, *_ in BAD_RATES])
 def test_rates_are_refused_where_they_are_given(row: Row, rate: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=re.escape(words)) as caught:

@@ -298,7 +298,7 @@ def test_the_position_of_the_schedule_and_the_anchor_matter_to_that(group: str, 
     reset = resume(map_decays(lambda decay: decay._replace(count=jnp.zeros_like(decay.count)), saved), SAVED, END)
     anchors = iter(decays(late))
     again = resume(map_decays(lambda decay: decay._replace(anchor=next(anchors).anchor), saved), SAVED, END)
-    for name in saved:
+    for name in saved.keys() - {row.name for row in ROWS if not row.has_rate}:  # Those count for nothing.
         assert bits(reset[name]["params"]) != bits(want[name]["params"]), name
         if any(decay.anchor is not None for decay in decays(saved[name])):
             assert bits(again[name]["params"]) != bits(want[name]["params"]), name

@@ -534,7 +534,7 @@ def test_second_derivatives_with_respect_to_a_rate_of_zero_through_scan() -> Non
     np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(end))(0.0), 12)
 
 
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.is_real], ids=lambda row: row.name)
 def test_complex_weights(row: Row) -> None:
     # Of one phase, so that the rule for the modulus is the one for real weights.
     phase = np.exp(0.7j)

@@ -27,6 +27,7 @@ PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/t
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
+CONSTRAIN = "on_weights/test_constrain.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -79,6 +80,70 @@ MUTATIONS = [
         "return mesh_axes.total(used.astype(jnp.int32), split) > 0",
         "return used",
         (ROWS,),
+    ),
+    # Constraints and normalized updates.
+    Mutation(
+        "a sphere is a ball",
+        "constraints.py",
+        "        return direction(w, self.norm(w)) * radius\n",
+        "        return direction(w, self.norm(w)) * jnp.minimum(self.norm(w), radius)\n",
+        (CONSTRAIN,),
+    ),
+    Mutation(
+        "the L1 ball keeps one weight too many",
+        "constraints.py",
+        "is_left = largest * number > jnp.cumsum(largest, -1) - radii",
+        "is_left = largest * (number + 1) > jnp.cumsum(largest, -1) - radii",
+        (CONSTRAIN,),
+    ),
+    Mutation(
+        "the derivative of a capped matrix leaves out how its singular vectors turn",
+        "constraints.py",
+        "within = _product(u, of_even * even + of_odd * odd, vh)",
+        "within = _product(u, of_even * (even + odd), vh)",
+        (CONSTRAIN,),
+    ),
+    Mutation(
+        "weights that obey get their update by way of the projection",
+        "on_weights/constraining.py",
+        "        moved = jnp.where((new == landed) & jnp.isfinite(moved), same, moved)\n",
+        "",
+        (CONSTRAIN,),
+    ),
+    Mutation(
+        "a projection hides an infinite weight",
+        "on_weights/constraining.py",
+        "return jnp.where(jnp.isfinite(landed), moved, update), state",
+        "return moved, state",
+        ("test_faults.py",),
+    ),
+    Mutation(
+        "the radius at init is that of the present weights",
+        "on_weights/constraining.py",
+        "radius = state if self.is_init else given.value",
+        "radius = self.kind.norm(p) if self.is_init else given.value",
+        (CONSTRAIN, "on_weights/test_hyperball.py"),
+    ),
+    Mutation(
+        "an update is given unit norm",
+        "in_update/normalizing.py",
+        "direction(update, size) * wanted",
+        "direction(update, size)",
+        (CONTRACT, "in_update/test_normalizing.py"),
+    ),
+    Mutation(
+        "weights of zero get no update",
+        "in_update/normalizing.py",
+        "jnp.where(wanted == 0, update, direction(update, size) * wanted)",
+        "direction(update, size) * wanted",
+        ("in_update/test_normalizing.py",),
+    ),
+    Mutation(
+        "a mask of parts multiplies a multiplier by zero",
+        "_engine/per_leaf.py",
+        "part = None if flag is True or off_at == 0 else flag",
+        "part = None",
+        (ARRAYS,),
     ),
     # Warnings of rates.
     Mutation(
@@ -439,14 +504,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a strength may differ within a group",
-        "penalties/protocol.py",
-        "    if not parts or is_elementwise(kind):\n",
+        "_engine/groups.py",
+        '    if not parts or getattr(kind, "is_elementwise", False):\n',
         "    if True:\n",
         (ARRAYS,),
     ),
     Mutation(
         "`per` names the axes of a norm",
-        "penalties/groups.py",
+        "_engine/groups.py",
         "return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)",
         "return axes",
         ("penalties/",),

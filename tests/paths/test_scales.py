@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import ANCHORED, LEARNING_RATE, ROWS, Row, core_decay, core_first, every_row
+from registry import ANCHORED, LEARNING_RATE, RATED, Row, core_decay, core_first, every_rated
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 from timm_models import DATA, TABLES, recorded
@@ -222,12 +222,12 @@ MORE = [
         None,
     ),
 ]
-EVERYWHERE = [*ROWS, *MORE]
+EVERYWHERE = [*RATED, *MORE]
 FEW = ("add_penalty_to_grads[GroupLasso]", "decoupled_decay", "proximal_step[L1]")
 # Layers of a stack are the same for all rows that act on one array alone.
 few_rows = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ROWS],
+    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in RATED],
 )
 few_anchored = pytest.mark.parametrize(
     "row",
@@ -248,7 +248,7 @@ def test_stacked_as_listed(row: Row) -> None:
     assert not np.allclose(float64(got["blocks"]["kernel"]), float64(uniform["blocks"]["kernel"]), rtol=0.01)
 
 
-@every_row
+@every_rated
 def test_stacked_against_numpy(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     new = first_update(row.build(0.3 * two_forms(0, 0.75)[1]), stacked(updates, 0), stacked(params, 0))
@@ -261,7 +261,7 @@ def test_stacked_against_numpy(row: Row) -> None:
 
 
 # A norm sums in another order.
-@pytest.mark.parametrize("row", core_first(row for row in ROWS if row.is_elementwise))
+@pytest.mark.parametrize("row", core_first(row for row in RATED if row.is_elementwise))
 def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     rules = two_forms(0)

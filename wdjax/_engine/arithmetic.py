@@ -89,12 +89,14 @@ class Term(NamedTuple):
         names: the argument that each factor comes from.
         anchor: the value that the decay pulls toward; None for zero.
         stack: the axes that stack layers.
+        part: an array of booleans: where the rule acts, if no rate stands for doing nothing; None for everywhere.
     """
 
     factors: tuple[Any, ...]
     names: tuple[str, ...] = ()
     anchor: Any = None
     stack: tuple[int, ...] = ()
+    part: Any = None
 
     def parted(self) -> tuple[float, tuple[Any, ...]]:
         """The product of the float factors, and the array factors."""

@@ -144,8 +144,10 @@ class Action:
                     "state was made for other parameters. Make a new one: optimizer.init(params)."
                 )
             own = kept.get(path) if inputs is None else inputs[i]
-            run = jitted_act if each.is_kept else act
-            found[i], new = run(each, term.stack, found[i], param, term.anchor, term.factors, own, totals)
+            run, old = jitted_act if each.is_kept else act, found[i]
+            found[i], new = run(each, term.stack, old, param, term.anchor, term.factors, own, totals)
+            if term.part is not None:
+                found[i] = jnp.where(term.part, found[i], old)
             if each.init is not None:
                 kept[path] = new
         return rebuilt(found), jax.tree.unflatten(trees.structure(state.leaf), [kept[path] for path in order])
@@ -183,6 +185,11 @@ class Action:
                 parted.append(None)
                 continue
             checks.same_shape(self.where, path, update, param)
+            if term.part is not None and not rule.is_elementwise:
+                raise ValueError(
+                    f"{self.where}: the mask at {path!r} selects parts of the parameter, and the norm is that of whole "
+                    "groups. Select whole parameters: mask=only('kernel')."
+                )
             key = tuple(map(id, term.factors))
             if key not in known:
                 known[key] = term.parted()
@@ -191,7 +198,7 @@ class Action:
             # A very small number may be 0 in this dtype.
             is_off = number == 0 and self.off_at == 0
             stack = () if rule.is_elementwise else term.stack
-            parted.append(None if is_off else Term((number, *arrays, *gates), (), term.anchor, stack))
+            parted.append(None if is_off else Term((number, *arrays, *gates), (), term.anchor, stack, term.part))
         numbers = iter(as_arguments([term.factors[0] for term in parted if term], updates))
         return [term and term._replace(factors=(next(numbers), *term.factors[1:])) for term in parted]
 
@@ -219,7 +226,7 @@ class Action:
 
     def _rows(self, params: PyTree, leaves: Leaves) -> Terms:
         """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
-        return terms_of_leaves(self.where, self.rates, self.mask, self.stacked_axes, params, leaves)
+        return terms_of_leaves(self.where, self.rates, self.mask, self.stacked_axes, params, leaves, self.off_at)
 
     def warn_of_rates(self, params: PyTree) -> None:
         """Warns of rates that round to nothing or overshoot, for an action that is never run."""

@@ -18,7 +18,13 @@ Terms = list[Term | None]  # One for each leaf; None where nothing decays.
 
 
 def terms_of_leaves(
-    where: str, rates: Mapping[str, Any], mask: Any, stacked_axes: Any, params: PyTree, leaves: Leaves
+    where: str,
+    rates: Mapping[str, Any],
+    mask: Any,
+    stacked_axes: Any,
+    params: PyTree,
+    leaves: Leaves,
+    off_at: float | None,
 ) -> Terms:
     """The term of each leaf before this step, without its anchor; None for a leaf that does not decay."""
     columns = []
@@ -36,10 +42,11 @@ def terms_of_leaves(
         factors = list(itertools.chain(*named))
         stack = checked_stack(where, path, leaf, stack)
         stack = tuple(sorted({*stack, *stack_of(where, path, (factor for _, factor in factors))}))
-        if flag is not True:
+        part = None if flag is True or off_at == 0 else flag
+        if flag is not True and part is None:  # At a rate of 0 the rule does nothing.
             factors.append(("mask", flag))
         values = tuple(_spread(where, name, factor, path, leaf) for name, factor in factors)
-        rows.append(Term(values, tuple(name for name, _ in factors), stack=stack))
+        rows.append(Term(values, tuple(name for name, _ in factors), stack=stack, part=part))
     return rows
 
 

@@ -6,6 +6,7 @@ schedule multiply the decay. After the learning rate (`independent_decay`), they
 it, is `decoupled_decay` in continuous time, which never overshoots.
 
 `cautious` is a modifier: it lets one of these decays act only where the decay agrees with the optimizer.
+`scale_by_path` and `normalized_update` set the size of updates: by path, and relative to the weights.
 """
 
 from .._engine.loop import DecayState as DecayState
@@ -14,3 +15,4 @@ from .decays import decoupled_decay as decoupled_decay
 from .decays import independent_decay as independent_decay
 from .modifiers import cautious as cautious
 from .multipliers import scale_by_path as scale_by_path
+from .normalizing import normalized_update as normalized_update

@@ -4,6 +4,9 @@ A proximal step does not follow the penalty's gradient. It minimizes the penalty
 where the optimizer arrived. It never overshoots, however large the strength is. Where the penalty has a corner (L1,
 group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit,
 because they are set through a difference, which is always exact only for zero.
+
+A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it.
 """
 
+from .constraining import constrain as constrain
 from .proximal import proximal_step as proximal_step

@@ -1,21 +1,16 @@
 """The penalty of groups of weights."""
 
 import dataclasses
-import math
-import operator
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._engine import mesh_axes
-from .._engine.norms import direction, norm
-from .._engine.text import shown
+from .._engine.groups import SplitGroups
+from .._engine.norms import direction
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class GroupLasso:
+class GroupLasso(SplitGroups):
     """The sum of the norms of groups of weights: whole groups become zero together.
 
     Layouts differ, so say which axes index the groups. `per=-1` makes one group of all weights of an output unit or
@@ -51,65 +46,12 @@ class GroupLasso:
         (32, 576)
     """
 
-    axis: int | tuple[int, ...] | None = None
-    per: int | tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
-    axis_name: Any = dataclasses.field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        mesh_axes.names("GroupLasso", self.axis_name)
-        for name in ("axis", "per"):
-            given = getattr(self, name)
-            if given is None:
-                continue
-            try:
-                axes = tuple(map(operator.index, given)) if isinstance(given, tuple) else operator.index(given)
-            except TypeError:
-                raise TypeError(
-                    f"GroupLasso: {name} must be an integer, a tuple of integers or None, got {shown(given)}. "
-                    "Write GroupLasso(per=-1) for one group for each index along the last axis, or GroupLasso(axis=0)."
-                ) from None
-            object.__setattr__(self, name, axes)
-        if self.axis is not None and self.per is not None:
-            raise ValueError(
-                f"GroupLasso: axis={self.axis} names the axes of a norm and per={self.per} the others, so give one of "
-                f"them. Write GroupLasso(per={self.per}) or GroupLasso(axis={self.axis})."
-            )
-
-    def __repr__(self) -> str:
-        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return f"GroupLasso({', '.join(f'{name}={value!r}' for name, value in fields if value is not None)})"
-
-    def axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of a norm, for an array with `ndim` axes."""
-        name, given = ("axis", self.axis) if self.per is None else ("per", self.per)
-        if given is None:
-            return tuple(range(ndim))
-        named = given if isinstance(given, tuple) else (given,)
-        axes = tuple(axis % ndim for axis in named if -ndim <= axis < ndim)
-        if len(set(axes)) < len(named):
-            fault = "names an axis twice" if len(axes) == len(named) else "is out of range"
-            raise ValueError(
-                f"GroupLasso: {name}={given} {fault} for a {ndim}-dimensional array. "
-                "Use a mask to select arrays with that axis, such as only('kernel')."
-            )
-        return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)
-
-    def groups(self, shape: Sequence[int]) -> tuple[int, int]:
-        """How many groups an array of this shape has, and how many weights are in each."""
-        of_norm = self.axes(len(shape))
-        others = (size for axis, size in enumerate(shape) if axis not in of_norm)
-        return math.prod(others), math.prod(shape[axis] for axis in of_norm)
-
-    def _norm(self, w: jax.Array) -> jax.Array:
-        split = mesh_axes.split_over("GroupLasso", w, mesh_axes.names("GroupLasso", self.axis_name))
-        return norm(w, self.axes(w.ndim), split)
-
     def value(self, w: jax.Array) -> jax.Array:
-        return jnp.sum(self._norm(w))
+        return jnp.sum(self.norm(w))
 
     def gradient(self, w: jax.Array) -> jax.Array:
-        return direction(w, self._norm(w))
+        return direction(w, self.norm(w))
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
-        norm = self._norm(w)
+        norm = self.norm(w)
         return w * jnp.where(norm <= step, 0, 1 - step / jnp.where(norm <= step, 1, norm))

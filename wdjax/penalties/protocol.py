@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._engine.arithmetic import LeafRule, Strength, stateless
+from .._engine.groups import check_even, uneven
 from .._engine.text import shown
-from .groups import GroupLasso
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ def _like(kind: Any, method: str, result: Any, shape: tuple[int, ...]) -> Any:
 def weighted_value(where: str, kind: Any, w: jax.Array, strength: Strength) -> jax.Array:
     """The sum of strength times value over the parts of an array, each of which has one strength."""
     check_strength(where, kind, strength.value)
-    parts = _parts(strength.value)
+    parts = uneven(strength.value)
     held = [name for name, x in getattr(kind, "__dict__", {}).items() if np.ndim(x)]
     if parts and held and not is_ours(kind):
         raise ValueError(
@@ -77,11 +77,6 @@ def weighted_value(where: str, kind: Any, w: jax.Array, strength: Strength) -> j
     return jnp.sum(jnp.reshape(strength.value, sizes) * value(jnp.moveaxis(w, parts, range(len(parts)))))
 
 
-def _parts(strength: Any) -> list[int]:
-    """The axes along which a strength differs."""
-    return [axis for axis, size in enumerate(np.shape(strength)) if size != 1]
-
-
 def is_ours(kind: Any) -> bool:
     """Whether the penalty is one of this room: never changed, so that jit may keep what it compiled for it."""
     return type(kind).__module__.startswith(f"{__package__}.")
@@ -94,16 +89,7 @@ def is_elementwise(kind: Any) -> bool:
 
 def check_strength(where: str, kind: Any, strength: Any) -> None:
     """Raises an error if the strength differs within a part that the penalty does not split into a sum."""
-    parts = _parts(strength)
-    if not parts or is_elementwise(kind):
-        return
-    if isinstance(kind, GroupLasso) and not set(parts) & set(kind.axes(np.ndim(strength))):
-        return
-    raise ValueError(
-        f"{where}: a strength of shape {np.shape(strength)} differs within a group of {shown(kind)}. Give one strength "
-        "for each group, with axes of size 1. If a penalty of your own is a sum over elements, set is_elementwise = "
-        "True."
-    )
+    check_even(where, "strength", kind, strength)
 
 
 def rule_of(kind: Any, function: Any) -> LeafRule:

@@ -1,0 +1,242 @@
+"""Constraints: the nearest weights that obey them, each in closed form. `constrain` puts weights there after each step.
+
+A constraint does not depend on the optimizer. It is a set of arrays, most of them with a radius, which the place sets.
+
+| constraint | weights that obey it | the nearest ones |
+|---|---|---|
+| `L2Ball(per=-1)` | norm of each group <= radius | w radius / \\|\\|w\\|\\| where the norm is larger |
+| `L2Sphere(per=-1)` | norm of each group = radius | w radius / \\|\\|w\\|\\| |
+| `L1Ball()` | sum \\|w\\| of each group <= radius | soft thresholding by the number that gives this sum |
+| `SpectralBall()` | largest singular value <= radius | larger singular values become the radius |
+| `NonNegative()` | w >= 0 | max(w, 0) |
+
+Complex weights: \\|w\\| is the modulus. `NonNegative` is for real weights.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._engine.groups import Groups, SplitGroups, UnfitShapeError
+from ._engine.norms import direction
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """A constraint for `constrain`: any object with a `project`.
+
+    `project(w, radius)` must return the nearest array to `w` that obeys the constraint, in the shape of `w`. If there
+    is a method `norm(w)`, it gives the smallest radius that `w` obeys, and the radius may be "init". If each element
+    has a constraint of its own, set `is_elementwise = True`; then radii may be arrays. If there is no radius, set
+    `has_radius = False`; then `project` gets None.
+    """
+
+    def project(self, w: jax.Array, radius: Any) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class L2Ball(SplitGroups):
+    """Weights whose norm is at most the radius: of each unit (max-norm), or of the whole array.
+
+    Args:
+        axis, per, axis_name: the groups, as for `GroupLasso`. `per=-1` bounds the incoming weights of each unit, in
+            Flax, Haiku and Keras; in Equinox and PyTorch write `per=0`. With neither, the whole array is one group.
+
+    Raises: as `GroupLasso`.
+    Units:  the radius is that of weights.
+    Source: Srivastava et al. 2014 (max-norm of units, beside dropout). Keras' `MaxNorm(r, axis=0)` of a dense kernel is
+            `L2Ball(per=-1)` with a radius of r, except that Keras divides by the norm plus 1e-7.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.L2Ball(per=-1).project(jnp.array([[3.0, 0.1], [4.0, 0.2]]), 1.0).tolist()
+        [[0.6000000238418579, 0.10000000149011612], [0.800000011920929, 0.20000000298023224]]
+    """
+
+    def project(self, w: jax.Array, radius: Any) -> jax.Array:
+        size = self.norm(w)
+        return jnp.where(size <= radius, w, direction(w, size) * radius)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class L2Sphere(SplitGroups):
+    """Weights whose norm is the radius: of each unit, or of the whole array (its Frobenius norm).
+
+    A group of zeros has no direction, so it stays zero.
+
+    Args: axis, per, axis_name: the groups, as for `L2Ball`.
+    Raises: as `GroupLasso`.
+    Units:  the radius is that of weights.
+    Source: Salimans & Kingma 2016 (weight normalization, which learns the radius); nGPT, arXiv 2410.01131, for unit
+            norms after each step; Hyperball, arXiv 2606.16899, for the norm at init. Keras' `UnitNorm` divides by the
+            norm plus 1e-7.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.L2Sphere().project(jnp.array([3.0, 4.0]), 10.0).tolist()
+        [6.0, 8.0]
+    """
+
+    def project(self, w: jax.Array, radius: Any) -> jax.Array:
+        return direction(w, self.norm(w)) * radius
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class L1Ball(Groups):
+    """Weights whose absolute values add up to at most the radius. Small weights become exactly zero.
+
+    Args: axis, per: the groups, as for `GroupLasso`. Within `shard_map`, a group must be on one device.
+    Raises: as `GroupLasso`.
+    Units:  the radius is that of weights.
+    Source: Tibshirani 1996 (the lasso in its constrained form); Duchi et al. 2008 for the projection by sorting.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.L1Ball().project(jnp.array([3.0, -1.0, 0.5]), 2.0).tolist()
+        [2.0, -0.0, 0.0]
+    """
+
+    def norm(self, w: jax.Array) -> jax.Array:
+        """The sum of absolute values of each group. The axes of the sum are kept, with size 1."""
+        return jnp.sum(jnp.abs(w), self.axes(w.ndim), keepdims=True)
+
+    def project(self, w: jax.Array, radius: Any) -> jax.Array:
+        # Optax's projection_l1_ball has no groups, gives NaN for a radius of 0, and fails for float32 in 64-bit mode.
+        moduli, size = jnp.abs(w), self.norm(w)
+        axes = self.axes(w.ndim)
+        first = [axis for axis in range(w.ndim) if axis not in axes]
+        groups = jnp.transpose(moduli, (*first, *axes)).reshape(size.size, -1)
+        radii = jnp.broadcast_to(radius, size.shape).reshape(size.size, 1)
+        # What is left of each group are its largest weights, each smaller by the same number.
+        largest = -jnp.sort(-groups, -1)
+        number = jnp.arange(1, 1 + largest.shape[-1], dtype=moduli.dtype)[None]
+        is_left = largest * number > jnp.cumsum(largest, -1) - radii
+        count = jnp.maximum(jnp.sum(is_left, -1, keepdims=True), 1).astype(moduli.dtype)
+        is_left = (number <= count) | jnp.isnan(largest)  # A fault shows in the whole group.
+        threshold = (jnp.sum(jnp.where(is_left, largest, 0), -1, keepdims=True) - radii) / count
+        return jnp.where(size <= radius, w, jnp.sign(w) * jnp.maximum(moduli - jnp.reshape(threshold, size.shape), 0))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SpectralBall(Groups):
+    """Matrices whose largest singular value is at most the radius. Larger ones become the radius.
+
+    Args:
+        per: the axes on one side of the matrix; all others are on the other side. `per=-1` makes a convolution
+            (height, width, inputs, outputs) a matrix of height * width * inputs rows. In Equinox and PyTorch write
+            `per=0`. For layers in a stack, it counts the axes of one layer.
+
+    Raises: TypeError for an invalid axis; on use, ValueError if an array is no such matrix. Leave vectors out with a
+            mask.
+    Units:  the radius is a singular value: the largest factor by which the matrix makes a vector longer.
+    Source: Sedghi, Gupta & Long 2019 and arXiv 2507.13338 (the spectral cap, there by an approximation). Here it is
+            exact, by a singular value decomposition in each step. It is not differentiable where a singular value
+            equals the radius.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.SpectralBall().project(jnp.array([[3.0, 0.0], [0.0, 0.5]]), 1.0).tolist()
+        [[1.0, 0.0], [0.0, 0.5]]
+    """
+
+    axis: None = dataclasses.field(default=None, init=False)
+    per: int | tuple[int, ...] = dataclasses.field(default=-1, kw_only=True)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim))
+
+    def _as_matrix(self, w: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """The array as a matrix with no more columns than rows, and the way back."""
+        rows = super().axes(w.ndim)
+        columns = tuple(axis for axis in range(w.ndim) if axis not in rows)
+        if not rows or not columns:
+            raise UnfitShapeError(
+                f"{self}: an array of shape {w.shape} is no matrix. Use a mask to select matrices, such as "
+                "weights_only() or only('kernel')."
+            )
+        order = (*rows, *columns) if _size(w, rows) >= _size(w, columns) else (*columns, *rows)
+        moved = jnp.transpose(w, order)
+        matrix = jnp.reshape(moved, (max(_size(w, rows), _size(w, columns)), -1))
+        return matrix, lambda m: jnp.transpose(jnp.reshape(m, moved.shape), [order.index(i) for i in range(w.ndim)])
+
+    def norm(self, w: jax.Array) -> jax.Array:
+        """The largest singular value, with as many axes as `w`."""
+        matrix, _ = self._as_matrix(w)
+        return jnp.reshape(jnp.linalg.svd(matrix, compute_uv=False)[0], (1,) * w.ndim)
+
+    def project(self, w: jax.Array, radius: Any) -> jax.Array:
+        matrix, back = self._as_matrix(w)
+        return back(_capped(matrix, jnp.reshape(jnp.asarray(radius, jnp.finfo(w.dtype).dtype), ())))
+
+
+def _size(w: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(w.shape[axis] for axis in axes)
+
+
+@jax.custom_jvp
+def _capped(w: jax.Array, radius: jax.Array) -> jax.Array:
+    u, s, vh = jnp.linalg.svd(w, full_matrices=False)
+    return jnp.where(jnp.max(s, initial=0) <= radius, w, _product(u * jnp.minimum(s, radius)[None], vh))
+
+
+@_capped.defjvp
+def _capped_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The derivative of the decomposition divides by differences of singular values. That of the capped matrix has
+    # divided differences of the capped values instead (Daleckii & Krein), which exist also where values are equal.
+    (w, radius), (dw, dradius) = primals, tangents
+    u, s, vh = jnp.linalg.svd(w, full_matrices=False)
+    uh, v, capped, is_over = jnp.conj(u.T), jnp.conj(vh.T), jnp.minimum(s, radius), s > radius
+    with jax.numpy_dtype_promotion("standard"):  # Real times complex.
+        inner = _product(uh, dw, v)
+        even, odd = (inner + jnp.conj(inner.T)) / 2, (inner - jnp.conj(inner.T)) / 2
+        of_even = _ratio(capped[:, None] - capped[None], s[:, None] - s[None], ~is_over[:, None])
+        of_odd = _ratio(capped[:, None] + capped[None], s[:, None] + s[None], True)
+        within = _product(u, of_even * even + of_odd * odd, vh)
+        beside = _product((_product(dw, v) - _product(u, inner)) * _ratio(capped, s, True)[None], vh)
+        of_radius = dradius * _product(jnp.where(is_over[None], u, 0), vh)
+        return _capped(w, radius), within + beside + of_radius
+
+
+def _ratio(a: jax.Array, b: jax.Array, if_zero: Any) -> jax.Array:
+    return jnp.where(b == 0, jnp.asarray(if_zero, a.dtype), a / jnp.where(b == 0, 1, b))
+
+
+def _product(*matrices: jax.Array) -> jax.Array:
+    return functools.reduce(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST), matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class NonNegative:
+    """Weights that are not negative. Negative ones become zero. It takes no radius.
+
+    Source: Lawson & Hanson 1974 (nonnegative least squares); Keras' `NonNeg`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.NonNegative().project(jnp.array([2.0, -1.0])).tolist()
+        [2.0, 0.0]
+    """
+
+    is_elementwise: ClassVar[bool] = True
+    has_radius: ClassVar[bool] = False
+
+    def project(self, w: jax.Array, radius: None = None) -> jax.Array:
+        if jnp.iscomplexobj(w):
+            raise TypeError("NonNegative: complex weights have no sign. Use a mask to select real weights.")
+        return optax.projections.projection_non_negative(w)
+
+
+def is_ours(kind: Any) -> bool:
+    """Whether the constraint is one of this module: never changed, so that jit may keep what it compiled for it."""
+    return type(kind).__module__ == __name__
