@@ -33,6 +33,8 @@ class Row(NamedTuple):
         has_norm: whether it takes the norm of a whole array.
         has_rate: whether it takes a rate. A row without one ignores it, in `build` and in `oracle`.
         is_real: whether it is for real weights only.
+        is_stateful: whether its state holds something of each parameter. Then layers of a stack must be declared, and
+            are not found by a rate that differs between them.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Row(NamedTuple):
     has_norm: bool = False
     has_rate: bool = True
     is_real: bool = False
+    is_stateful: bool = False
 
     def masked(self, update: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The update of a parameter that a mask leaves out."""
@@ -159,7 +162,8 @@ def _of_rows(wrapper: Any) -> Row:
             optax.identity(), rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: u - LEARNING_RATE * rate * (w - a) * has_gradient(u),
-        core=wrapper is wdjax.with_lazy_decay,  # It keeps a number for each row.
+        core=wrapper is wdjax.with_lazy_decay,
+        is_stateful=wrapper is wdjax.with_lazy_decay,  # A number for each row.
         is_elementwise=False,
     )
 
@@ -259,6 +263,7 @@ ROWS = [
 # The rows that leave an update bit-identical at a rate of 0.
 DECAYS = [row for row in ROWS if row.off_at == 0 and row.keeps_bits]
 RATED = [row for row in ROWS if row.has_rate]
+LAYERED = [row for row in RATED if not row.is_stateful]
 ANCHORED = [row for row in ROWS if row.has_anchor]
 
 

@@ -143,7 +143,8 @@ def test_more_elements_than_an_int32_can_count(row: Row) -> None:
     updates, after = jax.eval_shape(optimizer.update, params, state, params)
     assert updates == params
     assert after == state
-    assert all(leaf.shape == () for leaf in jax.tree.leaves(state))  # A decay keeps no copy of the weights,
+    if not row.is_stateful:
+        assert all(leaf.shape == () for leaf in jax.tree.leaves(state))  # A decay keeps no copy of the weights,
     if not row.has_anchor:
         return
     anchored = jax.eval_shape(row.build(RATE, toward="init").init, params)

@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import ANCHORED, LEARNING_RATE, RATED, Row, core_decay, core_first, every_rated
+from registry import DECAYS, LAYERED, LEARNING_RATE, Row, core_first
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
 from timm_models import DATA, TABLES, recorded
@@ -222,18 +222,23 @@ MORE = [
         None,
     ),
 ]
-EVERYWHERE = [*RATED, *MORE]
+EVERYWHERE = [*LAYERED, *MORE]
 FEW = ("add_penalty_to_grads[GroupLasso]", "decoupled_decay", "proximal_step[L1]")
 # Layers of a stack are the same for all rows that act on one array alone.
 few_rows = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in RATED],
+    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in LAYERED],
 )
 few_anchored = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ANCHORED],
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow)
+        for row in LAYERED
+        if row.has_anchor
+    ],
 )
 core_place = pytest.mark.parametrize("row", core_first(EVERYWHERE))
+every_layered = pytest.mark.parametrize("row", LAYERED, ids=lambda row: row.name)
 every_axis = pytest.mark.parametrize("axis", [0, 1, -1])
 
 
@@ -248,7 +253,7 @@ def test_stacked_as_listed(row: Row) -> None:
     assert not np.allclose(float64(got["blocks"]["kernel"]), float64(uniform["blocks"]["kernel"]), rtol=0.01)
 
 
-@every_rated
+@every_layered
 def test_stacked_against_numpy(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     new = first_update(row.build(0.3 * two_forms(0, 0.75)[1]), stacked(updates, 0), stacked(params, 0))
@@ -261,7 +266,7 @@ def test_stacked_against_numpy(row: Row) -> None:
 
 
 # A norm sums in another order.
-@pytest.mark.parametrize("row", core_first(row for row in RATED if row.is_elementwise))
+@pytest.mark.parametrize("row", core_first(row for row in LAYERED if row.is_elementwise))
 def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     rules = two_forms(0)
@@ -364,7 +369,7 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.filterwarnings("ignore:.*independent_decay")
-@core_decay
+@pytest.mark.parametrize("row", core_first(row for row in DECAYS if not row.is_stateful))
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:
     # In float32 the rates are 1e-90 = 0, 1e-60 = 0 and 1e-30.
