@@ -159,6 +159,15 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adam_l2": lambda: wdjax.adam_l2(STEPS, RATES, only("kernel")),
     "adamw": lambda: wdjax.adamw(STEPS, TABLE, toward="init"),
     "adamw with moments in bfloat16": lambda: wdjax.adamw(STEPS, TABLE, mu_dtype=jnp.bfloat16, toward="init"),
+    "toward an average": lambda: wdjax.adamw(STEPS, TABLE, toward=wdjax.EMA(0.75)),
+    "anchors by path": lambda: wdjax.adamw(STEPS, TABLE, toward=by_path({"kernel": wdjax.EMA(0.75)}, default="init")),
+    "constrain": lambda: optax.chain(
+        optax.scale_by_adam(),
+        wdjax.normalized_update(only("kernel")),
+        wdjax.decoupled_decay(RATES),
+        optax.scale_by_learning_rate(STEPS),
+        wdjax.constrain(wdjax.L2Sphere(), "init", only("kernel")),
+    ),
     "two decays": lambda: optax.chain(
         optax.scale_by_adam(),
         wdjax.decoupled_decay(RATES, only("kernel")),

@@ -91,6 +91,18 @@ def test_arrays_as_rates_and_masks(row: Row, mesh: Any) -> None:
         assert_alike(found, on(mesh, params), step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))[0])
 
 
+def test_the_average_of_the_weights(mesh: Any) -> None:
+    params, updates = make(0), make(1)
+    optimizer = wdjax.independent_decay(0.1, toward=wdjax.by_path({"layers": wdjax.EMA(0.5)}, default="init"))
+    found, state = step(optimizer, on(mesh, updates), on(mesh, params))
+    want, _ = step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))
+    assert_alike(found, on(mesh, params), want)
+    assert state.anchor["layers"].sharding.is_equivalent_to(NamedSharding(mesh, SPECS["layers"]), 3)
+    placed = on(mesh, params)
+    text = jax.jit(optimizer.update).lower(on(mesh, updates), state, placed).compile().as_text()
+    assert [name for name in COLLECTIVES if name in text] == []
+
+
 @by_element
 def test_no_collective(row: Row, mesh: Any) -> None:
     params, updates = on(mesh, make(0)), on(mesh, make(1))
