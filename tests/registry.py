@@ -30,8 +30,11 @@ class Row(NamedTuple):
         off_at: the rate at which it does nothing; None if it always acts.
         keeps_bits: whether an update that it does not act on keeps every bit.
         is_elementwise: whether an element of the result depends on that element alone.
+        has_norm: whether it takes the norm of a whole array.
         has_rate: whether it takes a rate. A row without one ignores it, in `build` and in `oracle`.
         is_real: whether it is for real weights only.
+        is_stateful: whether its state holds something of each parameter. Then layers of a stack must be declared, and
+            are not found by a rate that differs between them.
     """
 
     name: str
@@ -42,8 +45,10 @@ class Row(NamedTuple):
     off_at: float | None = 0.0
     keeps_bits: bool = True
     is_elementwise: bool = True
+    has_norm: bool = False
     has_rate: bool = True
     is_real: bool = False
+    is_stateful: bool = False
 
     def masked(self, update: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The update of a parameter that a mask leaves out."""
@@ -117,6 +122,7 @@ def _in_gradient(name: str) -> Row:
         lambda u, w, rate, a: u + rate * gradient(w - a),
         core=name == "GroupLasso",
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
     )
 
 
@@ -130,6 +136,7 @@ def _on_weights(name: str) -> Row:
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
         is_elementwise=name != "GroupLasso",
+        has_norm=name == "GroupLasso",
     )
 
 
@@ -143,6 +150,7 @@ def _constrained(name: str) -> Row:
         has_anchor=False,
         off_at=None,
         is_elementwise=False,
+        has_norm=True,
     )
 
 
@@ -154,7 +162,8 @@ def _of_rows(wrapper: Any) -> Row:
             optax.identity(), rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: u - LEARNING_RATE * rate * (w - a) * has_gradient(u),
-        core=wrapper is wdjax.with_lazy_decay,  # It keeps a number for each row.
+        core=wrapper is wdjax.with_lazy_decay,
+        is_stateful=wrapper is wdjax.with_lazy_decay,  # A number for each row.
         is_elementwise=False,
     )
 
@@ -246,6 +255,7 @@ ROWS = [
         has_anchor=False,
         off_at=None,
         is_elementwise=False,
+        has_norm=True,
         has_rate=False,
     ),
 ]
@@ -253,6 +263,7 @@ ROWS = [
 # The rows that leave an update bit-identical at a rate of 0.
 DECAYS = [row for row in ROWS if row.off_at == 0 and row.keeps_bits]
 RATED = [row for row in ROWS if row.has_rate]
+LAYERED = [row for row in RATED if not row.is_stateful]
 ANCHORED = [row for row in ROWS if row.has_anchor]
 
 

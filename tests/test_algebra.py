@@ -284,6 +284,26 @@ def test_cautious_decay_leads_to_the_minimum_that_plain_decay_misses() -> None:
     assert np.max(np.abs(cautious - best)) < 1e-3
 
 
+@pytest.mark.parametrize("place", ["decoupled_decay", "with_decoupled_decay"])
+def test_sign_updates_with_decay_lead_to_the_minimum_within_the_box(place: str) -> None:
+    # The weights end in |w| <= 1 / weight_decay, the box of Lion and, in its limit, of AdamW (arXiv 2404.04454).
+    optimize = pytest.importorskip("scipy.optimize")
+    x, y = regression()
+    decay, rate = 2.0, optax.exponential_decay(0.05, 100, 0.8)
+    inside = optimize.lsq_linear(x, y, bounds=(-1 / decay, 1 / decay), tol=1e-14).x
+    optimizers = {
+        "decoupled_decay": optax.chain(
+            optax.scale_by_sign(), wdjax.decoupled_decay(decay), optax.scale_by_learning_rate(rate)
+        ),
+        "with_decoupled_decay": wdjax.with_decoupled_decay(optax.sign_sgd(rate), decay, learning_rate=rate),
+    }
+    end = np.asarray(run(optimizers[place], {"w": jnp.zeros(x.shape[1])}, least_squares(x, y), 4000)["w"][-1])
+    np.testing.assert_allclose(end, inside, atol=1e-3)
+    assert np.any(np.abs(inside) > 0.999 / decay)
+    assert np.any(np.abs(inside) < 0.9 / decay)
+    assert np.max(np.abs(np.linalg.lstsq(x, y)[0] - inside)) > 0.5
+
+
 # Peers in Optax.
 
 

@@ -57,20 +57,18 @@ def assert_alike(found: Any, params: Any, want: Any, **tolerance: Any) -> None:
         assert update.sharding.is_equivalent_to(params[name].sharding, update.ndim), name
 
 
-RATE = wdjax.by_path(
-    {
-        "layers": wdjax.by_depth("layers", 0.5, axis=0),
-        "kernel": lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32),
-        "table": jnp.asarray(0.2),
-    },
-    default=0.1,
-)
+OF_EACH = {"kernel": lambda count: 0.1 * jnp.asarray(count + 1, jnp.float32), "table": jnp.asarray(0.2)}
+RATE = wdjax.by_path({"layers": wdjax.by_depth("layers", 0.5, axis=0), **OF_EACH}, default=0.1)
+
+
+def rate_for(row: Row) -> wdjax.Rules:
+    return wdjax.by_path(OF_EACH, default=0.1) if row.is_stateful else RATE
 
 
 @core_row
 def test_every_transformation(row: Row, mesh: Any) -> None:
     params, updates = make(0), make(1)
-    optimizer = row.build(RATE, toward="init")
+    optimizer = row.build(rate_for(row), toward="init")
     found, state = step(optimizer, on(mesh, updates), on(mesh, params))
     want, wanted_state = step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))
     assert_alike(found, on(mesh, params), want)
@@ -93,10 +91,22 @@ def test_arrays_as_rates_and_masks(row: Row, mesh: Any) -> None:
         assert_alike(found, on(mesh, params), step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))[0])
 
 
+def test_the_average_of_the_weights(mesh: Any) -> None:
+    params, updates = make(0), make(1)
+    optimizer = wdjax.independent_decay(0.1, toward=wdjax.by_path({"layers": wdjax.EMA(0.5)}, default="init"))
+    found, state = step(optimizer, on(mesh, updates), on(mesh, params))
+    want, _ = step(optimizer, *jax.tree.map(jnp.asarray, (updates, params)))
+    assert_alike(found, on(mesh, params), want)
+    assert state.anchor["layers"].sharding.is_equivalent_to(NamedSharding(mesh, SPECS["layers"]), 3)
+    placed = on(mesh, params)
+    text = jax.jit(optimizer.update).lower(on(mesh, updates), state, placed).compile().as_text()
+    assert [name for name in COLLECTIVES if name in text] == []
+
+
 @by_element
 def test_no_collective(row: Row, mesh: Any) -> None:
     params, updates = on(mesh, make(0)), on(mesh, make(1))
-    optimizer = row.build(RATE, toward="init")
+    optimizer = row.build(rate_for(row), toward="init")
     text = jax.jit(optimizer.update).lower(updates, jax.jit(optimizer.init)(params), params).compile().as_text()
     assert [name for name in COLLECTIVES if name in text] == []
 
@@ -104,7 +114,7 @@ def test_no_collective(row: Row, mesh: Any) -> None:
 @core_row
 def test_eager_and_without_the_mesh_in_a_context(row: Row, bare_mesh: Any) -> None:
     params, updates = make(0), make(1)
-    optimizer = row.build(RATE)
+    optimizer = row.build(rate_for(row))
     placed = on(bare_mesh, params)
     found, _ = optimizer.update(on(bare_mesh, updates), optimizer.init(placed), placed)
     plain = jax.tree.map(jnp.asarray, params)

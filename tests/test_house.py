@@ -98,8 +98,8 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
     assert "Units:  none" not in doc
 
 
-def test_the_top_has_no_states_and_no_more_than_sixty_names() -> None:
-    assert len(NAMES) <= 60
+def test_the_top_has_no_states_and_no_more_than_sixty_five_names() -> None:
+    assert len(NAMES) <= 65
     assert [name for name in NAMES if name.endswith("State")] == []
 
 

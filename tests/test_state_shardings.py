@@ -32,6 +32,7 @@ STATES: dict[str, tuple[Any, set[str]]] = {
     "add_l2_to_grads": (wdjax.add_l2_to_grads(WD, KERNELS), set()),
     "decoupled_decay": (wdjax.decoupled_decay(WD, KERNELS, toward="init"), {"anchor"}),
     "independent_decay": (wdjax.independent_decay(0.1, wdjax.weights_only(), toward="init"), {"anchor"}),
+    "an average": (wdjax.independent_decay(0.1, KERNELS, toward=wdjax.EMA(0.9)), {"anchor"}),
     "cautious": (wdjax.cautious(wdjax.decoupled_decay(WD, KERNELS, toward="init")), {"anchor"}),
     "proximal_step": (
         wdjax.proximal_step(wdjax.GroupLasso(), WD, KERNELS, learning_rate=LR, toward="init"),

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from peer import peer
 
 import wdjax
 
-torch = pytest.importorskip("torch")
+torch = peer("torch")
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("x64")]  # Peers: Optax's bias correction.
 
@@ -50,10 +51,16 @@ def ours(optimizer: optax.GradientTransformation, penalty: Callable[[Any], Any] 
 
 
 def theirs(
-    optimizer: Callable[..., Any], decay_of: Callable[[str], float], factor: Callable[[int], float] | None
+    optimizer: Callable[..., Any],
+    decay_of: Callable[[str], float],
+    factor: Callable[[int], float] | None,
+    multiplier_of: Callable[[str], float] = lambda path: 1.0,
 ) -> Trajectory:
     params = {path: torch.tensor(value, requires_grad=True) for path, value in START.items()}
-    groups = [{"params": [value], "weight_decay": decay_of(path)} for path, value in params.items()]
+    groups = [
+        {"params": [value], "weight_decay": decay_of(path), "lr": LEARNING_RATE * multiplier_of(path)}
+        for path, value in params.items()
+    ]
     peer = optimizer(groups, lr=LEARNING_RATE)
     scheduler = None if factor is None else torch.optim.lr_scheduler.LambdaLR(peer, factor)
     inputs, targets = torch.tensor(INPUTS), torch.tensor(TARGETS)
@@ -74,7 +81,8 @@ class SGDW(torch.optim.SGD):
     """PyTorch has none; people shrink the weights by hand before the step."""
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
-        super().__init__([{"params": g["params"], "decoupled": g["weight_decay"]} for g in groups], **kwargs)
+        groups = [{**group, "decoupled": group["weight_decay"], "weight_decay": 0.0} for group in groups]
+        super().__init__(groups, **kwargs)
 
     def step(self, closure: Any = None) -> Any:
         with torch.no_grad():
@@ -148,6 +156,22 @@ def test_every_step_with_parameter_groups(pair: Pair, decay: Decay) -> None:
 def test_every_step_under_a_cosine_schedule(pair: Pair) -> None:
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, STEPS)
     assert_follows(pair, DECAYS["no biases"], schedule, lambda step: 0.5 * (1 + np.cos(np.pi * step / STEPS)))
+
+
+MULTIPLIERS = {"Dense_0/kernel": 0.1, "Dense_0/bias": 0.3}
+
+
+@every_pair
+@pytest.mark.parametrize(
+    "schedule", [None, optax.cosine_decay_schedule(LEARNING_RATE, STEPS)], ids=["number", "cosine"]
+)
+def test_every_step_with_learning_rates_of_groups(pair: Pair, schedule: Any) -> None:
+    factor = None if schedule is None else lambda step: 0.5 * (1 + np.cos(np.pi * step / STEPS))
+    decay, peer = DECAYS["two rates"], with_options(pair.theirs, **pair.options)
+    recipe = pair.ours(schedule or LEARNING_RATE, decay.rate, **pair.options)
+    mine = ours(optax.chain(recipe, wdjax.scale_by_path(wdjax.by_path(MULTIPLIERS, default=1.0))))
+    assert farthest(mine, theirs(peer, decay.of, factor, lambda path: MULTIPLIERS.get(path, 1.0))) < 1e-12
+    assert farthest(mine, theirs(peer, decay.of, factor)) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sgd_l2", "sgd_l2 momentum", "adam_l2"])

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,13 @@ def torch_sgd(run: Run) -> Any:
 
 
 def torch_sgd_groups(run: Run) -> Any:
-    # One table has all the decays. The groups' learning rates are Optax's business: last, each under its label.
-    labels = wdjax.by_path({names: str(i) for i, (names, _) in enumerate(run.groups)})
-    lrs = {str(i): optax.scale_by_learning_rate(run.group_lr(i)) for i in range(len(run.groups))}
+    # One table has all the decays, and one the learning rates: a schedule for each group, without a common factor.
+    lrs = wdjax.by_path({names: run.group_lr(i) for i, (names, _) in enumerate(run.groups)})
     return optax.chain(
         wdjax.add_l2_to_grads(run.group_wd),
         optax.trace(run.options["momentum"]),
-        optax.partition(lrs, labels.values),
+        wdjax.scale_by_path(lrs),
+        optax.scale(-1.0),
     )
 
 
@@ -315,13 +316,9 @@ def big_vision_sgd(run: Run) -> Any:
 
 def big_vision_adam(run: Run) -> Any:
     # w1 has half the learning rate and the whole decay; b1 has no schedule, and so neither a step nor a decay.
-    labels = wdjax.by_path({"b1": "frozen", "w1": "half"}, default="whole")
-    directions = {
-        "half": optax.chain(optax.scale_by_adam(), optax.scale(0.5)),
-        "whole": optax.scale_by_adam(),
-        "frozen": optax.set_to_zero(),
-    }
-    return big_vision(run, optax.partition(directions, labels.values), wdjax.by_path({"b1": 0.0}, default=1.0))
+    halves = wdjax.by_path([("b1", 0.0), *((re.compile(name), value) for name, value in run.options["lr_mults"])])
+    direction = optax.chain(optax.scale_by_adam(), wdjax.scale_by_path(halves))
+    return big_vision(run, direction, wdjax.by_path({"b1": 0.0}, default=1.0))
 
 
 # pytorch-optimizer (kozistr): any optimizer, with the learning rate in the decay or, `fixed_decay`, without.
@@ -334,6 +331,19 @@ def decoupled(optimizer: Callable[[Any], Any]) -> Build:
 
 def fixed(direction: Callable[[], Any]) -> Build:
     return lambda run: optax.chain(direction(), optax.scale_by_learning_rate(run.lr), wdjax.independent_decay(run.wd))
+
+
+# heavyball, whose cautious weight decay is the paper's, except for ties.
+
+
+def heavyball_sgd(run: Run) -> Any:
+    # It compares bits of signs. w1[0, 0] is below zero and its gradient +0: a tie, in which the paper's rule decays.
+    mask = {"w1": np.arange(12).reshape(4, 3) > 0, "b1": True, "s": True, "w2": True, "b2": True}
+    return optax.chain(
+        optax.trace(run.options["beta"]),
+        wdjax.cautious(wdjax.decoupled_decay(run.wd, mask)),
+        optax.scale_by_learning_rate(run.lr),
+    )
 
 
 ROWS: dict[str, Build] = {
@@ -374,6 +384,8 @@ ROWS: dict[str, Build] = {
     "koz_lion_dec": decoupled(lambda lr: optax.lion(lr, b1=0.9, b2=0.99, weight_decay=0.0)),
     "koz_adamax_dec": decoupled(optax.adamax),
     "koz_yogi_dec": decoupled(optax.yogi),
+    # cautious
+    "hb_sgd_cautious": heavyball_sgd,
     # independent_decay
     "koz_adabelief_fixed": fixed(lambda: optax.scale_by_belief(eps=1e-16, eps_root=1e-16)),
     "koz_adamc_fixed": fixed(lambda: keras_adam(1e-8, eps_root=1e-15)),

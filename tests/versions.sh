@@ -6,7 +6,7 @@
 #
 # As in README.md, slow tests are left out; `tests/versions.sh newest -m ""` runs all of them.
 # The copy and its environment stay in build/versions/. Set PYTHON to use another interpreter, and EXTRA to install
-# more packages: EXTRA=torch==2.13.0 tests/versions.sh oldest.
+# more packages: EXTRA='-e .[peers]' tests/versions.sh oldest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,7 +59,8 @@ echo "$which: passed with"
 import importlib.metadata, platform
 
 print("Python", platform.python_version())
-for name in ("jax", "jaxlib", "optax", "flax", "chex", "equinox", "dm-haiku", "orbax-checkpoint", "numpy", "torch"):
+libraries = "jax jaxlib optax flax chex equinox dm-haiku orbax-checkpoint numpy"
+for name in f"{libraries} torch timm pytorch-optimizer keras jaxopt".split():
     try:
         print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:

@@ -4,13 +4,15 @@
                ▲        ▲                    ▲                     ▲                ▲
             in_loss  in_gradient         in_update             in_update       on_weights
           l2_penalty add_l2_to_grads  decoupled_decay      independent_decay  proximal_step
+                                                                               constrain
 
 `weights_only`, `by_path`, `only` and `all_but` (wdjax.paths) choose parameters, and `plan` (wdjax.plans) shows the
-choice for a model. Penalties: `L2`, `L1`, ... (wdjax.penalties). Wrappers for a finished optimizer:
-`with_decoupled_decay`, `freeze`. For their states (wdjax.states): `thaw`, `state_shardings`. LoRA:
-`decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit` (wdjax.audits) finds out what an optimizer really
-does; `monitor` (wdjax.telemetry) measures it during training. `sweep` (wdjax.sweeps) searches for the best rate.
-Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+choice for a model. Rates from what a person knows: wdjax.rates. Learning rates by path: `scale_by_path`. Penalties:
+`L2`, `L1`, ... (wdjax.penalties). Constraints: `L2Ball`, `L2Sphere`, ... (wdjax.constraints). Wrappers for a finished
+optimizer (wdjax.wrappers): `with_decoupled_decay`, `with_sparse_decay`, `with_lazy_decay`, `freeze`. For their states
+(wdjax.states): `thaw`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
+(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
+(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
 """
 
 from . import rates as rates
@@ -22,6 +24,11 @@ from ._engine.types import Rate as Rate
 from ._engine.types import Schedule as Schedule
 from .audits import Audit as Audit
 from .audits import audit as audit
+from .constraints import L1Ball as L1Ball
+from .constraints import L2Ball as L2Ball
+from .constraints import L2Sphere as L2Sphere
+from .constraints import NonNegative as NonNegative
+from .constraints import SpectralBall as SpectralBall
 from .in_gradient import add_l2_to_grads as add_l2_to_grads
 from .in_gradient import add_penalty_to_grads as add_penalty_to_grads
 from .in_loss import l2_penalty as l2_penalty
@@ -30,6 +37,7 @@ from .in_update import cautious as cautious
 from .in_update import continuous_decay as continuous_decay
 from .in_update import decoupled_decay as decoupled_decay
 from .in_update import independent_decay as independent_decay
+from .in_update import normalized_update as normalized_update
 from .in_update import scale_by_path as scale_by_path
 from .low_precision import apply_updates as apply_updates
 from .low_precision import compensated as compensated
@@ -37,6 +45,7 @@ from .low_precision import in_float32 as in_float32
 from .low_precision import master_weights as master_weights
 from .low_precision import stochastic_rounding as stochastic_rounding
 from .low_rank import decoupled_lora_decay as decoupled_lora_decay
+from .on_weights import constrain as constrain
 from .on_weights import proximal_step as proximal_step
 from .paths import Leaf as Leaf
 from .paths import Rules as Rules

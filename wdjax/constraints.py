@@ -50,8 +50,8 @@ class L2Ball(SplitGroups):
 
     Raises: as `GroupLasso`.
     Units:  the radius is that of weights.
-    Source: Srebro, Rennie & Jaakkola 2005; Srivastava et al. 2014 for units (max-norm). Keras' `MaxNorm(r, axis=0)` of
-            a dense kernel is `L2Ball(per=-1)` with a radius of r, except that Keras divides by the norm plus 1e-7.
+    Source: Srivastava et al. 2014 (max-norm of units, beside dropout). Keras' `MaxNorm(r, axis=0)` of a dense kernel is
+            `L2Ball(per=-1)` with a radius of r, except that Keras divides by the norm plus 1e-7.
 
     Example:
 

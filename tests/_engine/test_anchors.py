@@ -170,3 +170,9 @@ def test_a_state_without_the_average() -> None:
         wdjax.independent_decay(0.1, toward=EMA(0.9)).update(params, state, params)
     with pytest.raises(ValueError, match=r"l2_penalty: toward=EMA\(decay=0\.9\) needs a state, but a loss has none"):
         wdjax.l2_penalty(params, 0.1, toward=EMA(0.9))
+
+
+def test_a_table_with_an_average_is_not_written_to_a_file() -> None:
+    assert by_path({"head": "init"}, default=0.0).to_dict()["by_path"]["default"] == 0.0
+    with pytest.raises(TypeError, match=r"Rules\.to_dict: EMA\(decay=0\.9\) can't be written to a file"):
+        by_path({"head": EMA(0.9)}, default=0.0).to_dict()

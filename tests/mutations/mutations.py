@@ -26,7 +26,8 @@ WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
-RATES, CONSTRAIN = "rates/", "on_weights/test_constrain.py"
+RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
+CONSTRAIN = "on_weights/test_constrain.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -1074,5 +1075,27 @@ MUTATIONS = [
         "if is_known and not (0 < float(value) < math.inf or (or_zero and value == 0)):",
         "if is_known and not (0 < float(value) or (or_zero and value == 0)):",
         (RATES,),
+    ),
+    # Learning rates by path.
+    Mutation(
+        "a multiplier of 0 lets NaN through",
+        "in_update/multipliers.py",
+        "jnp.where((multiplier.value == 0) & ~jnp.isfinite(update), 0, update)",
+        "update",
+        (MULTIPLIERS,),
+    ),
+    Mutation(
+        "a multiplier of 0 leaves the update as it is, as a decay of 0 does",
+        "in_update/multipliers.py",
+        "off_at=1.0",
+        "off_at=0.0",
+        (MULTIPLIERS,),
+    ),
+    Mutation(
+        "multipliers are added up with decays by the monitor",
+        "in_update/multipliers.py",
+        "_SCALED)\n\n\ndef",
+        "_SCALED, is_decay=True)\n\n\ndef",
+        (MULTIPLIERS,),
     ),
 ]

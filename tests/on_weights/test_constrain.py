@@ -450,7 +450,7 @@ class Centered:
 
 def test_a_constraint_of_ones_own() -> None:
     params, updates = make(0, np.float32), make(1, np.float32)
-    assert isinstance(Box(), wdjax.Constraint)
+    assert isinstance(Box(), wdjax.constraints.Constraint)
     radii = {"kernel": np.linspace(0, 1, 24, dtype=np.float32).reshape(6, 4), "conv": 0.5}
     landed = stepped(constrain(Box(), radii), updates, params)
     for name in params:
@@ -521,3 +521,30 @@ def test_it_goes_into_inject_hyperparams() -> None:
         got, _ = injected.update(updates, injected.init(params), params)
         want, _ = plain.update(updates, plain.init(params), params)
         np.testing.assert_allclose(got["conv"], want["conv"], rtol=1e-6, atol=1e-7)
+
+
+# Inspection.
+
+
+@pytest.mark.peers
+def test_the_audit_sees_the_decay_beside_a_ball_that_holds() -> None:
+    params = make(0, np.float32, kernel=(8, 4), bias=(4,))
+    mask = wdjax.weights_only()
+    optimizer = optax.chain(wdjax.adamw(0.01, 0.1, mask), constrain(L2Ball(), 100.0, mask))
+    found = wdjax.audit(optimizer, params)["kernel"]
+    assert (found.kind, found.toward) == ("L2", "zero")
+    np.testing.assert_allclose(found.rate, 0.001, rtol=1e-3)
+
+
+@pytest.mark.peers
+def test_the_monitor_sees_that_a_sphere_takes_the_decay_away() -> None:
+    params = make(0, np.float32, kernel=(8, 4), bias=(4,))
+    mask = wdjax.only("kernel")
+    rates = []
+    for radius in (None, "init"):
+        sphere = optax.identity() if radius is None else constrain(L2Sphere(), radius, mask)
+        optimizer = wdjax.monitor(optax.chain(wdjax.adamw(0.01, 0.1, mask), sphere))
+        _, state = jax.jit(optimizer.update)(jax.tree.map(jnp.cos, params), optimizer.init(params), params)
+        rates.append(float(wdjax.scalars(state)["kernel/effective_rate"]))
+    np.testing.assert_allclose(rates[0], 0.001, rtol=1e-3)
+    assert rates[1] < 0.05 * rates[0]

@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -18,16 +16,16 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from registry import ANCHORED, LEARNING_RATE, RATED, Row, core_decay, core_first, every_rated
+from registry import DECAYS, LAYERED, LEARNING_RATE, Row, core_first
 from slow import slow
 from test_contract import TOLERANCE, assert_same_bits, float64, run_eager, run_jit, run_pmap
+from timm_models import DATA, TABLES, recorded
 
 import wdjax
 from wdjax import all_but, by_depth, by_path, by_width, only, weights_only
 from wdjax.low_rank import decoupled_lora_decay
 from wdjax.testing import assert_only_decays
 
-TIMM = Path(__file__).parents[1] / "data" / "layer_decay"
 RATE = 0.25  # A power of two: times other powers of two it rounds nowhere.
 LAYERS = 3
 
@@ -44,40 +42,16 @@ def by_name(rules: Any, *paths: str) -> dict[str, Any]:
 
 # By depth: numbered blocks.
 
-TIMM_RULES = {
-    "beitv2_base_patch16_224": by_depth("blocks/*", 0.75, first=("cls_token", "patch_embed"), last=("fc_norm", "head")),
-    "eva02_tiny_patch14_224": by_depth(
-        "blocks/*", 0.75, first=("cls_token", "pos_embed", "patch_embed"), last="fc_norm"
-    ),
-    "regnety_016": by_depth("s*/b*", 0.75, first="stem", last="head"),
-    "convnextv2_tiny": by_depth(
-        re.compile(r"stages/(\d+)/(?:blocks/(\d+)|downsample)/.*"),  # A downsampling belongs to the block after it.
-        0.75,
-        first="stem",
-        last="head",
-    ),
-    "swinv2_tiny_window8_256": by_path(
-        {"norm/*": 0.75},  # timm takes the last norm to the last block.
-        default=by_depth(
-            re.compile(r"layers/(\d+)/(?:blocks/(\d+)|downsample)/.*"),
-            0.75,
-            first="patch_embed",
-            last="head",
-        ),
-    ),
-}
-
 
 def test_every_recorded_model_of_timm_is_here() -> None:
-    assert {path.stem for path in TIMM.glob("*.json")} == set(TIMM_RULES)
+    assert {path.stem for path in (DATA / "layer_decay").glob("*.json")} == set(TABLES)
 
 
-@pytest.mark.parametrize("model", TIMM_RULES)
+@pytest.mark.parametrize("model", TABLES)
 def test_the_multipliers_are_those_of_timm(model: str) -> None:
-    recorded = json.loads((TIMM / f"{model}.json").read_text())["multipliers"]
-    wanted = {path.replace(".", "/"): multiplier for multiplier, paths in recorded for path in paths}
+    wanted = recorded(model)
     assert len(wanted) > 150
-    got = by_name(TIMM_RULES[model], *wanted)
+    got = by_name(TABLES[model], *wanted)
     for path, multiplier in wanted.items():
         np.testing.assert_allclose(got[path], multiplier, rtol=1e-12, err_msg=path)
 
@@ -248,18 +222,23 @@ MORE = [
         None,
     ),
 ]
-EVERYWHERE = [*RATED, *MORE]
+EVERYWHERE = [*LAYERED, *MORE]
 FEW = ("add_penalty_to_grads[GroupLasso]", "decoupled_decay", "proximal_step[L1]")
 # Layers of a stack are the same for all rows that act on one array alone.
 few_rows = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in RATED],
+    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in LAYERED],
 )
 few_anchored = pytest.mark.parametrize(
     "row",
-    [pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow) for row in ANCHORED],
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in FEW else pytest.mark.slow)
+        for row in LAYERED
+        if row.has_anchor
+    ],
 )
 core_place = pytest.mark.parametrize("row", core_first(EVERYWHERE))
+every_layered = pytest.mark.parametrize("row", LAYERED, ids=lambda row: row.name)
 every_axis = pytest.mark.parametrize("axis", [0, 1, -1])
 
 
@@ -274,7 +253,7 @@ def test_stacked_as_listed(row: Row) -> None:
     assert not np.allclose(float64(got["blocks"]["kernel"]), float64(uniform["blocks"]["kernel"]), rtol=0.01)
 
 
-@every_rated
+@every_layered
 def test_stacked_against_numpy(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     new = first_update(row.build(0.3 * two_forms(0, 0.75)[1]), stacked(updates, 0), stacked(params, 0))
@@ -287,7 +266,7 @@ def test_stacked_against_numpy(row: Row) -> None:
 
 
 # A norm sums in another order.
-@pytest.mark.parametrize("row", core_first(row for row in RATED if row.is_elementwise))
+@pytest.mark.parametrize("row", core_first(row for row in LAYERED if row.is_elementwise))
 def test_powers_of_two_give_the_same_bits(row: Row) -> None:
     params, updates = listed(), listed(seed=1)
     rules = two_forms(0)
@@ -390,7 +369,7 @@ def test_stacked_under_inject_hyperparams(row: Row) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.filterwarnings("ignore:.*independent_decay")
-@core_decay
+@pytest.mark.parametrize("row", core_first(row for row in DECAYS if not row.is_stateful))
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_that_are_off_keep_their_bits(row: Row, axis: int) -> None:
     # In float32 the rates are 1e-90 = 0, 1e-60 = 0 and 1e-30.

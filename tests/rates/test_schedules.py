@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from peer import peer
 
 import wdjax
 from wdjax import rates
@@ -80,11 +81,13 @@ def test_the_corrected_decay_is_the_relative_one_before_the_learning_rate() -> N
 @pytest.mark.usefixtures("x64")
 def test_the_corrected_decay_is_pytorch_optimizers_own() -> None:
     """timm's own is in tests/test_trajectories.py, recorded."""
-    torch, peer = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer")
+    torch, pytorch_optimizer = peer("torch"), peer("pytorch_optimizer")
     start, grads = np.random.default_rng(1).normal(size=(5, 3)), gradients((5, 3))
     weight = torch.nn.Parameter(torch.tensor(start))
     # It corrects only groups of normalized layers.
-    optimizer = peer.AdamC([{"params": [weight], "normalized": True}], lr=PEAK, weight_decay=RATE, eps=1e-30)
+    optimizer = pytorch_optimizer.AdamC(
+        [{"params": [weight], "normalized": True}], lr=PEAK, weight_decay=RATE, eps=1e-30
+    )
     path = []
     for g, eta in zip(grads, ETAS, strict=True):
         optimizer.param_groups[0]["lr"] = float(eta)

@@ -469,3 +469,33 @@ def test_reading_reads_no_more_memory_than_computing() -> None:
         cost: Any = compiled.cost_analysis()
         read.append(cost["bytes accessed"])
     assert read[1] < 1.1 * read[0]
+
+
+def test_the_distance_to_a_moving_average_is_that_of_the_update() -> None:
+    params = {"w": jnp.array([3.0, 4.0])}
+    ahead = {"w": jnp.array([6.0, 8.0])}
+    zeros = {"w": jnp.zeros(2)}
+    average = wdjax.EMA(0.5)
+    read = wdjax.monitor(wdjax.sgdw(0.5, 0.1, toward=average))
+    told = wdjax.monitor(wdjax.sgdw(0.5, 0.1, toward=average), 0.1, toward=average, learning_rate=0.5)
+    by_path = wdjax.monitor(wdjax.sgdw(0.5, 0.1, toward=wdjax.by_path({"w": average})))
+    for optimizer in (read, told, by_path):
+        state = optimizer.init(params)
+        for distance in (5.0, 2.5, 1.25):
+            _, state = jax.jit(optimizer.update)(zeros, state, ahead)
+            (metrics,) = (group for group in state.measured.values() if "effective_rate" in group)
+            np.testing.assert_allclose(metrics["decay_norm"], 0.05 * distance, rtol=1e-6)
+            np.testing.assert_allclose(metrics["effective_rate"], 0.05, rtol=1e-6)
+
+
+def test_the_decay_of_rows_is_read() -> None:
+    params = {"embedding": jnp.array([[3.0], [4.0]])}
+    grads = {"embedding": jnp.array([[0.0], [1.0]])}
+    for wrapper, owed in ((wdjax.with_sparse_decay, 0.1), (wdjax.with_lazy_decay, 0.19)):
+        optimizer = wdjax.monitor(wrapper(optax.sgd(0.5), 0.2, learning_rate=0.5))
+        state = optimizer.init(params)
+        for gradient in ({"embedding": jnp.zeros((2, 1))}, grads):
+            _, state = jax.jit(optimizer.update)(gradient, state, params)
+        (metrics,) = (group for group in state.measured.values() if "effective_rate" in group)
+        np.testing.assert_allclose(metrics["decay_norm"], owed * 4, rtol=1e-6)
+        np.testing.assert_allclose(metrics["effective_rate"], owed * 4 / 5, rtol=1e-6)  # A mean over all rows.

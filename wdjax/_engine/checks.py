@@ -30,6 +30,10 @@ _ALSO_CALLED = {
     **dict.fromkeys(("anchor", "init", "reference"), ("toward",)),
 }
 
+# Arguments whose sign depends on the place elsewhere.
+_DECAYS = ("weight_decay", "strength")
+_SHRINKS = ": a positive rate shrinks weights, in every place"
+
 
 def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
     """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule. Numbers are returned as Python floats.
@@ -62,7 +66,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     if wrong.size:
         raise ValueError(
             f"{where}: {name} must be finite and not negative, got {'an array with ' * (numbers.ndim > 0)}{wrong[0]}. "
-            f"Write {write}: a positive rate shrinks weights, in every place."
+            f"Write {write}{_SHRINKS if name.startswith(_DECAYS) else ''}."
         )
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 

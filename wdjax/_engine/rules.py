@@ -238,7 +238,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (bool, int, str)):
         return value
-    if callable(value) or is_traced(value) or np.ndim(value):
+    if callable(value) or is_traced(value) or np.ndim(value) or np.asarray(value).dtype == object:
         raise TypeError(
             f"Rules.to_dict: {shown(value)} can't be written to a file. Write patterns instead of functions of a leaf, "
             "and multipliers instead of schedules, to multiply them in code: weight_decay=schedule * rules."

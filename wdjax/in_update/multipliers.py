@@ -18,10 +18,13 @@ def scale_by_path(multipliers: Rate, mask: Mask = None) -> optax.GradientTransfo
 
     Rule:   u <- multiplier * u. A multiplier of 0 gives 0, also where u is inf or NaN; a multiplier of 1 keeps u.
     Place:  after `scale_by_*`, because Adam and its relatives undo the scale of a gradient. What stands before it is
-            multiplied, and what follows is not. After `decoupled_decay`, it scales learning rate and decay alike, as
-            the learning rate of a PyTorch parameter group does. Before `independent_decay`, the decay stays as it is,
-            as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so it is always scaled.
-    Units:  of the learning rate: a multiplier of 0.1 makes it a tenth.
+            multiplied, and what follows is not. After `decoupled_decay` or a whole recipe, it scales learning rate and
+            decay alike, as the learning rate of a PyTorch parameter group does. Before `independent_decay`, the decay
+            stays as it is, as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so it is
+            always scaled. What takes a learning rate itself and comes later, such as `with_decoupled_decay` around it
+            or `proximal_step`, needs the same table: `learning_rate=1e-3 * multipliers`.
+    Units:  of the learning rate: a multiplier of 0.1 makes it a tenth. With a multiplier of 0 a parameter stays where
+            it is, but it keeps its moments, and its gradient counts in a global norm; `freeze` leaves both out.
     Source: PyTorch's parameter groups; timm's `lr_scale` and big_vision's `lr_mults`, for tables of them.
 
     Args:

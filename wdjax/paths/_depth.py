@@ -112,7 +112,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
     Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and `last` has 1.
             Blocks are ordered by their numbers, which may start anywhere and have gaps.
     Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first="patch_embed", last="head")`. For the learning
-            rate too, as in BEiT, multiply the updates at the end of the chain by `by_depth(...).values(params)`.
+            rate too, as in BEiT, put `scale_by_path(by_depth(...))` at the end of the chain.
     Source: BEiT (arXiv 2106.08254). In timm's `param_groups_layer_decay`, the last norm counts as the last block:
             `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=..., last="head"))`.
 

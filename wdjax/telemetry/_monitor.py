@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._engine import checks, mesh_axes, trees
+from .._engine import anchors, checks, mesh_axes, trees
 from .._engine.arithmetic import Term
 from .._engine.loop import Action, DecayState
 from .._engine.steps import learning_rates, nodes, stepped
@@ -177,17 +177,18 @@ def monitor(
         else:
             decays, (updates, after) = read(inner, found, updates, state.inner_state, params, **extra_args)
             rate = action_and_rate(after, count)[1]
-            anchors = found.anchors(after)
-            terms = [Term((), anchor=anchors[path]) if path in decays else None for path, _ in leaves]
+            pulled_to = found.anchors(state.inner_state)
+            terms = [Term((), anchor=pulled_to[path]) if path in decays else None for path, _ in leaves]
         measured, rates = _measured(found, groups, updates, after, params, axes, rate, terms, decays), kept(rate)
         flags = jnp.array(stepped(state.inner_state, after), bool)
-        next_count = optax.safe_increment(count)
+        next_count, is_step = optax.safe_increment(count), None
         if flags.size:
             is_step = jnp.all(flags)
             before = state.measured, state.rates
             measured, rates = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), (measured, rates), before)
             next_count = jnp.where(is_step, next_count, count)
-        return updates, MonitorState(state.decay._replace(count=next_count), measured, rates, after)
+        anchor = anchors.moved(where, toward, state.decay.anchor, params, is_step)
+        return updates, MonitorState(state.decay._replace(count=next_count, anchor=anchor), measured, rates, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._engine import trees
+from .._engine import anchors, trees
 from .._engine.decision import Decision
 from .._engine.loop import Action, DecayState
 from .._engine.probe import DecayProbe
@@ -102,20 +102,21 @@ class Found:
 
     def report(self, action: Action, params: PyTree) -> None:
         leaves = trees.flatten_with_paths(params)
-        toward = {} if isinstance(action.toward, str) else dict(trees.flatten_with_paths(action.toward))
-        for (path, _), rule in zip(leaves, _rules(action, params, leaves), strict=True):
+        given = {} if anchors.is_in_state(action.toward) else dict(trees.flatten_with_paths(action.toward))
+        kept = anchors.kinds(action.where, action.toward, leaves)
+        for (path, _), kind, rule in zip(leaves, kept, _rules(action, params, leaves), strict=True):
             if rule not in (None, UNDECAYED):
                 self.rules[path][rule] = None
                 self.is_scaled[path].add(not action.is_per_step or "learning_rate" in action.rates)
-                anchor = "init" if isinstance(action.toward, str) else toward.get(path)
+                anchor = given.get(path) if kind is None else kind
                 # Two decays with different anchors have no common distance, so the norm of the weights stands for it.
                 self._toward[path] = anchor if self._toward.get(path, anchor) is anchor else None
 
     def anchors(self, state: Any) -> dict[str, Any]:
-        """The anchor of each parameter. The anchors that a decay copies at `init` are in its state."""
+        """The anchor of each parameter, for the state before an update: what a decay keeps of them is there."""
         held = [dict(trees.flatten_with_paths(node.anchor)) for node in nodes(state, (DecayState,))]
         initial = {path: anchor for tree in held for path, anchor in tree.items() if not trees.is_hole(anchor)}
-        return {path: initial.get(path) if isinstance(a, str) else a for path, a in self._toward.items()}
+        return {path: initial.get(path) if anchors.is_in_state(a) else a for path, a in self._toward.items()}
 
     def is_rate_scaled(self, label: str, labels: Sequence[str | None], paths: Sequence[str], rate: Any) -> bool | None:
         """Whether the learning rate scales the weight decay of a group. None if its weight decay is not known."""

@@ -43,7 +43,9 @@ def with_decoupled_decay(
         weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: the number or schedule that the optimizer has, called with the wrapper's own count of steps. If
             the optimizer keeps its learning rate in its state (`optax.inject_hyperparams`), the decay takes that one,
-            and this must be its initial value. A factor that `optax.contrib.reduce_on_plateau` keeps counts too.
+            and this must be its initial value. A factor that `optax.contrib.reduce_on_plateau` keeps counts too. The
+            multipliers of a `scale_by_path` in the optimizer do not: write `learning_rate=1e-3 * multipliers`, or put
+            `scale_by_path` after the wrapper.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
