@@ -79,21 +79,9 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 def test_the_page_of_methods_has_a_row_for_each() -> None:
     rows = re.findall(r"^\| (.*?) \|", PAGE_OF["methods"].read_text(), re.M)
     listed = set(re.findall(r"\w+", " ".join(rows)))
-    modules = (
-        "in_loss",
-        "in_gradient",
-        "in_update",
-        "on_weights",
-        "low_precision",
-        "low_rank",
-        "penalties",
-        "constraints",
-    )
-    methods = {
-        name
-        for name, value in vars(wdjax).items()
-        if getattr(value, "__module__", "").startswith(modules)
-    }
+    rooms = "in_loss in_gradient in_update on_weights low_precision low_rank penalties constraints"
+    modules = tuple(f"wdjax.{room}" for room in rooms.split())
+    methods = {name for name, value in vars(wdjax).items() if getattr(value, "__module__", "").startswith(modules)}
     methods |= {"with_decoupled_decay", "with_sparse_decay", "with_lazy_decay", "relative", "corrected", "EMA"}
     assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
     assert len(methods) > 30
