@@ -12,9 +12,8 @@ from optax import contrib
 from slow import slow_but
 
 import wdjax
-from wdjax.constraints import Constraint, L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall
-from wdjax.in_update.normalizing import normalized_update
-from wdjax.on_weights.constraining import constrain
+from wdjax import L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall, constrain, normalized_update
+from wdjax.constraints import Constraint
 
 pytestmark = pytest.mark.peers
 
