@@ -20,8 +20,8 @@ def scale_by_path(multipliers: Rate, mask: Mask = None) -> optax.GradientTransfo
     Place:  after `scale_by_*`, because Adam and its relatives undo the scale of a gradient. What comes before it is
             multiplied, and what comes after it is not. After `decoupled_decay` or a whole recipe, it scales learning
             rate and decay alike, as the learning rate of a PyTorch parameter group does. Before `independent_decay`,
-            the decay stays as it is, as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so it
-            is always scaled. Later functions with a learning rate of their own need the same table, such as
+            the decay stays as it is, as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so
+            it is always scaled. Later functions with a learning rate of their own need the same table, such as
             `proximal_step`, or `with_decoupled_decay` around the chain: `learning_rate=1e-3 * multipliers`.
     Units:  those of the update: a multiplier of 0.1 makes the learning rate a tenth. With a multiplier of 0, a
             parameter does not move, but it has moments, and its gradient counts in a global norm. `freeze` avoids both.
