@@ -29,29 +29,31 @@ def constrain(
     *,
     stacked_axes: StackedAxes | None = None,
 ) -> optax.GradientTransformation:
-    """Moves the weights from where the optimizer puts them to the nearest weights that obey a constraint.
+    """Moves the weights, after the optimizer's step, to the nearest weights that obey a constraint.
 
     Rule:   p + u <- kind.project(p + u, radius). An element that the projection leaves alone keeps the bits of u.
     Place:  last in the chain, after the learning rate and after every decay.
-    Units:  the radius is that of weights, whatever the learning rate is. A radius of 0 is a value: it makes weights 0.
+    Units:  the radius is in units of the weights, and the learning rate does not scale it. A radius of 0 makes all
+            weights 0.
     Source: projected gradient descent, Goldstein 1964; Keras' `kernel_constraint`. Deviation: Keras projects after the
-            step, and here the update is rewritten, so that the weights obey up to the rounding of the update and of the
-            sum: for each weight, half a unit in the last place of either.
+            step. Here the update is changed instead, and rounded. So each weight may be off by half a unit in the last
+            place of the update, plus half a unit in the last place of the weight.
 
     Args:
         kind: a constraint: `L2Ball(per=-1)`, `L2Sphere()`, `L1Ball()`, `SpectralBall()`, `NonNegative()`, or your own
             `Constraint`.
         radius: a number >= 0, a 0-d array, a schedule, a `by_path` table or a tree like params of these, or of arrays
-            with one radius for each group. "init" is the norm of each group at `init`, for each layer of a stack; it
-            is kept in the state. Leave it out for a kind without one.
+            with one radius for each group. "init" is the norm of each group at `init`, for each layer of a stack; the
+            state keeps it. `NonNegative()` has no radius: write `constrain(NonNegative(), mask=mask)`.
         mask: as `decoupled_decay`, for whole parameters.
         stacked_axes: as `add_penalty_to_grads`.
 
     Returns: an `optax.GradientTransformation` with a `DecayState`, whose `leaf` holds the radii of "init". Its `update`
     needs `params`. Updates keep their dtype.
-    Raises: TypeError or ValueError, when built, for a kind without a `project`, a radius that is missing, not wanted,
-            negative or not a scalar; at `update`, if a radius differs within a group. Otherwise as `decoupled_decay`.
-    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they stay zero.
+    Raises: TypeError or ValueError, when built, for a kind without a `project`, and for a radius that is missing, not
+            wanted, negative or not a scalar; at `update`, if a radius differs within a group. Otherwise as
+            `decoupled_decay`.
+    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they will stay zero.
 
     Example:
 
