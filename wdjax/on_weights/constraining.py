@@ -12,10 +12,11 @@ from .._engine import checks, trees
 from .._engine.arithmetic import LeafRule, Strength, compute_dtype
 from .._engine.groups import UnfitShapeError, check_even
 from .._engine.loop import Action, transformation
+from .._engine.per_leaf import stacks as stacks_of
 from .._engine.text import listed, shown
 from .._engine.types import Mask, Rate, StackedAxes
 from .._engine.unstable import automatic, is_traced
-from ..constraints import Constraint, is_ours
+from ..constraints import Constraint, L2Sphere, is_ours
 from ..paths import stacks
 
 PyTree = Any
@@ -53,7 +54,8 @@ def constrain(
     Raises: TypeError or ValueError, when built, for a kind without a `project`, and for a radius that is missing, not
             wanted, negative or not a scalar; at `update`, if a radius differs within a group. Otherwise as
             `decoupled_decay`.
-    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they will stay zero.
+    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they will stay zero;
+            and if each weight is a sphere of its own, as in a bias under `L2Sphere(per=-1)`.
 
     Example:
 
@@ -76,12 +78,13 @@ def constrain(
         is_kept=is_ours(kind),
     )
     plain = transformation(action, rule)
-    if not is_init:
-        return plain
 
     def init_fn(params: PyTree) -> Any:
         state = plain.init(params)
-        _warn_of_zeros(action, params, state)
+        if is_init:
+            _warn_of_zeros(action, params, state)
+        if isinstance(kind, L2Sphere):
+            _warn_of_single_weights(action, kind, params)
         return state
 
     return optax.GradientTransformationExtraArgs(init_fn, plain.update)
@@ -148,6 +151,20 @@ class _InitialNorm:
             return automatic(lambda p: self.kind.norm(jnp.asarray(p, compute_dtype(p))), (p,), like=None)
         except UnfitShapeError:  # The mask leaves it out, or `update` raises the error.
             return jnp.zeros((1,) * jnp.ndim(p), jnp.finfo(compute_dtype(p)).dtype)
+
+
+def _warn_of_single_weights(action: Action, kind: L2Sphere, params: PyTree) -> None:
+    leaves = trees.flatten_with_paths(params)
+    in_stacks, acting = stacks_of(action.where, action.stacked_axes, leaves), action.acts_on(params, leaves)
+    each = zip(leaves, in_stacks, acting, strict=True)
+    shapes = [(path, np.shape(leaf)[len(stack) :]) for (path, leaf), stack, acts in each if acts]
+    # A shape that does not fit is an error in `update`.
+    single = [path for path, shape in shapes if kind.fits(len(shape)) and kind.groups(shape)[1] == 1]
+    if single:
+        checks.warn(
+            f"constrain: each weight is a group of its own at {listed(single)}, so it can only be the radius or minus "
+            "the radius. Select the matrices: mask=only('kernel')."
+        )
 
 
 def _warn_of_zeros(action: Action, params: PyTree, state: Any) -> None:
