@@ -27,6 +27,7 @@ PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/t
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
+METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
 
 MUTATIONS = [
@@ -916,7 +917,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit misses L2 in the gradient",
-        "audits/_measures.py",
+        "audits/_interpret.py",
         '        place = "gradient"\n    elif not same(',
         '        place = "update"\n    elif not same(',
         (AUDIT,),
@@ -976,6 +977,76 @@ MUTATIONS = [
         "            if any(rates != wanted for rates in later.values()):",
         "            if not later:",
         (AUDIT,),
+    ),
+    Mutation(
+        "an audit takes a step along a sphere for a decay",
+        "audits/_beside.py",
+        '(row.place != "gradient" or (is_even and not new.rescaled))',
+        "row.rate",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit overlooks that a decay catches up",
+        "audits/_beside.py",
+        "late[i] if late[i] > 1.2 * usual[i] else 0.0",
+        "0.0",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit takes a cautious decay for half of one",
+        "audits/_beside.py",
+        "found[i] = _cautious(fact) if is_cautious else fact",
+        "found[i] = fact",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit takes rows for arrays",
+        "audits/_beside.py",
+        "            gradient[0] = 0.0\n",
+        "",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit takes a moving average for a memory of moments",
+        "audits/_interpret.py",
+        "        if follows:\n",
+        "        if False:\n",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit overlooks a moving average behind moments",
+        "audits/_interpret.py",
+        "follows or leaf.path in runs.moving",
+        "follows",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit takes a decay that pauses for a constraint",
+        "audits/_constraints.py",
+        'if is_at_rest["second"] and is_at_rest["fresh"]:',
+        'if is_at_rest["second"]:',
+        (AUDIT,),
+    ),
+    Mutation(
+        "an audit takes a trust ratio for a constraint",
+        "audits/_constraints.py",
+        "if same(odd(beside, i), decay, noise, 0.02)]",
+        "if decay.any()]",
+        ("audits/test_audit_of_optax.py",),
+    ),
+    Mutation(
+        "an audit does not look inside a constraint",
+        "audits/_measures.py",
+        "        facts |= {i: inner[i]._replace(is_constrained=True) for i in those if _is_decay_inside(inner[i])}\n",
+        "",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit says what low precision keeps of a decay without measuring it",
+        "audits/__init__.py",
+        "        if row.needs_gradient and (",
+        "        if False and (",
+        (METHODS,),
     ),
     Mutation(
         "a finding gives the first number for all its paths",

@@ -2,8 +2,8 @@
 
 `audit` runs an optimizer's own `init` and `update` on small probe weights and gradients (`_probes`). From the results
 it derives where, how fast, toward what and in which way each parameter decays (`_measures`), also behind moments
-(`_moments`) and beside step sizes in the state (`_step_sizes`). It looks for unexpected results (`findings`) and
-reports them (`_report`): a table to read, and values to assert on.
+(`_moments`), beside step sizes in the state (`_step_sizes`) and beside constraints (`_constraints`). It looks for
+unexpected results (`findings`) and reports them (`_report`): a table to read, and values to assert on.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def audit(
 
     A rate is a fraction of a weight per real step: learning_rate * weight_decay for `decoupled_decay`. It is the part
     of the first real step, with zero gradient, that changes sign with the weight's distance to the anchor, divided by
-    that distance.
+    that distance. Where a decay acts only beside a gradient, it is the rate there.
 
     Args:
         optimizer: a finished `optax.GradientTransformation` or an `optax.MultiSteps`. Or a function that makes one from

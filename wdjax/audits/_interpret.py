@@ -11,7 +11,7 @@ import numpy as np
 
 from ._facts import PAUSES, Facts, Later, lapse_of
 from ._moves import along, is_noise, kind_of, rate_of, same
-from ._probes import Arrays, Probes, weights_from
+from ._probes import Arrays, Probes
 from ._rows import MOVING_AVERAGE, Audited
 from ._runs import Runs
 
@@ -25,7 +25,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     scale = np.abs(w) + (0 if origin is None else np.abs(origin[i])) + runs.sizes.get(i, 0)
     rounding = 8 * probes.eps * scale
     moves = nudged or i in probes.moved or not (np.array_equal(plus_grad, plus) and np.array_equal(minus_grad, minus))
-    before = steps["plus"].start[i] - weights_from(origin, probes.weights, 1.0)[i]
+    before = steps["plus"].start[i] - probes.weights[i] - (0 if origin is None else origin[i])
     later = []
     for count, after, one, other, given in runs.later:
         part, by_gradient = (one.total(i) - other.total(i)) / 2, given.total(i) - one.total(i)

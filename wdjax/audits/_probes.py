@@ -177,6 +177,9 @@ class Probes:
         kinds = [self.gradients_of(self.scaled(self.gradients, factor)) for factor in (1.0, 0.0)]
         states = [self.init(self.weights)] * 2
         reacting, moving, descends = [], [], True
+        rounding = {
+            i: 2 * self.eps * np.abs(w) for i, w in self.weights.items()
+        }  # Averages of equal weights have some.
         for call in range(_MOST_CALLS):
             results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             with_gradients, without = (added for added, *_ in results)
@@ -186,8 +189,6 @@ class Probes:
                 self.moved |= moved
                 along = sum(np.real(np.vdot(self.gradients[i], with_gradients[i] - without[i])) for i in moved)
                 descends = descends and bool(along < 0)
-            # A decay toward an average of equal weights moves them by rounding.
-            rounding = {i: 2 * self.eps * np.abs(self.weights[i]) for i in self.indices}
             if any(np.any(np.isfinite(without[i]) & (np.abs(without[i]) > rounding[i])) for i in self.indices):
                 moving.append(call)
             if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
