@@ -61,7 +61,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
-    numbers = np.asarray(value if jnp.shape(value) else _as_float(value))
+    numbers = np.asarray(value if jnp.shape(value) else as_float(value))
     wrong = numbers[~(np.isfinite(numbers) & (numbers >= 0))]
     if wrong.size:
         raise ValueError(
@@ -71,7 +71,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # An integer too large for a float.
