@@ -326,8 +326,22 @@ MUTATIONS = [
     Mutation(
         "the mask is skipped",
         "_engine/per_leaf.py",
-        "if flag is False or not trees.is_decayable(leaf):",
-        "if not trees.is_decayable(leaf):",
+        "if flag is False or None in named or not trees.is_decayable(leaf):",
+        "if None in named or not trees.is_decayable(leaf):",
+    ),
+    Mutation(
+        "None in a tree of rates is a rate of 0",
+        "_engine/rates.py",
+        "return {i: Decision(rate, self.kind) for i, rate in rates.items() if not trees.is_hole(rate)}",
+        "return {i: Decision(0.0 if trees.is_hole(rate) else rate, self.kind) for i, rate in rates.items()}",
+        ("in_update/test_multipliers.py",),
+    ),
+    Mutation(
+        "the average of a state of init stays in the dtype of the weights",
+        "_engine/anchors.py",
+        "anchor = cast(anchors[path], compute_dtype(anchors[path], param))",
+        "anchor = anchors[path]",
+        ("_engine/test_anchors.py",),
     ),
     Mutation(
         "an array as the mask is skipped",
