@@ -150,6 +150,12 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def static(name: str, value: Any) -> str:
+    """A hint, as a further sentence, for a number that `optax.inject_hyperparams` has made an array of."""
+    is_array = isinstance(value, jax.Array)
+    return f" Inside optax.inject_hyperparams, name it in static_args=({name!r},)." if is_array else ""
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
