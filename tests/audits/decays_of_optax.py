@@ -939,9 +939,9 @@ UNASKED = [
     Row(
         "sgd, keep_params_nonnegative",
         lambda lr, wd=WD: optax.chain(optax.sgd(lr), optax.keep_params_nonnegative()),
-        not_one,
-        "weights",
-        "a weight that the step leaves negative becomes 0",
+        nothing,
+        "none",
+        "a weight that the step leaves negative becomes 0: a constraint",
         argument="",
         mask="",
         walk=each_leaf(lambda lr, w, steps: [np.maximum(w, 0.0)] * steps),
@@ -951,6 +951,7 @@ UNASKED = [
         in_decay="none",
         scales_with_lr=False,
         decay_takes_schedule=False,
+        decays_bias_by_default=False,
     ),
     Row(
         "yogi",

@@ -818,7 +818,9 @@ def test_assert_audit() -> None:
         AssertionError, match=r"not what is expected: it is 0\.002 per step, not 0\.003 \('Dense_0/kernel'\)"
     ):
         testing.assert_audit(wdjax.adamw(LR, 2 * WD, WEIGHTS), params, 3 * LR * WD, WEIGHTS)
-    with pytest.raises(ValueError, match=r"no finding is named 'momentum'. The names are: 'decays between steps', "):
+    with pytest.raises(
+        ValueError, match=r"no finding is named 'momentum'. The names are: 'catches up', 'constrained', 'decays bet"
+    ):
         testing.assert_audit(l2, params, allow=["momentum"])
     with pytest.raises(TypeError, match=r"audit\(\) has no argument 'lr' .* Did you mean learning_rate"):
         testing.assert_audit(l2, params, lr=0.1)

@@ -103,7 +103,10 @@ def check_findings(row: Row, audit: wdjax.Audit) -> None:
     names = {finding.name for finding in audit.findings}
     assert ("grows" in names) == any(expected(row, path) < 0 for path in SHAPES)
     assert ("decays non-weights" in names) == audit["Dense_0/bias"].decays
-    assert ("no decay" in names) == (row.place == "none")
+    is_constraint = row.in_weight == "projection"
+    assert ("no decay" in names) == (row.place == "none" and not is_constraint)
+    assert ("constrained" in names) == is_constraint
+    assert not {"needs a gradient", "catches up"} & names
     assert bool({"seen by the moments", "rescaled"} & names) == (row.place == "gradient")
     assert ("not finite" in names) == (row.nan_from_step == 1)
     assert ("weights left out" in names) == (audit["Dense_0/bias"].decays and not audit["Dense_0/kernel"].decays)
@@ -160,7 +163,7 @@ def line(row: Row, audit: wdjax.Audit) -> str:
         beside = "the same" if is_same else "0" if is_nothing else f"{each.beside_gradient:.3g}"
         cells += [each.place, each.kind, "yes" if each.scales_with_learning_rate else "no", beside]
     else:
-        cells += ["none", "", "", ""]
+        cells += ["none", "", "", ""] if each.kind == "none" else [each.place, each.kind, "", ""]
     found = [finding.name for finding in audit.findings if finding.name not in ("decays non-weights", "no decay")]
     if audit.calls_per_step > 1:
         found = [f"a step every {audit.calls_per_step} calls", *found]

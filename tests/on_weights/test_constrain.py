@@ -89,6 +89,7 @@ def stepped(optimizer: Any, updates: Any, params: Any) -> Any:
 # The projections.
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @every_case
 @pytest.mark.usefixtures("x64")
 def test_closed_form(case: Case) -> None:
@@ -214,6 +215,7 @@ def targets(count: int) -> np.ndarray:
     return np.random.default_rng(7).normal(size=(count, 6, 4)) + 0.3
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @pytest.mark.peers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -576,3 +578,13 @@ def test_init_is_no_radius_in_a_table() -> None:
         constrain(L2Ball(), wdjax.by_path({"up": "init"}, default=1.0))
     with pytest.raises(TypeError, match=r"^SpectralBall: per must be an integer or .*got None\. Write Spec.*per=-1"):
         SpectralBall(per=None)  # pyright: ignore[reportArgumentType]
+
+
+def test_spheres_of_single_weights_are_warned_of() -> None:
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "layers": jnp.ones((2, 5))}
+    optimizer = wdjax.constrain(wdjax.L2Sphere(per=-1), 1.0, stacked_axes={"layers": 1})
+    with pytest.warns(UserWarning, match=r"^constrain: each weight is a group of its own at 'bias', 'layers', so"):
+        optimizer.init(params)
+    for kind in (wdjax.L2Ball(per=-1), wdjax.L2Sphere()):  # A bound for each bias is what Keras' bias_constraint means.
+        wdjax.constrain(kind, 1.0).init(params)
+    wdjax.constrain(wdjax.L2Sphere(per=-1), 1.0, wdjax.only("kernel")).init(params)

@@ -237,8 +237,10 @@ def _kept(own: Probes, writers: set[type], calls: int, rows: dict[int, Audited],
         largest = max(abs(rate) for rate in (row.rate, *(rate for _, rate in row.rates)))
         is_lost = 0 < largest < smallest_fraction(row.dtype) and CompensatedState not in writers
         shares[i] = float(not is_lost)
+        if row.needs_gradient and (is_lost or is_low(own.leaves[i])):
+            shares[i] = math.nan  # Gradients move the weights too, so what is lost depends on them.
     # A writer may change nothing in one step, so low precision takes enough for four units in the last place.
-    low = {i: row for i, row in rows.items() if row.decays and is_low(own.leaves[i])}
+    low = {i: row for i, row in rows.items() if row.decays and is_low(own.leaves[i]) and not row.needs_gradient}
     rates = [abs(row.rate) for row in low.values() if row.rate]
     if not can_run or not rates:
         return shares | dict.fromkeys(low, 1.0 if can_run else math.nan)

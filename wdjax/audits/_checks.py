@@ -210,6 +210,30 @@ CHECKS = (
         lambda f: f.row.decays and f.row.scales_with_learning_rate is False,
         rate_text,
     ),
+    _Check(
+        "note",
+        "needs a gradient",
+        "the decay acts only beside a gradient",
+        "with_sparse_decay does this. Where every step should decay, write decoupled_decay.",
+        lambda f: f.row.needs_gradient and not f.late_rate,
+        lambda f: f"{rate_text(f)} for each {f.needed_by} with a gradient, 0 for others",
+    ),
+    _Check(
+        "note",
+        "catches up",
+        "the decay acts only beside a gradient, and then makes up for the steps without one",
+        "with_lazy_decay does this. Before weights are evaluated, pay what they still owe.",
+        lambda f: f.late_rate,
+        lambda f: f"{rate_text(f)} for each {f.needed_by} with a gradient, {f.late_rate:.6g} after a step without one",
+    ),
+    _Check(
+        "note",
+        "constrained",
+        "weights outside a set are put back onto it in one step: a constraint, not a decay",
+        "constrain does this. It may hide a decay: to measure that, audit the optimizer without the constraint.",
+        lambda f: f.is_constrained,
+        lambda f: f"beside it, {rate_text(f)}" if f.row.decays else "",
+    ),
     *(
         _Check(
             "note",

@@ -21,6 +21,13 @@ class Facts(NamedTuple):
     rescaled: bool = False  # Whether, beside a gradient, the decay keeps its direction but not its size.
     is_proportional: bool = False  # Whether the first step takes the same fraction of all weights.
     later: tuple["Later", ...] = ()  # Steps at the tested counts, and at those that follow.
+    odd_beside: bool = False  # Whether, beside a gradient, a part of the step changes sign with the weights.
+    lands: bool = (
+        False  # Whether it may move onto a set: far in the first step with zero gradient, and less in the second.
+    )
+    is_constrained: bool = False  # Whether weights outside a set are put onto it.
+    needed_by: str = ""  # "element", "row" or "array": each of these needs a gradient of its own to decay.
+    late_rate: float = 0.0  # The rate of the step that makes up for a step without a gradient; 0 if none does.
     lapse: str = ""  # In which way the decay pauses while gradients still move the leaf; a finding's name.
     strength: float = 0.0  # The factor of L2 in the gradient, where a decay in the update acts too.
     step_size: str = ""  # A number in the state that scales the step of the gradient, but not the decay.

@@ -7,7 +7,7 @@ import numpy as np
 from ._facts import Facts
 from ._moves import kind_of, rate_of
 from ._probes import Probes, Step, weights_from
-from ._rows import GRADIENT_AND_UPDATE
+from ._rows import GRADIENT_AND_UPDATE, MOVING_AVERAGE
 
 # Gradients beside which a decay is so small that the moments respond to it in proportion.
 _STRONG = 100.0
@@ -23,7 +23,7 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
     zeros, weights, found = probes.scaled(probes.weights, 0.0), probes.weights, dict(facts)
     strong = {i: _STRONG * np.sign(gradient) for i, gradient in probes.gradients.items()}
     starts = {"plus": (1, 0), "minus": (-1, 0), "double": (2, 0), "up": (1, 1), "down": (1, -1)}
-    for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init",))):
+    for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init", MOVING_AVERAGE))):
         those = [i for i, fact in facts.items() if fact.row.place == "gradient" and fact.row.toward in toward]
         those = [i for i in those if not (facts[i].rescaled and facts[i].is_proportional)]
         if not those:
@@ -65,6 +65,8 @@ def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second:
     in_update = rate_of(rest, w)
     is_seen = np.all(np.abs(rest) > 1e-3 * np.abs(odd) + 1e3 * probes.eps * size)
     can_tell = strength > 0 if has_memory else not np.any(response)
+    if row.toward == MOVING_AVERAGE:  # It remembers weights too, so the two memories are mixed.
+        return fact._replace(row=row)
     if can_tell and is_seen and np.std(rest / w) <= 1e-2 * in_update:
         return fact._replace(row=row._replace(place=GRADIENT_AND_UPDATE, in_update=in_update), strength=strength)
     return fact._replace(row=row)

@@ -186,7 +186,9 @@ class Probes:
                 self.moved |= moved
                 along = sum(np.real(np.vdot(self.gradients[i], with_gradients[i] - without[i])) for i in moved)
                 descends = descends and bool(along < 0)
-            if any(np.any(np.isfinite(without[i]) & (without[i] != 0)) for i in self.indices):
+            # A decay toward an average of equal weights moves them by rounding.
+            rounding = {i: 2 * self.eps * np.abs(self.weights[i]) for i in self.indices}
+            if any(np.any(np.isfinite(without[i]) & (np.abs(without[i]) > rounding[i])) for i in self.indices):
                 moving.append(call)
             if len(reacting) > 1 and (len(moving) > 1 or call >= reacting[1] + 8):
                 break

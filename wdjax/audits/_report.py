@@ -84,7 +84,8 @@ def _decays(row: Audited) -> list[Audited]:
 def _cells(row: Audited) -> tuple[str, ...]:
     scales = {True: "yes", False: "no", None: "?"}[row.scales_with_learning_rate] if row.decays else ""
     kept = "" if not row.decays else "?" if math.isnan(row.kept) else f"{max(row.kept, 0):.0%}"
-    return (str(row.shape), row.dtype, _rates(row), row.place, row.kind, row.toward, scales, kept)
+    where = f"{row.place}, beside a gradient" if row.needs_gradient else row.place
+    return (str(row.shape), row.dtype, _rates(row), where, row.kind, row.toward, scales, kept)
 
 
 def _rates(row: Audited) -> str:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from .._engine.text import listed
 
 GRADIENT_AND_UPDATE = "gradient and update"
+CONSTRAINT = "constraint"
+MOVING_AVERAGE = "a moving average"
 
 
 class Audited(NamedTuple):
@@ -13,20 +15,25 @@ class Audited(NamedTuple):
     Attributes:
         path, shape, dtype: its canonical path, its shape, and the name of its dtype.
         rate: the fraction of a weight that the first real step removes with zero gradient (the median over weights). If
-            that step decays nothing, that at the first of `steps` that does. 0.0 for no decay, negative for growth.
+            that step decays nothing, that at the first of `steps` that does, or that beside a gradient. 0.0 for no
+            decay, negative for growth.
         least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
         rates: pairs of a count and the rate at that count; empty for an optimizer without a count.
         beside_gradient: the same fraction when there is a gradient.
+        needs_gradient: whether it decays only beside a gradient.
         place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the
             gradient; "weights": a rule for the weights after the step; "gradient and update": two decays; "none".
         kind: "L2": proportional to the weight; "L1": the same size for all weights; "norm": proportional to the weight
             divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "unknown":
-            the moments hide it; "none".
-        toward: "zero"; "init": the weights at the optimizer's `init`; "a tree": others; "" for no decay.
+            the moments or a constraint hide it; "constraint": weights outside a set are put back onto it, which is not
+            a decay; "none".
+        toward: "zero"; "init": the weights at the optimizer's `init`; "a moving average" of past weights; "a tree":
+            others; "" for no decay.
         scales_with_learning_rate: whether the rate changes with the learning rate; None if the audit can't tell.
         in_update: if the place is "gradient and update", the part of the rate that the decay in the update takes.
         kept: the share of the decay that remains after rounding to the parameter's dtype. NaN if it can't be measured:
-            the state changes its dtypes, updates are not finite, or a writer would need more steps than were run.
+            the state changes its dtypes, updates are not finite, a writer would need more steps than were run, or a low
+            precision rounds a decay that needs a gradient.
         role: what it is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if unknown.
     """
 
@@ -38,6 +45,7 @@ class Audited(NamedTuple):
     most: float = 0.0
     rates: tuple[tuple[int, float], ...] = ()
     beside_gradient: float = 0.0
+    needs_gradient: bool = False
     place: str = "none"
     kind: str = "none"
     toward: str = ""
@@ -49,7 +57,7 @@ class Audited(NamedTuple):
     @property
     def decays(self) -> bool:
         """Whether any decay acts on it, even if rounding removes it."""
-        return self.kind != "none"
+        return self.kind not in ("none", CONSTRAINT)
 
 
 class Finding(NamedTuple):

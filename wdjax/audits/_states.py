@@ -5,6 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .._engine import trees
+from .._engine.loop import DecayState
+from .._engine.steps import nodes
 
 PyTree = Any
 Change = Callable[[PyTree], PyTree]  # From a state to a state.
@@ -44,3 +49,12 @@ def replaced(state: PyTree, positions: Collection[int], new: Callable[[int, Any]
 
 def is_a(leaf: Any, kind: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, kind)
+
+
+def moving_anchors(before: PyTree, after: PyTree) -> set[str]:
+    """The paths of the parameters whose anchors in wdjax's states have moved."""
+    moved = set()
+    for one, other in zip(*(nodes(state, (DecayState,)) for state in (before, after)), strict=False):
+        pairs = zip(trees.flatten_with_paths(one.anchor), trees.flatten_with_paths(other.anchor), strict=True)
+        moved |= {path for (path, old), (_, new) in pairs if not trees.is_hole(old) and np.any(old != new)}
+    return moved

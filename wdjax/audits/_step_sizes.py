@@ -8,6 +8,7 @@ import numpy as np
 
 from ._facts import Facts
 from ._probes import Arrays, Probes, weights_from
+from ._rows import MOVING_AVERAGE
 from ._states import Change, numbers_in, replaced
 
 # A bound on gradients is meant to spare the decay.
@@ -21,7 +22,7 @@ def find_step_sizes(probes: Probes, facts: dict[int, Facts], extra_args: Mapping
     gradient's part of the step by one factor and leaves the decay as it is, the decay is not times the step size.
     """
     found = dict(facts)
-    for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init",))):
+    for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init", MOVING_AVERAGE))):
         those = [i for i, fact in facts.items() if fact.row.decays and fact.moves and fact.row.toward in toward]
         if those:
             for name, i in _step_sizes(probes, those, origin, extra_args):

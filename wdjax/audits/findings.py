@@ -31,7 +31,8 @@ def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> 
         for remedy, those in remedies.items():
             found.append(_finding(check.harm, check.name, check.message, remedy, those, check.measured))
     found += [*_left_out(facts), *_uneven(facts)]
-    if facts and not any(each.row.decays for each in facts):
+    # A constraint may hide a decay.
+    if facts and not any(each.row.decays or each.is_constrained for each in facts):
         message = f"nothing decays in the first {calls} calls or at the tested counts"
         found.append(Finding("note", _NOTHING, message, "If this is not intended, look at masks and rates."))
     return tuple(sorted(found, key=lambda finding: ("wrong", "suspect", "note").index(finding.harm)))
@@ -55,7 +56,7 @@ def _left_out(facts: Sequence[Facts]) -> list[Finding]:
     those = [
         each
         for each in facts
-        if decaying and each.row.role in usual and not each.row.decays and each.moves and each.is_finite
+        if decaying and each.row.role in usual and each.row.kind == "none" and each.moves and each.is_finite
         if not each.is_frozen and _is_judged_by_role(each)
     ]
     message = "weights do not decay although other parameters do"
