@@ -930,7 +930,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an audit misses L2 in the gradient",
-        "audits/_measures.py",
+        "audits/_interpret.py",
         '        place = "gradient"\n    elif not same(',
         '        place = "update"\n    elif not same(',
         (AUDIT,),
