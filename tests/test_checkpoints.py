@@ -255,7 +255,8 @@ def over_all_devices(tree: Any) -> Any:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 
     def put(x: Any) -> Any:
-        spec = jax.sharding.PartitionSpec(*["data"][: np.ndim(x)])
+        splits = np.ndim(x) and np.shape(x)[0] % mesh.size == 0  # Not the radius of a whole array.
+        spec = jax.sharding.PartitionSpec(*["data"][:splits])
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree)

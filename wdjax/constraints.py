@@ -26,6 +26,7 @@ import optax
 
 from ._engine.groups import Groups, SplitGroups, UnfitShapeError
 from ._engine.norms import direction
+from ._engine.text import shown
 
 
 @runtime_checkable
@@ -115,7 +116,7 @@ class L1Ball(Groups):
         moduli, size = jnp.abs(w), self.norm(w)
         axes = self.axes(w.ndim)
         first = [axis for axis in range(w.ndim) if axis not in axes]
-        groups = jnp.transpose(moduli, (*first, *axes)).reshape(size.size, -1)
+        groups = jnp.transpose(moduli, (*first, *axes)).reshape(self.groups(w.shape))
         radii = jnp.broadcast_to(radius, size.shape).reshape(size.size, 1)
         # What is left of each group are its largest weights, each smaller by the same number.
         largest = -jnp.sort(-groups, -1)
@@ -154,6 +155,15 @@ class SpectralBall(Groups):
     axis: None = dataclasses.field(default=None, init=False)
     per: int | tuple[int, ...] = dataclasses.field(default=-1, kw_only=True)
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "per", self._checked("per", self.per))
+        except TypeError:
+            raise TypeError(
+                f"SpectralBall: per must be an integer or a tuple of integers, got {shown(self.per)}. Write "
+                "SpectralBall(per=-1) for matrices with the last axis on one side."
+            ) from None
+
     def axes(self, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
 
@@ -168,13 +178,13 @@ class SpectralBall(Groups):
             )
         order = (*rows, *columns) if _size(w, rows) >= _size(w, columns) else (*columns, *rows)
         moved = jnp.transpose(w, order)
-        matrix = jnp.reshape(moved, (max(_size(w, rows), _size(w, columns)), -1))
+        matrix = jnp.reshape(moved, sorted([_size(w, rows), _size(w, columns)], reverse=True))
         return matrix, lambda m: jnp.transpose(jnp.reshape(m, moved.shape), [order.index(i) for i in range(w.ndim)])
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The largest singular value, with as many axes as `w`."""
         matrix, _ = self._as_matrix(w)
-        return jnp.reshape(jnp.linalg.svd(matrix, compute_uv=False)[0], (1,) * w.ndim)
+        return jnp.reshape(jnp.max(jnp.linalg.svd(matrix, compute_uv=False), initial=0), (1,) * w.ndim)
 
     def project(self, w: jax.Array, radius: Any) -> jax.Array:
         matrix, back = self._as_matrix(w)

@@ -29,7 +29,8 @@ def thaw(state: PyTree, optimizer: Optimizer, params: Params) -> PyTree:
 
     It carries over everything that both states have: moments, counts, anchors, the learning rate of
     `optax.inject_hyperparams`. A parameter that was frozen until now starts as in `optimizer.init(params)`: with
-    moments of 0, and with `toward="init"` its value now as its anchor. What is frozen from now on loses its state.
+    moments of 0, with its value now as its anchor or average, and with its norm now as its radius of "init". What is
+    frozen from now on loses its state.
 
     Counts are shared by all parameters. So Adam corrects the moments of a parameter that is thawed after t updates as
     if they were t updates old. With equal gradients, the parameter's k-th step is larger than that of a new Adam by

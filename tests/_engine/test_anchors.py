@@ -176,3 +176,35 @@ def test_a_table_with_an_average_is_not_written_to_a_file() -> None:
     assert by_path({"head": "init"}, default=0.0).to_dict()["by_path"]["default"] == 0.0
     with pytest.raises(TypeError, match=r"Rules\.to_dict: EMA\(decay=0\.9\) can't be written to a file"):
         by_path({"head": EMA(0.9)}, default=0.0).to_dict()
+
+
+def test_a_state_of_init_goes_on_as_an_average_of_full_width() -> None:
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    decay = wdjax.independent_decay(0.1, toward=EMA(0.999))
+    state = wdjax.independent_decay(0.1, toward="init").init(params)
+    for _ in range(50):
+        _, state = jax.jit(decay.update)(params, state, {"w": jnp.full(2, 2, jnp.bfloat16)})
+    # In bfloat16 the average would stay at 1.
+    np.testing.assert_allclose(np.asarray(state.anchor["w"]), 2 - 0.999**50, rtol=1e-5)
+
+
+def test_a_state_that_lacks_a_part_of_the_anchors() -> None:
+    params = make()
+    state = wdjax.independent_decay(0.1, toward=by_path({"head": EMA(0.9)}, default=0.0)).init(params)
+    with pytest.raises(ValueError, match=r"^independent_decay: toward='init', but the state holds no anchor of 'enc"):
+        wdjax.independent_decay(0.1, toward="init").update(params, state, params)
+
+
+@pytest.mark.parametrize("kept", ["init", EMA(0.9)], ids=str)
+def test_anchors_in_a_tree_are_written_by_path(kept: Any) -> None:
+    toward = {**make(), "head": kept}
+    with pytest.raises(ValueError, match=r"toward holds .*Write 'init' and EMA\(\.\.\.\) by path: toward=by_path"):
+        wdjax.decoupled_decay(0.1, toward=toward)
+    with pytest.raises(TypeError, match=r"a table of rates holds .*A table of anchors is written toward=by_path"):
+        wdjax.decoupled_decay(by_path({"head": kept}, default=0.0))
+
+
+@pytest.mark.parametrize("array", [np.array(0.9), jnp.float32(0.9)], ids=["NumPy", "JAX"])
+def test_the_decay_of_an_average_is_a_constant(array: Any) -> None:
+    with pytest.raises(ValueError, match=r"constant of the program, so it can't be an array or traced"):
+        EMA(array)

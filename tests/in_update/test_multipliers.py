@@ -337,3 +337,15 @@ def test_the_monitor_reads_the_products(build: Any) -> None:
         # It divides by the one learning rate that it knows.
         np.testing.assert_allclose(measured[f"{path}/weight_decay"], multiplier * WD, rtol=1e-6)
     assert measured["Block_0/bias/decay_norm"] == 0
+
+
+def test_none_in_a_tree_leaves_the_updates_alone() -> None:
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    for optimizer in (
+        wdjax.scale_by_path({"a": 0.5, "b": None}),
+        wdjax.constrain(wdjax.L2Ball(), {"a": 1.0, "b": None}),
+        wdjax.decoupled_decay({"a": 0.5, "b": None}),
+    ):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        np.testing.assert_array_equal(updates["b"], 1.0)
+        assert (np.asarray(updates["a"]) != 1.0).all()

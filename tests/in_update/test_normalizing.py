@@ -112,3 +112,11 @@ def test_errors() -> None:
         new_updates(normalized_update(per=1), jnp.ones(2), jnp.ones(2))
     with pytest.raises(ValueError, match=r"^normalized_update: the mask at 'w' selects parts"):
         new_updates(normalized_update({"w": np.array([True, False])}), {"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+
+
+def test_axes_under_inject_hyperparams_are_static() -> None:
+    params = {"a": jnp.ones((2, 3))}
+    for name in ("axis", "per", "stacked_axes"):
+        with pytest.raises(TypeError, match=rf"inject_hyperparams, name it in static_args=\('{name}',\)"):
+            jax.jit(optax.inject_hyperparams(normalized_update)(**{name: 1}).init)(params)
+        optax.inject_hyperparams(normalized_update, static_args=(name,))(**{name: 1}).init(params)

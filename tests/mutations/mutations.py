@@ -327,8 +327,22 @@ MUTATIONS = [
     Mutation(
         "the mask is skipped",
         "_engine/per_leaf.py",
-        "if flag is False or not trees.is_decayable(leaf):",
-        "if not trees.is_decayable(leaf):",
+        "if flag is False or None in named or not trees.is_decayable(leaf):",
+        "if None in named or not trees.is_decayable(leaf):",
+    ),
+    Mutation(
+        "None in a tree of rates is a rate of 0",
+        "_engine/rates.py",
+        "return {i: Decision(rate, self.kind) for i, rate in rates.items() if not trees.is_hole(rate)}",
+        "return {i: Decision(0.0 if trees.is_hole(rate) else rate, self.kind) for i, rate in rates.items()}",
+        (MULTIPLIERS,),
+    ),
+    Mutation(
+        "the average of a state of init stays in the dtype of the weights",
+        "_engine/anchors.py",
+        "anchor = cast(anchors[path], compute_dtype(anchors[path], param))",
+        "anchor = anchors[path]",
+        (ANCHORS,),
     ),
     Mutation(
         "an array as the mask is skipped",
@@ -1143,8 +1157,8 @@ MUTATIONS = [
     Mutation(
         "an infinite timescale is taken",
         "rates/_numbers.py",
-        "if is_known and not (0 < float(value) < math.inf or (or_zero and value == 0)):",
-        "if is_known and not (0 < float(value) or (or_zero and value == 0)):",
+        "if is_known(value) and not (0 < checks.as_float(value) < math.inf or (or_zero and value == 0)):",
+        "if is_known(value) and not (0 < checks.as_float(value) or (or_zero and value == 0)):",
         (RATES,),
     ),
     # Learning rates by path.

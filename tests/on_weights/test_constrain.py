@@ -479,7 +479,7 @@ def test_errors_when_it_is_built() -> None:
         (lambda: constrain(Proximal(), "init"), TypeError, r"radius='init' needs the method norm, which .*norm\(w\)"),
         (lambda: L2Ball(0, per=-1), ValueError, r"^L2Ball: axis=0 names the axes of a norm and per=-1 the others"),
         (lambda: L1Ball(per="columns"), TypeError, r"^L1Ball: per must be an integer.*got 'columns'.*L1Ball\(per=-1\)"),
-        (lambda: SpectralBall(per=0.5), TypeError, r"^SpectralBall: per must be an integer"),
+        (lambda: SpectralBall(per=0.5), TypeError, r"^SpectralBall: per must be an integer or a tuple of integers"),
         (lambda: L2Sphere(axis_name=0), TypeError, r"^L2Sphere: axis_name must be the name of a mesh axis"),
         (lambda: wdjax.constrain(L2Ball(), max_norm=1.0), TypeError, r"constrain\(\) has no argument 'max_norm'"),
     ):  # fmt: skip
@@ -550,6 +550,34 @@ def test_the_monitor_sees_that_a_sphere_takes_the_decay_away() -> None:
         rates.append(float(wdjax.scalars(state)["kernel/effective_rate"]))
     np.testing.assert_allclose(rates[0], 0.001, rtol=1e-3)
     assert rates[1] < 0.05 * rates[0]
+
+
+@pytest.mark.parametrize("kind", [L2Ball(per=0), L2Sphere(), L1Ball(), L1Ball(per=0), L1Ball(per=1), SpectralBall()])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize("radius", [RADIUS, 0.0, "init"])
+@pytest.mark.filterwarnings("ignore:constrain. radius='init' is 0")
+def test_arrays_without_elements(kind: Any, shape: tuple[int, ...], radius: Any) -> None:
+    params = jnp.zeros(shape)
+    optimizer = constrain(kind, radius)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert updates.shape == shape
+
+
+def test_a_state_of_other_groups_is_refused() -> None:
+    params = {"kernel": jnp.ones((4, 3))}
+    for old, new in ((L2Ball(), L2Ball(per=0)), (L2Ball(per=0), L2Ball()), (L2Sphere(per=1), L2Sphere(per=0))):
+        state = constrain(old, "init").init(params)
+        with pytest.raises(ValueError, match=r"^constrain: the state has radii of shape .*other groups or parameters"):
+            constrain(new, "init").update(params, state, params)
+
+
+def test_init_is_no_radius_in_a_table() -> None:
+    with pytest.raises(
+        TypeError, match=r"^constrain: radius must be .* or 'init' for the whole mask, got by_path.*and another"
+    ):
+        constrain(L2Ball(), wdjax.by_path({"up": "init"}, default=1.0))
+    with pytest.raises(TypeError, match=r"^SpectralBall: per must be an integer or .*got None\. Write Spec.*per=-1"):
+        SpectralBall(per=None)  # pyright: ignore[reportArgumentType]
 
 
 def test_spheres_of_single_weights_are_warned_of() -> None:

@@ -184,3 +184,39 @@ def test_a_schedule_is_refused_with_the_remedy() -> None:
         rates.from_timescale(1000, optax.linear_schedule(0.1, 0.0, 10))
     with pytest.raises(ValueError, match=r"equilibrium_angle: b1 must be less than 1, got 1.0"):
         rates.equilibrium_angle(0.1, 0.1, 1.0)
+
+
+NO_NUMBERS = {
+    "a boolean": True,
+    "an array of a boolean": np.array(True),
+    "a JAX array of a boolean": jnp.array(True),
+    "a text": np.array("0.5"),
+    "a key": jax.random.key(0),
+    "complex": jnp.complex64(1),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_what_is_no_number_is_refused(wrong: Any) -> None:
+    for convert in CONVERSIONS.values():
+        with pytest.raises(TypeError, match=r"must be a number > 0, got .*\. Write \w+\("):
+            convert(wrong, 0.5)
+
+
+def test_an_integer_too_large_for_a_float_and_a_known_array_for_b1() -> None:
+    with pytest.raises(ValueError, match="from_timescale: steps must be a number > 0, and finite, got 1000"):
+        rates.from_timescale(10**400, 0.1)
+    with pytest.raises(ValueError, match="equilibrium_angle: b1 must be less than 1, got 2"):
+        rates.equilibrium_angle(0.1, 0.1, jnp.float32(2))
+
+
+@pytest.mark.usefixtures("x64")
+def test_arrays_of_several_dtypes_meet() -> None:
+    narrow, wide = jnp.float32(0.5), jnp.asarray(0.25, jnp.float64)
+    for convert in CONVERSIONS.values():
+        for arguments in ((narrow, wide), (wide, narrow)):
+            np.testing.assert_allclose(convert(*arguments), convert(*map(float, arguments)), rtol=1e-6)
+    for follow in (rates.relative, rates.corrected):
+        assert jnp.result_type(follow(wide, narrow, peak=0.5)) == jnp.float32
+        assert jnp.result_type(follow(narrow, wide, peak=jnp.float32(0.5))) == jnp.float64
+        assert jnp.result_type(follow(narrow, narrow, peak=wide)) == jnp.float32

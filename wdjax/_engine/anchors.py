@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import trees
-from .arithmetic import Strength, away, compute_dtype, jitted_act, plus, stateless
+from .arithmetic import Strength, away, cast, compute_dtype, jitted_act, plus, stateless
 from .rules import Rules, decisions, possible_values
-from .text import lacks, shown
+from .text import lacks, listed, shown
 
 PyTree = Any
 Leaves = Sequence[tuple[str, Any]]
@@ -33,7 +33,7 @@ class EMA:
     in the loss have no state, so they do not take it. `with_lazy_decay` does not take it either.
 
     Args:
-        decay: a number from 0 to less than 1. (With 1 the anchor would stay: write `toward="init"`.)
+        decay: a number from 0 to less than 1, not an array. (With 1 the anchor would stay: write `toward="init"`.)
 
     Raises: ValueError for another decay.
 
@@ -52,8 +52,10 @@ class EMA:
 
     def __post_init__(self) -> None:
         if not _is_number(self.decay) or not 0 <= self.decay < 1:
+            is_array = isinstance(self.decay, (np.ndarray, jax.Array))
+            constant = " It is a constant of the program, so it can't be an array or traced." if is_array else ""
             raise ValueError(
-                f"EMA: decay must be a number from 0 to less than 1, got {shown(self.decay)}. Write "
+                f"EMA: decay must be a number from 0 to less than 1, got {shown(self.decay)}.{constant} Write "
                 "toward=EMA(0.999); for an anchor that never moves, toward='init'."
             )
 
@@ -74,6 +76,11 @@ def check(where: str, toward: Any) -> None:
             f"last two, got {shown(toward)}. Write {where}(..., toward='init') for the values at init."
         )
     elif not _is_kept(toward):
+        if kept := [leaf for leaf in jax.tree.leaves(toward) if isinstance(leaf, str) or _is_kept(leaf)]:
+            raise ValueError(
+                f"{where}: toward holds {shown(kept[0])}, but a tree like params holds arrays, and 0.0 for zeros. "
+                "Write 'init' and EMA(...) by path: toward=by_path({'encoder': 'init'}, default=0.0)."
+            )
         trees.parameters(where, toward, "toward", may_hold=["functions"])
 
 
@@ -127,7 +134,8 @@ def moved(where: str, toward: Any, kept: PyTree, params: PyTree, is_real: jax.Ar
     order = list(anchors)
     for kind, (path, param) in zip(kinds(where, toward, leaves), leaves, strict=True):
         if isinstance(kind, EMA) and not trees.is_hole(anchors.get(path)):
-            anchor = anchors[path]
+            # A state that was made for "init" has anchors as narrow as the parameters.
+            anchor = cast(anchors[path], compute_dtype(anchors[path], param))
             share = jnp.finfo(compute_dtype(anchor, param)).dtype.type(1 - kind.decay)
             factors = (share,) if is_real is None else (share, is_real)
             anchors[path], _ = jitted_act(_MOVED, (), anchor, param, anchor, factors, None, None)
@@ -146,10 +154,7 @@ def found(where: str, toward: Any, leaves: Leaves, acts: Sequence[bool], kept: P
     if toward is None or not leaves:
         return [None] * len(leaves)
     if is_in_state(toward) and kept is None:
-        raise ValueError(
-            f"{where}: toward={shown(toward)}, but the state holds no anchor: an optimizer without one made it. "
-            "Make a new state, optimizer.init(params), and copy the rest of the old state into it."
-        )
+        raise ValueError(_no_anchor(where, toward, ""))
     given = dict(trees.flatten_with_paths(kept if is_in_state(toward) else toward))
     if isinstance(toward, Rules):
         each = zip(kinds(where, toward, leaves), leaves, strict=True)
@@ -174,6 +179,8 @@ def found(where: str, toward: Any, leaves: Leaves, acts: Sequence[bool], kept: P
             hole.refuse()
     known = {path for path in given if path in paths or path.startswith(holes)} | (zeros & nodes)
     extra = [path for path, anchor in given.items() if not (path in known or trees.is_hole(anchor))]
+    if missing and is_in_state(toward):
+        raise ValueError(_no_anchor(where, toward, f" of {listed(missing)}"))
     if missing or extra:
         fits = missing and not paths.keys().isdisjoint(given)
         zero = f" For zero write 0.0: toward={_with_zero(missing[0], given)}." if fits else ""
@@ -192,6 +199,13 @@ def found(where: str, toward: Any, leaves: Leaves, acts: Sequence[bool], kept: P
             )
     acted_on = {path for path, _ in pulled}
     return [given[path] if path in acted_on else None for path, _ in leaves]
+
+
+def _no_anchor(where: str, toward: Any, of: str) -> str:
+    return (
+        f"{where}: toward={shown(toward)}, but the state holds no anchor{of}: an optimizer without one made it. "
+        "Make a new state, optimizer.init(params), and copy the rest of the old state into it."
+    )
 
 
 def _with_zero(path: str, given: Iterable[str]) -> str:

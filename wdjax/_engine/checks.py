@@ -61,7 +61,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
-    numbers = np.asarray(value if jnp.shape(value) else _as_float(value))
+    numbers = np.asarray(value if jnp.shape(value) else as_float(value))
     wrong = numbers[~(np.isfinite(numbers) & (numbers >= 0))]
     if wrong.size:
         raise ValueError(
@@ -71,7 +71,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # An integer too large for a float.
@@ -148,6 +148,12 @@ def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def static(name: str, value: Any) -> str:
+    """A hint, as a further sentence, for a number that `optax.inject_hyperparams` has made an array of."""
+    is_array = isinstance(value, jax.Array)
+    return f" Inside optax.inject_hyperparams, name it in static_args=({name!r},)." if is_array else ""
 
 
 def is_whole(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from . import mesh_axes
+from . import checks, mesh_axes
 from .norms import norm
 from .text import shown
 
@@ -48,6 +48,7 @@ class Groups:
             raise TypeError(
                 f"{self.called}: {name} must be an integer, a tuple of integers or None, got {shown(given)}. Write "
                 f"{self.called}(per=-1) for one group for each index along the last axis, or {self.called}(axis=0)."
+                f"{checks.static(name, given)}"
             ) from None
 
     def __repr__(self) -> str:

@@ -141,7 +141,8 @@ class Action:
             if each.init is not None and trees.is_hole(kept.get(path)):
                 raise ValueError(
                     f"{self.where}: the state has nothing for {path!r}, which is {jnp.result_type(param)} now. The "
-                    "state was made for other parameters. Make a new one: optimizer.init(params)."
+                    "state was made for other parameters or by another optimizer. Make a new one: "
+                    "optimizer.init(params)."
                 )
             own = kept.get(path) if inputs is None else inputs[i]
             run, old = jitted_act if each.is_kept else act, found[i]

@@ -32,11 +32,11 @@ def terms_of_leaves(
     asked = trees.hidden_where(chosen, leaves)
     for name, rate in rates.items():
         of_each = rates_of(rate, where, asked) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
-        columns.append([[(name, factor) for factor in factors] for factors in of_each])
+        columns.append([factors and [(name, factor) for factor in factors] for factors in of_each])
     rows: Terms = []
     of_stacks = stacks(where, stacked_axes, leaves)
     for flag, stack, (path, leaf), *named in zip(chosen, of_stacks, leaves, *columns, strict=True):
-        if flag is False or not trees.is_decayable(leaf):
+        if flag is False or None in named or not trees.is_decayable(leaf):
             rows.append(None)
             continue
         factors = list(itertools.chain(*named))

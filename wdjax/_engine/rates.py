@@ -15,7 +15,7 @@ from .text import lacks
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PerParameter(Rules, kind="a tree of rates", is_written=False):
-    """A tree like params whose leaves are rates: numbers, arrays, schedules, or None for 0."""
+    """A tree like params whose leaves are rates: numbers, arrays, schedules, or None where nothing is done."""
 
     rates: dict[str, Any]
 
@@ -27,11 +27,11 @@ class PerParameter(Rules, kind="a tree of rates", is_written=False):
         if missing or extra:
             raise ValueError(
                 f"{tree.where}: a tree of rates must have the structure of params. {lacks(missing, extra)} "
-                "Write jax.tree.map(lambda p: 0.1, params), with None where nothing decays. "
+                "Write jax.tree.map(lambda p: 0.1, params), with None where nothing is to be done. "
                 f"Write rates by pattern as {TABLE}."
             )
         rates = {i: self.rates.get(tree.leaves[i].path) for i in asked}
-        return {i: Decision(0.0 if trees.is_hole(rate) else rate, self.kind) for i, rate in rates.items()}
+        return {i: Decision(rate, self.kind) for i, rate in rates.items() if not trees.is_hole(rate)}
 
     def _values(self) -> list[Any]:
         return [rate for rate in self.rates.values() if not trees.is_hole(rate)]

@@ -153,10 +153,10 @@ def flags_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]], *, of_
     return [d.value if d is not None and (of_all or trees.is_decayable(leaf)) else False for d, (_, leaf) in pairs]
 
 
-def rates_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-    """Each leaf's rate as a tuple of factors: numbers, arrays, schedules and `PerLayer`."""
+def rates_of(rules: Rules, where: str, leaves: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...] | None]:
+    """Each leaf's rate as a tuple of factors: numbers, arrays, schedules and `PerLayer`; None for no rate."""
     check_rates(rules, where)
-    return [(0.0,) if d is None else (*d.factors, d.value) for d in decisions(rules, where, leaves)]
+    return [None if d is None else (*d.factors, d.value) for d in decisions(rules, where, leaves)]
 
 
 def decisions(
@@ -205,14 +205,18 @@ def check_whole(rules: Rules, where: str) -> None:
 
 
 def check_rates(rules: Rules, where: str) -> None:
-    """Raises an error for booleans or labels as rates."""
+    """Raises an error for booleans, labels or anchors as rates."""
     for value in possible_values(rules):
-        if isinstance(value, str) or is_flag(value):
-            raise TypeError(
-                f"{where}: a table of rates holds numbers, 0-d arrays or schedules, but {shown(rules)} holds "
-                f"{shown(value)}. A table of booleans is a mask, which needs a rate too: weight_decay=0.1, "
-                f"mask=only('kernel'). Write rates by path as {TABLE}."
-            )
+        if is_flag(value):
+            hint = " A table of booleans is a mask, which needs a rate too: weight_decay=0.1, mask=only('kernel')."
+        elif callable(value) or isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+            continue
+        else:
+            hint = " A table of anchors is written toward=by_path(...)."
+        raise TypeError(
+            f"{where}: a table of rates holds numbers, 0-d arrays or schedules, but {shown(rules)} holds "
+            f"{shown(value)}.{hint} Write rates by path as {TABLE}."
+        )
 
 
 def possible_values(rules: Rules) -> list[Any]:

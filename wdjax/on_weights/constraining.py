@@ -13,6 +13,7 @@ from .._engine.arithmetic import LeafRule, Strength, compute_dtype
 from .._engine.groups import UnfitShapeError, check_even
 from .._engine.loop import Action, transformation
 from .._engine.per_leaf import stacks as stacks_of
+from .._engine.rules import Rules, possible_values
 from .._engine.text import listed, shown
 from .._engine.types import Mask, Rate, StackedAxes
 from .._engine.unstable import automatic, is_traced
@@ -108,7 +109,15 @@ def _check_kind(where: str, kind: Any, radius: Any) -> None:
             f"{where}: {shown(kind)} has no radius, but radius={shown(radius)} was given. Write "
             f"{where}({shown(kind)}, mask=...)."
         )
-    if isinstance(radius, str) and radius == "init" and not callable(getattr(kind, "norm", None)):
+    given = possible_values(radius) if isinstance(radius, Rules) else [radius]
+    words = [value for value in given if isinstance(value, str)]
+    if words and (isinstance(radius, Rules) or radius != "init"):
+        raise TypeError(
+            f"{where}: radius must be a number, a 0-d array, a schedule (a function of the step) or a by_path table of "
+            f"these, or 'init' for the whole mask, got {shown(radius)}. Write {where}({shown(kind)}, 'init', "
+            "only('kernel')), and another one for the other parameters."
+        )
+    if words and not callable(getattr(kind, "norm", None)):
         raise TypeError(
             f"{where}: radius='init' needs the method norm, which {shown(kind)} lacks. Give the radius as a number, or "
             "add norm(w): the smallest radius that w obeys."
@@ -126,6 +135,11 @@ class _Projected:
         radius: Any = None
         if getattr(self.kind, "has_radius", True):
             radius = state if self.is_init else given.value
+            if self.is_init and np.shape(state) != (needed := jax.eval_shape(_InitialNorm(self.kind), p).shape):
+                raise ValueError(
+                    f"constrain: the state has radii of shape {np.shape(state)}, but {shown(self.kind)} needs {needed}"
+                    ". It was made for other groups or parameters. Make a new one: optimizer.init(params)."
+                )
             check_even("constrain", "radius", self.kind, radius)
         landed = p + update
         new = self.kind.project(landed, radius)

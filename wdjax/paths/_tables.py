@@ -158,7 +158,10 @@ def stacks(where: str, stacked_axes: Any) -> Any:
         return 0
     counts = list(stacked_axes.values()) if isinstance(stacked_axes, Mapping) else [stacked_axes]
     if any(not checks.is_whole(count) or count < 0 for count in counts):
-        raise TypeError(f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1.")
+        raise TypeError(
+            f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1."
+            f"{checks.static('stacked_axes', stacked_axes)}"
+        )
     return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
 
 

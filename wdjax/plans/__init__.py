@@ -13,7 +13,7 @@ import numpy as np
 from .._engine import checks, trees
 from .._engine.decision import Decision, PerLayer, stack_of
 from .._engine.masks import flags
-from .._engine.rates import rate_or_rules, values_of
+from .._engine.rates import PerParameter, rate_or_rules, values_of
 from .._engine.rules import decisions
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
@@ -102,7 +102,8 @@ def _decided(name: str, rate: Any, leaves: Sequence[tuple[str, Any]]) -> list[An
     """What a rate says of each leaf."""
     rate = rate_or_rules("plan", name, rate)
     if isinstance(rate, Rules):
-        return [decision or Decision(0.0, "") for decision in decisions(rate, "plan", leaves)]
+        bare = Decision(0.0, rate.kind if isinstance(rate, PerParameter) else "")
+        return [decision or bare for decision in decisions(rate, "plan", leaves)]
     return [Decision(rate, "")] * len(leaves)
 
 

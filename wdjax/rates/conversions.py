@@ -6,14 +6,13 @@ peak.
 
 from typing import Any
 
-from .._engine import checks
 from .._engine.types import Number
-from ._numbers import positive
+from ._numbers import converting, positive
 
 Converted = Any  # A float; an array if an argument is an array.
 
 
-@checks.known_arguments
+@converting
 def from_timescale(steps: Number, learning_rate: Number) -> Converted:
     """The weight decay with which AdamW's weights are an average over this many steps.
 
@@ -44,7 +43,7 @@ def from_timescale(steps: Number, learning_rate: Number) -> Converted:
     return 1 / (positive("steps", steps, write) * positive("learning_rate", learning_rate, write))
 
 
-@checks.known_arguments
+@converting
 def timescale(weight_decay: Number, learning_rate: Number) -> Converted:
     """The number of steps that AdamW averages over: the inverse of `from_timescale`.
 
@@ -64,7 +63,7 @@ def timescale(weight_decay: Number, learning_rate: Number) -> Converted:
     return 1 / (positive("weight_decay", weight_decay, write) * positive("learning_rate", learning_rate, write))
 
 
-@checks.known_arguments
+@converting
 def from_tokens(tokens: Number, learning_rate: Number, *, batch: Number, fraction: Number) -> Converted:
     """The weight decay with which AdamW averages over a fraction of a run, given in tokens.
 
@@ -94,7 +93,7 @@ def from_tokens(tokens: Number, learning_rate: Number, *, batch: Number, fractio
     return positive("batch", batch, write) / (positive("learning_rate", learning_rate, write) * run)
 
 
-@checks.known_arguments
+@converting
 def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, epochs: Number) -> Converted:
     """The rate per step of the AdamW paper's normalized weight decay, which should suit runs of any length.
 
@@ -123,7 +122,7 @@ def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, ep
     return positive("weight_decay", weight_decay, write) / steps**0.5
 
 
-@checks.known_arguments
+@converting
 def from_prior(scale: Number, examples: Number, noise: Number = 1.0) -> Converted:
     """The weight decay that corresponds to a Gaussian prior with this standard deviation.
 
@@ -155,7 +154,7 @@ def from_prior(scale: Number, examples: Number, noise: Number = 1.0) -> Converte
     return of_data / positive("scale", scale, write) ** 2
 
 
-@checks.known_arguments
+@converting
 def prior_scale(weight_decay: Number, examples: Number, noise: Number = 1.0) -> Converted:
     """The standard deviation of the Gaussian prior that a weight decay means: the inverse of `from_prior`.
 

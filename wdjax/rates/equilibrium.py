@@ -6,13 +6,12 @@ of 1 / (1 - b1) steps: at 100 steps and b1=0.9 the weights end 5 % smaller. `exa
 how near real training comes.
 """
 
-from .._engine import checks
 from .._engine.types import Number
-from ._numbers import positive
+from ._numbers import converting, is_known, positive
 from .conversions import Converted
 
 
-@checks.known_arguments
+@converting
 def equilibrium_rms(weight_decay: Number, learning_rate: Number) -> Converted:
     """The root mean square that AdamW's weights come to under noisy gradients.
 
@@ -38,7 +37,7 @@ def equilibrium_rms(weight_decay: Number, learning_rate: Number) -> Converted:
     return (positive("learning_rate", learning_rate, write) / rate) ** 0.5
 
 
-@checks.known_arguments
+@converting
 def equilibrium_angle(weight_decay: Number, learning_rate: Number, b1: Number = 0.9) -> Converted:
     """The angle by which one step of AdamW turns the weights in equilibrium.
 
@@ -62,7 +61,7 @@ def equilibrium_angle(weight_decay: Number, learning_rate: Number, b1: Number = 
     """
     write = "equilibrium_angle(0.1, learning_rate=1e-3, b1=0.9)"
     memory = positive("b1", b1, write, or_zero=True)
-    if isinstance(memory, float) and memory >= 1:
+    if is_known(memory) and memory >= 1:
         raise ValueError(f"equilibrium_angle: b1 must be less than 1, got {b1}. Write {write}.")
     rate = 2 * positive("learning_rate", learning_rate, write) * positive("weight_decay", weight_decay, write)
     return (rate * (1 - memory) / (1 + memory)) ** 0.5

@@ -99,7 +99,7 @@ def _following(where: str, weight_decay: Any, learning_rate: Any, peak: Any, pow
         eta = wide(eta)
         if peak is None and power == 1:
             return rates
-        return _times(where, rates, eta ** (power - 1) if peak is None else eta**power / peak)
+        return _times(where, rates, eta ** (power - 1) if peak is None else eta**power / _like(eta, peak))
 
     def shape(step: Step) -> jax.Array:
         value = wide(jnp.asarray(eta(step)))
@@ -113,7 +113,7 @@ def _times(where: str, rates: Any, shape: Any) -> Any:
     if isinstance(rates, Rules):
         return rates * shape
     if not callable(rates) and not callable(shape):
-        return wide(rates) * shape
+        return _like(shape, wide(rates)) * shape
 
     def product(step: Step) -> jax.Array:
         value = jnp.asarray(shape(step) if callable(shape) else shape)
@@ -128,8 +128,8 @@ def _named(name: str, schedule: Schedule) -> Schedule:
     return schedule
 
 
-def _like(array: jax.Array, value: Any) -> jax.Array:
-    return jnp.asarray(value, array.dtype)
+def _like(array: Any, value: Any) -> Any:
+    return jnp.asarray(value, array.dtype) if isinstance(array, jax.Array) else value
 
 
 @checks.known_arguments

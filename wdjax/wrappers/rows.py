@@ -152,7 +152,7 @@ def _around(optimizer: Optimizer, action: Action, rule: LeafRule) -> optax.Gradi
         for node in nodes(state, (*SKIPPING, *FREE)):
             raise ValueError(
                 f"{where}: the optimizer holds a {type(node).__name__}, whose steps are not those of the gradients. "
-                f"Put it around the decay: optax.MultiSteps({where}(optax.adam(lr), 0.1, learning_rate=lr), 4)."
+                f"Put it around the decay, as in optax.MultiSteps({where}(optax.adam(lr), 0.1, learning_rate=lr), 4)."
             )
         return WithDecoupledDecayState(action.init(params, rule), state)
 
