@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from slow import slow_but
 
+import wdjax
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PAGE_OF = {page.stem: page for page in PAGES}
@@ -72,3 +74,14 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
         file = page.parent / name if name else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def test_the_page_of_methods_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| (.*?) \|", PAGE_OF["methods"].read_text(), re.M)
+    listed = set(re.findall(r"\w+", " ".join(rows)))
+    rooms = "in_loss in_gradient in_update on_weights low_precision low_rank penalties constraints"
+    modules = tuple(f"wdjax.{room}" for room in rooms.split())
+    methods = {name for name, value in vars(wdjax).items() if getattr(value, "__module__", "").startswith(modules)}
+    methods |= {"with_decoupled_decay", "with_sparse_decay", "with_lazy_decay", "relative", "corrected", "EMA"}
+    assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
+    assert len(methods) > 30

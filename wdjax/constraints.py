@@ -1,6 +1,7 @@
 """Constraints: the nearest weights that obey them, each in closed form. `constrain` puts weights there after each step.
 
-A constraint does not depend on the optimizer. It is a set of arrays, most of them with a radius, which the place sets.
+A constraint does not depend on the optimizer. It is a set of arrays. Most constraints have a radius, which `constrain`
+takes.
 
 | constraint | weights that obey it | the nearest ones |
 |---|---|---|
@@ -42,14 +43,14 @@ class Constraint(Protocol):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class L2Ball(SplitGroups):
-    """Weights whose norm is at most the radius: of each unit (max-norm), or of the whole array.
+    """Weights whose norm is at most the radius: the norm of each unit (max-norm), or of the whole array.
 
     Args:
         axis, per, axis_name: the groups, as for `GroupLasso`. `per=-1` bounds the incoming weights of each unit, in
             Flax, Haiku and Keras; in Equinox and PyTorch write `per=0`. With neither, the whole array is one group.
 
     Raises: as `GroupLasso`.
-    Units:  the radius is that of weights.
+    Units:  the radius is in units of the weights.
     Source: Srivastava et al. 2014 (max-norm of units, beside dropout). Keras' `MaxNorm(r, axis=0)` of a dense kernel is
             `L2Ball(per=-1)` with a radius of r, except that Keras divides by the norm plus 1e-7.
 
@@ -67,13 +68,13 @@ class L2Ball(SplitGroups):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class L2Sphere(SplitGroups):
-    """Weights whose norm is the radius: of each unit, or of the whole array (its Frobenius norm).
+    """Weights whose norm equals the radius: the norm of each unit, or of the whole array (its Frobenius norm).
 
     A group of zeros has no direction, so it stays zero.
 
     Args: axis, per, axis_name: the groups, as for `L2Ball`.
     Raises: as `GroupLasso`.
-    Units:  the radius is that of weights.
+    Units:  the radius is in units of the weights.
     Source: Salimans & Kingma 2016 (weight normalization, which learns the radius); nGPT, arXiv 2410.01131, for unit
             norms after each step; Hyperball, arXiv 2606.16899, for the norm at init. Keras' `UnitNorm` divides by the
             norm plus 1e-7.
@@ -95,7 +96,7 @@ class L1Ball(Groups):
 
     Args: axis, per: the groups, as for `GroupLasso`. Within `shard_map`, a group must be on one device.
     Raises: as `GroupLasso`.
-    Units:  the radius is that of weights.
+    Units:  the radius is in units of the weights.
     Source: Tibshirani 1996 (the lasso in its constrained form); Duchi et al. 2008 for the projection by sorting.
 
     Example:
@@ -128,16 +129,17 @@ class L1Ball(Groups):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SpectralBall(Groups):
-    """Matrices whose largest singular value is at most the radius. Larger ones become the radius.
+    """Matrices whose largest singular value is at most the radius. Singular values above it become the radius.
 
     Args:
-        per: the axes on one side of the matrix; all others are on the other side. `per=-1` makes a convolution
-            (height, width, inputs, outputs) a matrix of height * width * inputs rows. In Equinox and PyTorch write
-            `per=0`. For layers in a stack, it counts the axes of one layer.
+        per: the axes of the outputs; all other axes are the inputs. It matters for arrays with more than two axes. The
+            default, `per=-1`, makes a convolution (height, width, inputs, outputs) a matrix with height * width *
+            inputs rows. In Equinox and PyTorch write `per=0`, and for Flax's query, key and value (features, heads,
+            size of a head) `per=(1, 2)`. For layers in a stack, it counts the axes of one layer.
 
-    Raises: TypeError for an invalid axis; on use, ValueError if an array is no such matrix. Leave vectors out with a
-            mask.
-    Units:  the radius is a singular value: the largest factor by which the matrix makes a vector longer.
+    Raises: TypeError for an invalid axis; on use, ValueError if one side has no axes, as for a vector. Leave vectors
+            out with a mask.
+    Units:  the radius is a singular value: the largest factor by which the matrix can lengthen a vector.
     Source: Sedghi, Gupta & Long 2019 and arXiv 2507.13338 (the spectral cap, there by an approximation). Here it is
             exact, by a singular value decomposition in each step. It is not differentiable where a singular value
             equals the radius.

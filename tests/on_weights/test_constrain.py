@@ -89,6 +89,7 @@ def stepped(optimizer: Any, updates: Any, params: Any) -> Any:
 # The projections.
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @every_case
 @pytest.mark.usefixtures("x64")
 def test_closed_form(case: Case) -> None:
@@ -214,6 +215,7 @@ def targets(count: int) -> np.ndarray:
     return np.random.default_rng(7).normal(size=(count, 6, 4)) + 0.3
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @pytest.mark.peers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -548,3 +550,13 @@ def test_the_monitor_sees_that_a_sphere_takes_the_decay_away() -> None:
         rates.append(float(wdjax.scalars(state)["kernel/effective_rate"]))
     np.testing.assert_allclose(rates[0], 0.001, rtol=1e-3)
     assert rates[1] < 0.05 * rates[0]
+
+
+def test_spheres_of_single_weights_are_warned_of() -> None:
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "layers": jnp.ones((2, 5))}
+    optimizer = wdjax.constrain(wdjax.L2Sphere(per=-1), 1.0, stacked_axes={"layers": 1})
+    with pytest.warns(UserWarning, match=r"^constrain: each weight is a group of its own at 'bias', 'layers', so"):
+        optimizer.init(params)
+    for kind in (wdjax.L2Ball(per=-1), wdjax.L2Sphere()):  # A bound for each bias is what Keras' bias_constraint means.
+        wdjax.constrain(kind, 1.0).init(params)
+    wdjax.constrain(wdjax.L2Sphere(per=-1), 1.0, wdjax.only("kernel")).init(params)

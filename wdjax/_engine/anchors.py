@@ -22,14 +22,15 @@ Leaves = Sequence[tuple[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class EMA:
-    """An anchor that follows the weights: their exponential moving average. `toward=EMA(0.999)` pulls to it.
+    """An anchor that follows the weights: their exponential moving average. `toward=EMA(0.999)` pulls toward it.
 
-    Rule:   a_0 = p_0, and after the update of p_t: a_{t+1} = decay * a_t + (1 - decay) * p_t. The update pulls to a_t.
-    Units:  of a step: the average has a memory of about 1 / (1 - decay) updates.
-    Source: elastic averaging SGD with one worker (Zhang, Choromanska & LeCun 2015), where the rate is rho, and
-            decay = 1 - beta.
+    Rule:   a_0 = p_0. The update of p_t pulls toward a_t. Then a_{t+1} = decay * a_t + (1 - decay) * p_t.
+    Units:  per step: the average has a memory of about 1 / (1 - decay) steps.
+    Source: elastic averaging SGD with one worker (Zhang, Choromanska & LeCun 2015). There, the rate of
+            `decoupled_decay` is called rho, and 1 - decay is called beta.
 
-    The average is kept in the decay's state, in at least float32. Steps that a wrapper skips do not move it.
+    The state of the decay holds the average, in at least float32. Steps that a wrapper skips do not move it. Penalties
+    in the loss have no state, so they do not take it. `with_lazy_decay` does not take it either.
 
     Args:
         decay: a number from 0 to less than 1. (With 1 the anchor would stay: write `toward="init"`.)

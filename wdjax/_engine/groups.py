@@ -69,6 +69,14 @@ class Groups:
             )
         return axes if self.per is None else tuple(axis for axis in range(ndim) if axis not in axes)
 
+    def fits(self, ndim: int) -> bool:
+        """Whether an array with `ndim` axes has the axes."""
+        try:
+            self.axes(ndim)
+        except UnfitShapeError:
+            return False
+        return True
+
     def groups(self, shape: Sequence[int]) -> tuple[int, int]:
         """How many groups an array of this shape has, and how many weights are in each."""
         of_norm = self.axes(len(shape))

@@ -67,8 +67,7 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
     Rule:   u <- u - weight_decay * (p - toward)
     Place:  after the learning rate, where u is added to the parameters unchanged.
     Units:  per step: with zero gradient, a weight is multiplied by 1 - weight_decay each step. To follow the shape of
-            the learning rate but not its size, pass the schedule
-            `lambda step: weight_decay * learning_rate(step) / peak_learning_rate`.
+            the learning rate but not its size, pass `rates.relative(weight_decay, learning_rate, peak=...)`.
     Source: Loshchilov & Hutter 2019, Algorithm 2, which multiplies both by the schedule; TensorFlow Addons' and
             big_vision's weight decay. Before the learning rate, this would be `decoupled_decay` with the wrong sign.
 

@@ -17,14 +17,14 @@ def scale_by_path(multipliers: Rate, mask: Mask = None) -> optax.GradientTransfo
     """Multiplies the update of each parameter by its own number: learning rates by path.
 
     Rule:   u <- multiplier * u. A multiplier of 0 gives 0, also where u is inf or NaN; a multiplier of 1 keeps u.
-    Place:  after `scale_by_*`, because Adam and its relatives undo the scale of a gradient. What stands before it is
-            multiplied, and what follows is not. After `decoupled_decay` or a whole recipe, it scales learning rate and
-            decay alike, as the learning rate of a PyTorch parameter group does. Before `independent_decay`, the decay
-            stays as it is, as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so it is
-            always scaled. What takes a learning rate itself and comes later, such as `with_decoupled_decay` around it
-            or `proximal_step`, needs the same table: `learning_rate=1e-3 * multipliers`.
-    Units:  of the learning rate: a multiplier of 0.1 makes it a tenth. With a multiplier of 0 a parameter stays where
-            it is, but it keeps its moments, and its gradient counts in a global norm; `freeze` leaves both out.
+    Place:  after `scale_by_*`, because Adam and its relatives undo the scale of a gradient. What comes before it is
+            multiplied, and what comes after it is not. After `decoupled_decay` or a whole recipe, it scales learning
+            rate and decay alike, as the learning rate of a PyTorch parameter group does. Before `independent_decay`,
+            the decay stays as it is, as under big_vision's `lr_mults`. L2 in the gradient comes before `scale_by_*`, so
+            it is always scaled. Later functions with a learning rate of their own need the same table, such as
+            `proximal_step`, or `with_decoupled_decay` around the chain: `learning_rate=1e-3 * multipliers`.
+    Units:  those of the update: a multiplier of 0.1 makes the learning rate a tenth. With a multiplier of 0, a
+            parameter does not move, but it has moments, and its gradient counts in a global norm. `freeze` avoids both.
     Source: PyTorch's parameter groups; timm's `lr_scale` and big_vision's `lr_mults`, for tables of them.
 
     Args:

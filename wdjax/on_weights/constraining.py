@@ -12,10 +12,11 @@ from .._engine import checks, trees
 from .._engine.arithmetic import LeafRule, Strength, compute_dtype
 from .._engine.groups import UnfitShapeError, check_even
 from .._engine.loop import Action, transformation
+from .._engine.per_leaf import stacks as stacks_of
 from .._engine.text import listed, shown
 from .._engine.types import Mask, Rate, StackedAxes
 from .._engine.unstable import automatic, is_traced
-from ..constraints import Constraint, is_ours
+from ..constraints import Constraint, L2Sphere, is_ours
 from ..paths import stacks
 
 PyTree = Any
@@ -29,29 +30,32 @@ def constrain(
     *,
     stacked_axes: StackedAxes | None = None,
 ) -> optax.GradientTransformation:
-    """Moves the weights from where the optimizer puts them to the nearest weights that obey a constraint.
+    """Moves the weights, after the optimizer's step, to the nearest weights that obey a constraint.
 
     Rule:   p + u <- kind.project(p + u, radius). An element that the projection leaves alone keeps the bits of u.
     Place:  last in the chain, after the learning rate and after every decay.
-    Units:  the radius is that of weights, whatever the learning rate is. A radius of 0 is a value: it makes weights 0.
+    Units:  the radius is in units of the weights, and the learning rate does not scale it. A radius of 0 makes all
+            weights 0.
     Source: projected gradient descent, Goldstein 1964; Keras' `kernel_constraint`. Deviation: Keras projects after the
-            step, and here the update is rewritten, so that the weights obey up to the rounding of the update and of the
-            sum: for each weight, half a unit in the last place of either.
+            step. Here the update is changed instead, and rounded. So each weight may be off by half a unit in the last
+            place of the update, plus half a unit in the last place of the weight.
 
     Args:
         kind: a constraint: `L2Ball(per=-1)`, `L2Sphere()`, `L1Ball()`, `SpectralBall()`, `NonNegative()`, or your own
             `Constraint`.
         radius: a number >= 0, a 0-d array, a schedule, a `by_path` table or a tree like params of these, or of arrays
-            with one radius for each group. "init" is the norm of each group at `init`, for each layer of a stack; it
-            is kept in the state. Leave it out for a kind without one.
+            with one radius for each group. "init" is the norm of each group at `init`, for each layer of a stack; the
+            state keeps it. `NonNegative()` has no radius: write `constrain(NonNegative(), mask=mask)`.
         mask: as `decoupled_decay`, for whole parameters.
         stacked_axes: as `add_penalty_to_grads`.
 
     Returns: an `optax.GradientTransformation` with a `DecayState`, whose `leaf` holds the radii of "init". Its `update`
     needs `params`. Updates keep their dtype.
-    Raises: TypeError or ValueError, when built, for a kind without a `project`, a radius that is missing, not wanted,
-            negative or not a scalar; at `update`, if a radius differs within a group. Otherwise as `decoupled_decay`.
-    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they stay zero.
+    Raises: TypeError or ValueError, when built, for a kind without a `project`, and for a radius that is missing, not
+            wanted, negative or not a scalar; at `update`, if a radius differs within a group. Otherwise as
+            `decoupled_decay`.
+    Warns:  UserWarning at `init`, if the radius is "init" and the weights of a group are all zero: they will stay zero;
+            and if each weight is a sphere of its own, as in a bias under `L2Sphere(per=-1)`.
 
     Example:
 
@@ -74,12 +78,13 @@ def constrain(
         is_kept=is_ours(kind),
     )
     plain = transformation(action, rule)
-    if not is_init:
-        return plain
 
     def init_fn(params: PyTree) -> Any:
         state = plain.init(params)
-        _warn_of_zeros(action, params, state)
+        if is_init:
+            _warn_of_zeros(action, params, state)
+        if isinstance(kind, L2Sphere):
+            _warn_of_single_weights(action, kind, params)
         return state
 
     return optax.GradientTransformationExtraArgs(init_fn, plain.update)
@@ -146,6 +151,20 @@ class _InitialNorm:
             return automatic(lambda p: self.kind.norm(jnp.asarray(p, compute_dtype(p))), (p,), like=None)
         except UnfitShapeError:  # The mask leaves it out, or `update` raises the error.
             return jnp.zeros((1,) * jnp.ndim(p), jnp.finfo(compute_dtype(p)).dtype)
+
+
+def _warn_of_single_weights(action: Action, kind: L2Sphere, params: PyTree) -> None:
+    leaves = trees.flatten_with_paths(params)
+    in_stacks, acting = stacks_of(action.where, action.stacked_axes, leaves), action.acts_on(params, leaves)
+    each = zip(leaves, in_stacks, acting, strict=True)
+    shapes = [(path, np.shape(leaf)[len(stack) :]) for (path, leaf), stack, acts in each if acts]
+    # A shape that does not fit is an error in `update`.
+    single = [path for path, shape in shapes if kind.fits(len(shape)) and kind.groups(shape)[1] == 1]
+    if single:
+        checks.warn(
+            f"constrain: each weight is a group of its own at {listed(single)}, so it can only be the radius or minus "
+            "the radius. Select the matrices: mask=only('kernel')."
+        )
 
 
 def _warn_of_zeros(action: Action, params: PyTree, state: Any) -> None:

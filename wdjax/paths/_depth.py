@@ -107,13 +107,14 @@ class ByDepth(Rules, kind="by_depth"):
 
 @checks.known_arguments
 def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axis: int | None = None) -> Rules:
-    """Layer-wise decay: multipliers that change by a factor from each block of a model to the one below it.
+    """Multipliers that change by a factor from each block of a model to the one below it: layer-wise rates.
 
     Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and `last` has 1.
             Blocks are ordered by their numbers, which may start anywhere and have gaps.
-    Place:  a factor of any rate: `0.1 * by_depth("blocks/*", 0.75, first="patch_embed", last="head")`. For the learning
-            rate too, as in BEiT, put `scale_by_path(by_depth(...))` at the end of the chain.
-    Source: BEiT (arXiv 2106.08254). In timm's `param_groups_layer_decay`, the last norm counts as the last block:
+    Place:  for learning rates, as in BEiT and timm's `layer_decay`: `scale_by_path(by_depth(...))` at the end of the
+            chain, which scales the decay too. For the weight decay alone, a factor of the rate:
+            `0.1 * by_depth("blocks/*", 0.75, first="patch_embed", last="head")`.
+    Source: BEiT (arXiv 2106.08254). In timm's `param_groups_layer_decay`, a last norm mostly counts as the last block:
             `by_path({"norm/*": 0.75}, default=by_depth("blocks/*", 0.75, first=..., last="head"))`.
 
     Args:

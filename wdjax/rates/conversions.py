@@ -15,18 +15,19 @@ Converted = Any  # A float; an array if an argument is an array.
 
 @checks.known_arguments
 def from_timescale(steps: Number, learning_rate: Number) -> Converted:
-    """The weight decay with which AdamW averages over this many steps.
+    """The weight decay with which AdamW's weights are an average over this many steps.
 
-    AdamW's weights are an exponential moving average of its past directions, divided by weight_decay. One step has the
-    weight learning_rate * weight_decay in it. Its inverse is the timescale.
+    AdamW's weights are an exponential moving average of its past directions, divided by weight_decay. In this average,
+    the latest direction has the weight learning_rate * weight_decay. The timescale is the inverse of that.
 
     Rule:   weight_decay = 1 / (steps * learning_rate)
     Place:  the weight_decay of `decoupled_decay` and `adamw`. With learning_rate=1.0, that of `independent_decay`.
     Units:  per step and per unit of learning rate.
-    Source: Wang & Aitchison 2025, arXiv 2405.13698. In epochs: steps = epochs * examples / batch.
+    Source: Wang & Aitchison 2025, arXiv 2405.13698.
 
     Args:
-        steps: the timescale: after this many steps, the share of a past direction has fallen to 1 / e. > 0.
+        steps: the timescale, > 0. After this many steps, the share of a past direction has fallen to 1 / e. From a
+            timescale in epochs: steps = epochs * examples / batch.
         learning_rate: the optimizer's learning rate, > 0. Of a schedule, the peak.
 
     Returns: a float; an array if an argument is an array.
@@ -124,13 +125,13 @@ def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, ep
 
 @checks.known_arguments
 def from_prior(scale: Number, examples: Number, noise: Number = 1.0) -> Converted:
-    """The weight decay that a Gaussian prior with this standard deviation means.
+    """The weight decay that corresponds to a Gaussian prior with this standard deviation.
 
     The minimum of the mean loss with this penalty is the maximum of the posterior.
 
     Rule:   weight_decay = noise**2 / (examples * scale**2)
-    Place:  `l2_penalty`, and `add_l2_to_grads` under any optimizer that goes to the minimum. Decay in the update is no
-            penalty under Adam, and goes elsewhere.
+    Place:  `l2_penalty`, or `add_l2_to_grads` with any optimizer that reaches the minimum. Under Adam, a decay in the
+            update is not a penalty, and leads to other weights.
     Units:  of a loss that is the mean over examples. For a sum over examples, write examples=1.
     Source: Bayes' rule. In scikit-learn's `BayesianRidge`, scale is 1 / sqrt(lambda_) and noise 1 / sqrt(alpha_). In
             its `LogisticRegression`, C is scale**2.

@@ -34,7 +34,7 @@ def relative(weight_decay: Rate, learning_rate: Number | Schedule, *, peak: Numb
             rates.
         learning_rate: the optimizer's learning rate: a number, a 0-d array or a schedule.
         peak: the largest value of a schedule. It is required for a schedule, because finding it would mean calling the
-            schedule at every step. For a number it may be left out. Then the result is weight_decay itself.
+            schedule at every step. For a number, it may be left out, and then the result is weight_decay itself.
 
     Returns: a number for numbers, a table for a table, otherwise a schedule. Its dtype is that of the learning rate,
     but at least float32.
@@ -65,8 +65,8 @@ def corrected(weight_decay: Rate, learning_rate: Number | Schedule, *, peak: Num
     Units:  weight_decay is that of AdamW, which the learning rate multiplies. The result is per step.
     Source: AdamC, arXiv 2506.02285; `corrected_weight_decay` of timm; `adamc_weight_decay` of levanter. Deviation: the
             paper corrects only layers that a normalization follows, and so does pytorch-optimizer's `AdamC`, in groups
-            marked `normalized`. timm and levanter correct all that decays, as this does. For the paper's choice, use
-            two decays with a mask each.
+            marked `normalized`. timm and levanter correct all that decays, as this does. To correct only
+            normalized layers, use two decays, each with its own mask.
 
     Args, Returns, Raises: as `relative`. For a number without a peak, the result is weight_decay * learning_rate.
 

@@ -42,17 +42,18 @@ def with_sparse_decay(
     stacked_axes: StackedAxes | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds decoupled weight decay of the rows that have a gradient in this step. A row without one does not decay.
+    """Adds decoupled weight decay to the rows whose gradient is not zero in this step. Other rows do not decay.
 
     Rule:   u <- optimizer's u - learning_rate * weight_decay * (p - toward) in rows where some gradient is not 0
-    Place:  around the whole optimizer, because it must see the gradients before the moments do. A row is an index along
-            the first axis.
-    Units:  as `with_decoupled_decay`, per step in which the row has a gradient: rare rows decay less.
+    Place:  around the whole optimizer, because it must see the gradients themselves, before they enter the moments. A
+            row is an index along the first axis; in a vector, each element is a row. Choose embeddings and experts with
+            the mask.
+    Units:  as `with_decoupled_decay`, per step in which the row has a gradient: rarely used rows decay less.
     Source: TensorFlow Addons' `DecoupledWeightDecayExtension` on sparse gradients, which decays the gathered rows.
 
     Args:
-        optimizer: an `optax.GradientTransformation` that ends with a learning rate. Its moments go on moving rows
-            without a gradient.
+        optimizer: an `optax.GradientTransformation` that ends with a learning rate. Its moments may still move rows
+            without a gradient. It may have a decay of its own for the parameters that `mask` leaves out.
         weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: as `with_decoupled_decay`.
         stacked_axes: as `add_penalty_to_grads`: the first axis of a layer is the one after these.
@@ -62,8 +63,8 @@ def with_sparse_decay(
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
 
     Raises:
-        TypeError, ValueError: as `with_decoupled_decay`. At `init` also for optimizers that skip steps, such as
-            `optax.MultiSteps`: put these around it, so that it sees the gradient of the whole step.
+        TypeError, ValueError: as `with_decoupled_decay`. At `init`, also for optimizers that skip steps, such as
+            `optax.MultiSteps`. Put these around this wrapper, so that it sees the gradient of the whole step.
 
     Example:
 
@@ -92,16 +93,16 @@ def with_lazy_decay(
     stacked_axes: StackedAxes | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds decoupled weight decay that a row catches up on when it has a gradient: the dense decay, paid late.
+    """Adds decoupled weight decay that waits until a row has a gradient, and then applies all decay that it missed.
 
     Rule:   u <- optimizer's u - f * (p - toward) in rows where some gradient is not 0, where f is the fraction that the
             row owes: 1 - f = product of (1 - learning_rate * weight_decay) over the steps since the last such step,
-            this one included. Other rows owe, and keep u.
-    Place:  around the whole optimizer, because it must see the gradients before the moments do. A row is an index along
-            the first axis.
+            this one included. In other rows f grows, and u stays as it is.
+    Place:  as `with_sparse_decay`.
     Units:  as `with_decoupled_decay`. With the same gradients, a row that has just caught up equals a row under
-            `with_decoupled_decay`, if the optimizer moves no row without a gradient (SGD, Adagrad; not Adam). Between
-            its gradients, a row has not decayed yet. At the end, pay the rest: p - f * (p - toward), f in `decay.leaf`.
+            `with_decoupled_decay`, if the optimizer does not move rows without a gradient (plain SGD and Adagrad do
+            not, Adam does). While it waits, a row does not decay. At the end of training, apply the rest:
+            p - f * (p - toward), with f from `decay.leaf` of the state.
     Source: the global weight decay of FBGEMM's sparse optimizers; the product in closed form.
 
     Args, Raises: as `with_sparse_decay`. `toward` can't be an `EMA`, which moves while a row waits, and the rate can't
@@ -109,7 +110,7 @@ def with_lazy_decay(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`. Its `decay.leaf` has one number f
-        for each row, in at least float32, so that a decay that would round to nothing in each step adds up.
+        for each row, in at least float32. So a decay that would round to nothing in a single step accumulates.
 
     Example:
 
