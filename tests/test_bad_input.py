@@ -181,7 +181,7 @@ def test_a_traced_mask() -> None:
 BAD_ANCHORS = [
     (
         "start",
-        "toward must be None (zero), a tree like params, 'init', EMA(...), or a table by path of the last two, got 's",
+        "toward must be None (zero), a tree like params, 'init', EMA(...), or a table by path of these and 0.0, got ",
     ),
     (
         {"Dense_0": {"kernel": jnp.ones((2, 3))}},

@@ -143,7 +143,8 @@ class SpectralBall(Groups):
     Units:  the radius is a singular value: the largest factor by which the matrix can lengthen a vector.
     Source: Sedghi, Gupta & Long 2019 and arXiv 2507.13338 (the spectral cap, there by an approximation). Here it is
             exact, by a singular value decomposition in each step. It is not differentiable where a singular value
-            equals the radius.
+            equals the radius. With the radius "init", `init` decomposes every matrix, also those that the mask leaves
+            out; `optax.masked` hides them.
 
     Example:
 

@@ -146,6 +146,13 @@ MUTATIONS = [
         "part = None",
         (ARRAYS,),
     ),
+    Mutation(
+        "what rows owe is forgotten by another wrapper",
+        "wrappers/steps.py",
+        "    if state.leaf is not None:\n",
+        "    if False:\n",
+        (ROWS,),
+    ),
     # Warnings of rates.
     Mutation(
         "the smallest rate of a schedule is warned of",

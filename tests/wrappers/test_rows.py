@@ -261,3 +261,14 @@ def test_layers_with_rates_of_their_own_have_to_be_declared() -> None:
     np.testing.assert_allclose(updates["blocks"][:, 1, 0], [-0.0125, -0.025, -0.05], rtol=1e-6)
     np.testing.assert_array_equal(updates["blocks"][:, 0], 0)
     np.testing.assert_allclose(state.decay.leaf["blocks"][:, 0, 0], [0.0125, 0.025, 0.05], rtol=1e-6)
+
+
+def test_what_rows_owe_is_not_forgotten() -> None:
+    params = {"embedding": jnp.ones((2, 1))}
+    zeros = {"embedding": jnp.zeros((2, 1))}
+    lazy = wdjax.with_lazy_decay(optax.sgd(0.1), 0.1, learning_rate=0.1)
+    _, state = lazy.update(zeros, lazy.init(params), params)
+    for wrapper in (wdjax.with_sparse_decay, wdjax.with_decoupled_decay):
+        other = wrapper(optax.sgd(0.1), 0.1, learning_rate=0.1)
+        with pytest.raises(ValueError, match=rf"^{wrapper.__name__}: the state is that of with_lazy_decay, and rows"):
+            other.update(zeros, state, params)

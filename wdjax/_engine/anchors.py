@@ -72,8 +72,8 @@ def check(where: str, toward: Any) -> None:
             )
     elif isinstance(toward, type) or (isinstance(toward, str) and toward != "init"):
         raise ValueError(
-            f"{where}: toward must be None (zero), a tree like params, 'init', EMA(...), or a table by path of the "
-            f"last two, got {shown(toward)}. Write {where}(..., toward='init') for the values at init."
+            f"{where}: toward must be None (zero), a tree like params, 'init', EMA(...), or a table by path of "
+            f"these and 0.0, got {shown(toward)}. Write {where}(..., toward='init') for the values at init."
         )
     elif not _is_kept(toward):
         if kept := [leaf for leaf in jax.tree.leaves(toward) if isinstance(leaf, str) or _is_kept(leaf)]:

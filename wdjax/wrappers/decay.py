@@ -12,7 +12,7 @@ from .._engine.loop import Action, DecayState
 from .._engine.probe import gated
 from .._engine.steps import nodes, stepped
 from .._engine.types import Anchor, Mask, Optimizer, Rate
-from .steps import FREE, Scale, check
+from .steps import FREE, Scale, check, refuse_what_rows_owe
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)
@@ -79,6 +79,7 @@ def with_decoupled_decay(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
+        refuse_what_rows_owe(where, state.decay)
         before = state.inner_state
         updates, after = inner.update(updates, before, params, **extra_args)
         real = stepped(before, after)

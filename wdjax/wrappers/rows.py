@@ -26,7 +26,7 @@ from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate, StackedAxes
 from ..paths import stacks
 from .decay import WithDecoupledDecayState
-from .steps import FREE, Scale, check
+from .steps import FREE, Scale, check, refuse_what_rows_owe
 
 PyTree = Any
 
@@ -158,6 +158,8 @@ def _around(optimizer: Optimizer, action: Action, rule: LeafRule) -> optax.Gradi
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
+        if rule.init is None:
+            refuse_what_rows_owe(where, state.decay)
         moved, after = inner.update(updates, state.inner_state, params, **extra_args)
         acting, factors = scale.of(after)
         wide = jax.tree.map(_wide, updates, is_leaf=trees.is_hole)

@@ -11,7 +11,7 @@ import optax
 from optax import contrib
 
 from .._engine.arithmetic import stateless, subtracted
-from .._engine.loop import Action
+from .._engine.loop import Action, DecayState
 from .._engine.rates import values_of
 from .._engine.steps import INJECTED, SKIPPING, injected, learning_rates, nodes
 from .._engine.text import shown
@@ -73,6 +73,15 @@ _REFUSED = {
 # Hyperparameters that are learning rates under another name. The second pattern counts only without the first.
 _A_RATE = re.compile(r"(.*_)?(lr|learning_?rate|step_?size)\d*|(lr|learning_?rate|step_?size)_.*")
 _MAYBE_A_RATE = re.compile(r"(eta|alpha|scale|factor|multiplier)\d*")
+
+
+def refuse_what_rows_owe(where: str, state: DecayState) -> None:
+    """Raises an error if rows still owe a decay, which this wrapper would forget."""
+    if state.leaf is not None:
+        raise ValueError(
+            f"{where}: the state is that of with_lazy_decay, and rows still owe decay. Pay it, "
+            "p - state.decay.leaf * (p - toward), and then make a new state: optimizer.init(params)."
+        )
 
 
 class Scale:
