@@ -18,7 +18,6 @@ from registry import (
     core_decay,
     core_first,
     core_row,
-    every_anchored,
     every_decay,
     every_row,
 )
@@ -88,16 +87,33 @@ def run_pmap(optimizer: Any, updates: Any, state: Any, params: Any) -> Any:
 RUNS = {"eager": run_eager, "jit": run_jit, "pmap": run_pmap}
 
 
-# Compiled on every row; un-jitted and on replicas is what the engine makes of the same.
+# Compiled and in float32 on every row; un-jitted, on replicas and in bfloat16 is what the engine makes of the same.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CLOSED_FORMS = [
-    pytest.param(row, RUNS[run], id=f"{run}-{row.name}", marks=() if row.core or run == "jit" else pytest.mark.slow)
+    pytest.param(
+        row,
+        RUNS[run],
+        DTYPES[dtype],
+        id=f"{dtype}-{run}-{row.name}",
+        marks=() if row.core or (run, dtype) == ("jit", "float32") else pytest.mark.slow,
+    )
+    for dtype in DTYPES
     for run in RUNS
     for row in ROWS
 ]
+ANCHORED_FORMS = [
+    pytest.param(
+        row,
+        DTYPES[dtype],
+        id=f"{dtype}-{row.name}",
+        marks=() if row.core or dtype == "float32" else pytest.mark.slow,
+    )
+    for dtype in DTYPES
+    for row in ANCHORED
+]
 
 
-@pytest.mark.parametrize(("row", "run"), CLOSED_FORMS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("row", "run", "dtype"), CLOSED_FORMS)
 def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
     params, updates = make_params(dtype), make_updates(dtype)
     for name, rate in RATES.items():
@@ -113,8 +129,7 @@ def test_closed_form(row: Row, run: Any, dtype: Any) -> None:
             state = new_state
 
 
-@every_anchored
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("row", "dtype"), ANCHORED_FORMS)
 def test_toward_a_tree_and_toward_init(row: Row, dtype: Any) -> None:
     params, updates = make_params(dtype), make_updates(dtype)
     start = jax.tree.map(lambda p: jnp.full_like(p, ANCHOR), params)

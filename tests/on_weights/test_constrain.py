@@ -72,6 +72,12 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.kind))
 ONE_OF_EACH = [case for case in CASES if repr(case.kind).endswith(("()", "SpectralBall(per=-1)"))]
 each_kind = pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: repr(case.kind))
+# The other groups are those of the closed form.
+one_of_each_first = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in ONE_OF_EACH else pytest.mark.slow) for case in CASES],
+    ids=lambda case: repr(case.kind),
+)
 each_radius = pytest.mark.parametrize(
     "case", [case for case in ONE_OF_EACH if case.radius is not None], ids=lambda case: repr(case.kind)
 )
@@ -325,7 +331,7 @@ def test_weights_of_zero_are_warned_of_where_init_is_their_radius() -> None:
 # Inside programs: derivatives, vmap, shards.
 
 
-@every_case
+@one_of_each_first
 @pytest.mark.usefixtures("x64")
 def test_derivatives(case: Case) -> None:
     w, u, direction = (make(seed)["conv"] for seed in (0, 1, 2))
@@ -384,7 +390,7 @@ def test_vmap_over_radii_and_over_models(case: Case) -> None:
         np.testing.assert_allclose(got[i], want, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [slow(AxisType.Auto), AxisType.Explicit])
 @each_kind
 def test_sharded_weights(case: Case, axis_type: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
