@@ -76,6 +76,7 @@ NONE_AND_ONE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @core_row
 def test_leaves_of_no_element_and_of_one(row: Row) -> None:
     params = {**NONE_AND_ONE, "scalar": jnp.array(2.0)}
@@ -129,6 +130,7 @@ def test_what_is_traced_for_a_leaf_does_not_grow_with_their_number(row: Row) -> 
 HUGE = 2**31
 
 
+@pytest.mark.filterwarnings("ignore:constrain. each weight is a group of its own")
 @core_row
 def test_more_elements_than_an_int32_can_count(row: Row) -> None:
     shape = jax.ShapeDtypeStruct

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from registry import Row, core_row, every_row
+from registry import Row, core_anchored, every_row
 
 import wdjax
 import wdjax.testing
@@ -263,7 +263,7 @@ PARTLY = {
 }
 
 
-@core_row
+@core_anchored
 @pytest.mark.parametrize("part", PARTLY)
 def test_zero_is_the_anchor_of_all_below_it(row: Row, part: str) -> None:
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), NETWORK)

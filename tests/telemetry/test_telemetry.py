@@ -440,6 +440,7 @@ def test_float64_is_summed_in_float64_and_the_metrics_are_float32(dtypes: Any) -
 # Rounding.
 
 
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.peers
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
 @pytest.mark.parametrize("decays", [1e-5, slow(1e-9)])
@@ -857,6 +858,7 @@ def test_on_one_cpu_parameters_and_updates_are_read_once_more(dtype: Any, monkey
     assert costs[1][1] < 1.1
 
 
+@pytest.mark.filterwarnings("ignore:.*the decay rounds to nothing")
 @pytest.mark.slow
 @pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
