@@ -139,6 +139,7 @@ def cosine(start: Number, end: Number, steps: Number) -> Schedule:
     Optax writes the same as `optax.cosine_decay_schedule(start, steps, alpha=end / start)`, which can't start at 0.
 
     Rule:   end + (start - end) * (1 + cos(pi * min(step / steps, 1))) / 2
+    Place:  the weight_decay or strength of any place but the loss, which has no step.
     Units:  those of start and end.
     Source: DINOv2, whose weight decay goes from 0.04 to 0.4; nanochat, from 0.28 to 0.
 
@@ -177,6 +178,7 @@ def log_time(weight_decay: Number, timescale: Number) -> Schedule:
     The share of the run that AdamW averages over then stays the same while the run goes on.
 
     Rule:   weight_decay / (1 + step / timescale)
+    Place:  as `cosine`.
     Units:  those of weight_decay.
     Source: ADANA, arXiv 2602.05298 (read in secondary sources and in code after it, not in the paper), where the rate
             is omega / (T / 10 + t) for a run of T steps: `log_time(10 * omega / T, T / 10)`. It also multiplies by the

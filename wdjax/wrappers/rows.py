@@ -4,7 +4,7 @@ A row is an index along the first axis, with all that is below it: a token's vec
 an expert's matrix in an array (experts, in, out), a single element of a vector.
 
 Why a wrapper: whether a row was used shows in its gradient, and only there. After `scale_by_adam` a row without a
-gradient still moves, by its momentum. But the decay belongs at the other end of the chain, behind the learning rate. A
+gradient still moves, by its momentum. But the decay belongs at the other end of the chain, after the learning rate. A
 wrapper around the optimizer sees both ends.
 """
 
@@ -188,10 +188,10 @@ def _added(update: Any, gradient: Any, term: Any) -> Any:
     return cast(cast(update, term.dtype) + term, jnp.result_type(update))
 
 
-def _has_gradient(gradient: jax.Array, axes: mesh_axes.Names) -> jax.Array:
+def _has_gradient(where: str, gradient: jax.Array, axes: mesh_axes.Names) -> jax.Array:
     """Whether each row has a gradient, with the axes of a row kept at size 1."""
     used = jnp.any(gradient != 0, range(1, gradient.ndim), keepdims=True)
-    split = mesh_axes.split_over("axis_name", gradient, axes)
+    split = mesh_axes.split_over(where, gradient, axes)
     return mesh_axes.total(used.astype(jnp.int32), split) > 0
 
 
@@ -207,7 +207,7 @@ class _Sparse:
     axes: mesh_axes.Names
 
     def __call__(self, g: jax.Array, p: jax.Array, a: Any, rate: Strength, state: Any, totals: Any) -> Any:
-        used = _has_gradient(g, self.axes)
+        used = _has_gradient("with_sparse_decay", g, self.axes)
         return minus(-jnp.zeros_like(g), Strength(jnp.where(used, rate.value, 0)), away(p, a)), None
 
 
@@ -225,6 +225,6 @@ class _Lazy:
             )
         # The sum of the products: small rates are not lost, as they would be in a product of numbers close to 1.
         owed = owed + rate.value * (1 - owed)
-        used = _has_gradient(g, self.axes)
+        used = _has_gradient("with_lazy_decay", g, self.axes)
         paid = jnp.where(used, owed, 0)
         return minus(-jnp.zeros_like(g), Strength(paid), away(p, a)), jnp.where(used, 0, owed)
