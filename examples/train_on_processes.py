@@ -18,7 +18,7 @@ that all can write to:
     # elsewhere: jax.distributed.initialize("first-machine:1234", num_processes=2, process_id=0)  # and 1 on the other
     train(jax.sharding.Mesh(jax.devices(), ("devices",)), epochs, directory)  # jax.devices() are those of all processes
 
-The demonstration uses the CPU only, whatever else the machine has. More in docs/several_processes.md.
+The demonstration uses the CPU only, whatever else the machine has. More in docs/how_to/several_processes.md.
 """
 
 import faulthandler

@@ -119,7 +119,7 @@ def test_explicit_meshes_give_the_layout_of_the_state_by_themselves(name: str) -
 
 
 def test_a_compiled_init_that_is_not_told_otherwise_puts_all_of_the_state_on_one_device() -> None:
-    # What docs/several_processes.md warns of.
+    # What docs/how_to/several_processes.md warns of.
     case = at_scale.cases()["wdjax.adamw"]
     params = at_scale.cut(case.params, mesh())
     told = jax.tree.map(lambda leaf: leaf.sharding, at_scale.state_of(case.optimizer, params))

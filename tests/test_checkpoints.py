@@ -831,7 +831,7 @@ def test_multi_steps_goes_on_in_the_middle_of_an_accumulation_with_a_decay_aroun
     np.testing.assert_allclose(got["Dense_0"]["kernel"], want["Dense_0"]["kernel"], **FLOAT)
 
 
-# What today's tools make of the same changes; docs/checkpoints.md tells of these.
+# What today's tools make of the same changes; docs/how_to/checkpoints.md tells of these.
 
 REFUSED: dict[str, tuple[Any, Any]] = {
     "Optax's decay, from a number to a schedule": (

@@ -2,7 +2,7 @@
 
 Each test walks a weight through a dozen calls in float64 and holds every point of its way against a NumPy recurrence
 in which each real step decays once. Where a decay that stands in the usual wrong place goes another way, that way is
-held in closed form too: it is what docs/wrappers_and_faults.md says goes wrong.
+held in closed form too: it is what docs/explanations/wrappers_and_faults.md says goes wrong.
 """
 
 import functools

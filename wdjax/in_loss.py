@@ -6,7 +6,7 @@ reduction over all weights and its backward pass, where `in_gradient` adds the s
 
 A loss has no step count. Call a schedule yourself: `l2_penalty(params, schedule(step))`. Under `jit` the penalty covers
 the whole parameters, however they are sharded. Within `shard_map` and `pmap`, add it once to the joint loss of all
-devices; see the table in docs/many_devices.md.
+devices; see the table in docs/how_to/many_devices.md.
 """
 
 from collections.abc import Hashable

@@ -1,6 +1,6 @@
 """The audit of every optimizer of Optax that has a weight decay, against what its source says.
 
-`python tests/audits/test_audit_of_optax.py` writes the table of docs/audit.md anew.
+`python tests/audits/test_audit_of_optax.py` writes the table of docs/explanations/audit.md anew.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from wdjax.audits._probes import Probes
 
 pytestmark = pytest.mark.peers
 
-PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanations" / "audit.md"
 LEARNING_RATE = 0.01
 SHAPES = {"Dense_0/kernel": (8, 6), "Dense_0/bias": (6,)}
 

@@ -1,4 +1,4 @@
-"""Each recipe in the table of docs/choosing_a_rate.md decays as much in the first step as its row says."""
+"""Each recipe in the table of docs/explanations/choosing_a_rate.md decays as much in the first step as its row says."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import wdjax
 from wdjax import rates
 
-PAGE = Path(__file__).parents[2] / "docs" / "choosing_a_rate.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanations" / "choosing_a_rate.md"
 HEADER = "| model | peak of `lr` | weight decay | per step | what decays | in wdjax | source |"
 
 
