@@ -34,6 +34,7 @@ html_theme = "furo"
 html_title = f"wdjax {release}"
 html_static_path = ["_static"]
 html_css_files = ["wdjax.css"]
+html_favicon = "_static/favicon.svg"
 html_theme_options = {
     "source_repository": "https://github.com/wdjax/wdjax/",
     "source_branch": "main",

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import optax
 import pytest
 from slow import slow_but
 
@@ -43,7 +45,7 @@ def test_the_cells_of_the_page_run(name: str) -> None:
     for number, (options, cell) in enumerate(CELL.findall(page.read_text())):
         code = compile(cell, f"{page.name}, cell {number}", "exec")
         if "raises-exception" in options:
-            with pytest.raises(Exception):  # noqa: B017  # The page shows which.
+            with pytest.raises(Exception):  # noqa: B017, PT011  # The page shows which.
                 exec(code, namespace)
         else:
             exec(code, namespace)
@@ -68,15 +70,41 @@ def test_such_lines_are_found(line: str) -> None:
     assert OF_ONE_RUN.search(line)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+# Where this repository is on the web, and what is there.
+SITE = "https://wdjax.readthedocs.io/en/latest/"
+FILES = re.compile(r"https://(?:github\.com/wdjax/wdjax/blob|raw\.githubusercontent\.com/wdjax/wdjax)/main/")
+
+
+def links(page: Path) -> list[str]:
+    text = prose(page)
+    return re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$|(?:src|href)=\"([^\"]+)\"", text, re.M)
+
+
+def file_of(target: str, page: Path) -> Path | None:
+    """The file that a link leads to, or None if it leads out of the repository."""
+    if target.startswith(SITE):
+        return ROOT / "docs" / f"{target.removeprefix(SITE).removesuffix('.html') or 'index'}.md"
+    if FILES.match(target):
+        return ROOT / FILES.sub("", target)
+    if "://" in target:
+        return None
+    return page.parent / target if target else page
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: page.stem)
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if "://" in target:
-            continue
+    for target in map("".join, links(page)):
         name, _, anchor = target.partition("#")
-        file = page.parent / name if name else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), target
+        file = file_of(name, page)
+        assert file is None or file.exists(), target
+        assert file is None or not anchor or anchor in anchors(file), target
+
+
+def test_the_links_of_the_readme_are_absolute() -> None:
+    # Package indexes show README.md too, without the files beside it.
+    found = ["".join(link) for link in links(ROOT / "README.md")]
+    assert len(found) > 20
+    assert [link for link in found if not link.startswith("https://")] == []
 
 
 def test_the_page_of_methods_has_a_row_for_each() -> None:
@@ -88,3 +116,27 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     methods |= {"with_decoupled_decay", "with_sparse_decay", "with_lazy_decay", "relative", "corrected", "EMA"}
     assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
     assert len(methods) > 30
+
+
+@pytest.mark.peers
+def test_every_call_on_the_page_of_functions_runs() -> None:
+    page = (ROOT / "docs" / "start" / "which_function.md").read_text()
+    params = {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2)), "encoder": {"kernel": jnp.ones((2, 2))}}
+    optimizer = wdjax.monitor(optax.adam(1e-3))
+    numbers = {
+        "lr": 1e-3,
+        "λ": 0.1,
+        "r": 1e-4,
+        "s": 2.0,
+        "b": 256,
+        "f": 0.5,
+        "steps": 1000,
+        "tokens": 1e6,
+        "scale": 0.1,
+    }
+    trees = {"params": params, "optimizer": optimizer, "state": optimizer.init(params), "mask": wdjax.only("kernel")}
+    others = {"wdjax": wdjax, "optax": optax, "print": str, "examples": 1000, "train": lambda key, weight_decay: 0.0}
+    calls = {call for call in re.findall(r"`([^`]*wdjax\.[^`]*)`", page) if call.endswith(")")}
+    assert len(calls) > 40
+    for call in calls:
+        exec(f"_ = dict({call})" if re.match(r"\w+=", call) else call, {**numbers, **trees, **others})
