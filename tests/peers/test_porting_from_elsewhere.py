@@ -1,4 +1,4 @@
-"""docs/how_to/tables_from_elsewhere.md: the page's whole optimizers beside timm's own, and Hugging Face's in PyTorch."""
+"""docs/how_to/tables_from_elsewhere.md: its whole optimizers beside timm's own, and Hugging Face's in PyTorch."""
 
 import re
 from collections.abc import Callable, Iterator
