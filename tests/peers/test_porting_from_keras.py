@@ -218,3 +218,36 @@ def test_a_frozen_layer_is_not_in_the_losses() -> None:
     assert len(layer.losses) == 1
     layer.trainable = False
     assert layer.losses == []
+
+
+keras_schedules = keras.optimizers.schedules
+SCHEDULES = {
+    "CosineDecay": (
+        lambda: keras_schedules.CosineDecay(0.5, 20, alpha=0.25),
+        optax.cosine_decay_schedule(0.5, 20, alpha=0.25),
+    ),
+    "CosineDecay with a warmup": (
+        lambda: keras_schedules.CosineDecay(0.25, 20, alpha=0.25, warmup_target=0.5, warmup_steps=5),
+        optax.warmup_cosine_decay_schedule(0.25, 0.5, 5, 5 + 20, end_value=0.25 * 0.5),
+    ),
+    "ExponentialDecay": (lambda: keras_schedules.ExponentialDecay(0.5, 7, 0.75), optax.exponential_decay(0.5, 7, 0.75)),
+    "PiecewiseConstantDecay": (
+        lambda: keras_schedules.PiecewiseConstantDecay([10, 20], [1.0, 0.5, 0.1]),
+        optax.piecewise_constant_schedule(1.0, {11: 0.5, 21: 0.2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule(name: str) -> None:
+    build, schedule = SCHEDULES[name]
+    rates = [float(schedule(jnp.asarray(step))) for step in range(30)]
+    np.testing.assert_allclose(rates, [float(build()(step)) for step in range(30)], rtol=1e-5)
+    assert len(set(rates)) >= 3
+
+
+def test_the_first_step_and_its_decay_have_the_first_rate_of_a_schedule() -> None:
+    schedule = keras_schedules.PiecewiseConstantDecay([0, 1], [0.5, 0.25, 0.125])
+    optimizer, variable = keras.optimizers.SGD(schedule, weight_decay=0.5), keras.Variable(np.ones(1))
+    optimizer.apply([jnp.zeros(1)], [variable])
+    assert variable.value[0] == 1 - 0.5 * 0.5
