@@ -48,7 +48,7 @@ def test_the_cells_of_the_page_run(name: str) -> None:
     for number, (options, cell) in enumerate(CELL.findall(page.read_text())):
         code = compile(cell, f"{page.name}, cell {number}", "exec")
         if "raises-exception" in options:
-            with pytest.raises(Exception):  # noqa: B017  # The page shows which.
+            with pytest.raises(Exception):  # noqa: B017, PT011  # The page shows which.
                 exec(code, namespace)
         else:
             exec(code, namespace)
@@ -93,3 +93,11 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     methods |= {"with_decoupled_decay", "with_sparse_decay", "with_lazy_decay", "relative", "corrected", "EMA"}
     assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
     assert len(methods) > 30
+
+
+def test_the_page_of_examples_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| \[(\w+\.py)\]\((\S+)\) \|", (ROOT / "docs" / "start" / "examples.md").read_text(), re.M)
+    scripts = [script.name for script in (ROOT / "examples").glob("[!_]*.py")]
+    assert sorted(rows) == sorted(
+        (name, f"https://github.com/wdjax/wdjax/blob/main/examples/{name}") for name in scripts
+    )
