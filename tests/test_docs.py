@@ -95,9 +95,9 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     assert len(methods) > 30
 
 
-def test_the_page_of_examples_has_a_row_for_each() -> None:
-    rows = re.findall(r"^\| \[(\w+\.py)\]\((\S+)\) \|", (ROOT / "docs" / "start" / "examples.md").read_text(), re.M)
-    scripts = [script.name for script in (ROOT / "examples").glob("[!_]*.py")]
-    assert sorted(rows) == sorted(
-        (name, f"https://github.com/wdjax/wdjax/blob/main/examples/{name}") for name in scripts
-    )
+def test_the_page_of_examples_has_an_entry_for_each() -> None:
+    page = (ROOT / "docs" / "start" / "examples.md").read_text()
+    entries = re.findall(r"^\[(\w+\.py)\]\((\S+)\)\n: (?:.*\n)+?  `python examples/(\S+)`, \d+ s$", page, re.M)
+    repository = "https://github.com/wdjax/wdjax/blob/main/examples"
+    scripts = sorted(script.name for script in (ROOT / "examples").glob("[!_]*.py"))
+    assert sorted(entries) == [(name, f"{repository}/{name}", name) for name in scripts]
