@@ -36,6 +36,11 @@ def test_the_pages_have_different_names() -> None:
     assert len({page.stem for page in PAGES}) == len(PAGES)
 
 
+def test_options_of_a_cell_end_where_its_code_begins() -> None:
+    page = "```{code-cell} python\n:tags: [a]\nx = 1\n```\n\n```{code-cell} python\ny = {1: 2}\n```\n"
+    assert CELL.findall(page) == [(":tags: [a]\n", "x = 1\n"), ("", "y = {1: 2}\n")]
+
+
 # What the cells print is computed anew by the build of the site, so there is nothing to compare it with.
 @pytest.mark.peers
 @pytest.mark.parametrize("name", slow_but(PAGE_OF, *(PAGE_OF.keys() - {"many_devices", "wrappers_and_faults"})))
@@ -123,20 +128,25 @@ def test_every_call_on_the_page_of_functions_runs() -> None:
     page = (ROOT / "docs" / "start" / "which_function.md").read_text()
     params = {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2)), "encoder": {"kernel": jnp.ones((2, 2))}}
     optimizer = wdjax.monitor(optax.adam(1e-3))
-    numbers = {
-        "lr": 1e-3,
-        "λ": 0.1,
-        "r": 1e-4,
-        "s": 2.0,
-        "b": 256,
-        "f": 0.5,
-        "steps": 1000,
-        "tokens": 1e6,
-        "scale": 0.1,
-    }
+    numbers = {"lr": 1e-3, "λ": 0.1, "r": 1e-4, "s": 2.0, "b": 256, "f": 0.5, "steps": 1000, "tokens": 1e6}
     trees = {"params": params, "optimizer": optimizer, "state": optimizer.init(params), "mask": wdjax.only("kernel")}
-    others = {"wdjax": wdjax, "optax": optax, "print": str, "examples": 1000, "train": lambda key, weight_decay: 0.0}
+    others = {
+        "wdjax": wdjax,
+        "optax": optax,
+        "print": str,
+        "scale": 0.1,
+        "examples": 1000,
+        "train": lambda key, weight_decay: 0.0,
+    }
     calls = {call for call in re.findall(r"`([^`]*wdjax\.[^`]*)`", page) if call.endswith(")")}
     assert len(calls) > 40
     for call in calls:
         exec(f"_ = dict({call})" if re.match(r"\w+=", call) else call, {**numbers, **trees, **others})
+
+
+def test_the_page_of_examples_has_an_entry_for_each() -> None:
+    page = (ROOT / "docs" / "start" / "examples.md").read_text()
+    entries = re.findall(r"^\[(\w+\.py)\]\((\S+)\)\n: (?:.*\n)+?  `python examples/(\S+)`, \d+ s$", page, re.M)
+    repository = "https://github.com/wdjax/wdjax/blob/main/examples"
+    scripts = sorted(script.name for script in (ROOT / "examples").glob("[!_]*.py"))
+    assert sorted(entries) == [(name, f"{repository}/{name}", name) for name in scripts]
