@@ -651,6 +651,14 @@ def test_a_constant_schedule_is_expected_at_all_steps() -> None:
     assert finding.measured == ("it is 1e-05 per step at step 100, not 0.0001",)
 
 
+def test_a_schedule_to_0_is_as_expected_although_float32_leaves_a_little() -> None:
+    params, schedule = {"kernel": jnp.ones((4, 2))}, optax.linear_schedule(1e-3, 0.0, 500)
+    optimizer = wdjax.adamw(schedule, 0.1)
+    assert wdjax.audit(optimizer, params, lambda step: 0.1 * schedule(step), learning_rate=schedule).findings == ()
+    other = wdjax.audit(optimizer, params, lambda step: 0.1 * schedule(step) + 1e-9)
+    assert other.finding("not as expected") is not None
+
+
 def test_one_call_is_a_call() -> None:
     finding = wdjax.audit(optax.sgd(0.1), {"kernel": jnp.ones((4, 2))}).finding("no decay")
     assert finding is not None

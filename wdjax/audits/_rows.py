@@ -91,4 +91,4 @@ class Finding(NamedTuple):
 def in_words(rates: Sequence[float]) -> list[str]:
     """The rates of one parameter at several counts. What a schedule's float32 leaves of the largest rate is 0."""
     largest = max(map(abs, rates), default=0.0)
-    return [f"{0.0 if abs(rate) <= 1e-7 * largest else rate:.3g}" for rate in rates]
+    return [f"{0.0 if abs(rate) <= 2e-7 * largest else rate:.3g}" for rate in rates]
