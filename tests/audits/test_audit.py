@@ -633,6 +633,38 @@ BROKEN: dict[str, tuple[Any, dict[str, set[str]]]] = {
 }
 
 
+def test_a_decay_that_stops_is_shown_to_its_end() -> None:
+    params = {"kernel": jnp.ones((4, 2))}
+    audit = wdjax.audit(wdjax.adamw(1e-3, optax.linear_schedule(0.1, 0.0, 500)), params)
+    assert "0.0001 (0) … 0 (1000)" in audit.table()
+    finding = audit.finding("stops")
+    assert finding is not None
+    assert finding.measured[0].endswith(", …, 7.98e-05 (step 101), 0 (step 1000)")
+
+
+def test_a_constant_schedule_is_expected_at_all_steps() -> None:
+    params = {"kernel": jnp.ones((4, 2))}
+    falling = wdjax.adamw(1e-3, optax.piecewise_constant_schedule(0.1, {30: 0.1}))
+    assert wdjax.audit(falling, params, expected=1e-4).finding("not as expected") is None
+    finding = wdjax.audit(falling, params, expected=optax.constant_schedule(1e-4)).finding("not as expected")
+    assert finding is not None
+    assert finding.measured == ("it is 1e-05 per step at step 100, not 0.0001",)
+
+
+def test_a_schedule_to_0_is_as_expected_although_float32_leaves_a_little() -> None:
+    params, schedule = {"kernel": jnp.ones((4, 2))}, optax.linear_schedule(1e-3, 0.0, 500)
+    optimizer = wdjax.adamw(schedule, 0.1)
+    assert wdjax.audit(optimizer, params, lambda step: 0.1 * schedule(step), learning_rate=schedule).findings == ()
+    other = wdjax.audit(optimizer, params, lambda step: 0.1 * schedule(step) + 1e-9)
+    assert other.finding("not as expected") is not None
+
+
+def test_one_call_is_a_call() -> None:
+    finding = wdjax.audit(optax.sgd(0.1), {"kernel": jnp.ones((4, 2))}).finding("no decay")
+    assert finding is not None
+    assert finding.message == "nothing decays in the first call or at the tested counts"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_every_wrong_decay_is_named(name: str) -> None:
     optimizer, found = BROKEN[name]

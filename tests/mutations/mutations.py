@@ -995,8 +995,15 @@ MUTATIONS = [
     Mutation(
         "an audit tests an expected schedule at the first step only",
         "audits/__init__.py",
-        "            if any(rates != wanted for rates in later.values()):",
+        "            if callable(expected) or any(rates != wanted for rates in later.values()):",
         "            if not later:",
+        (AUDIT,),
+    ),
+    Mutation(
+        "an audit takes a constant schedule for a number",
+        "audits/__init__.py",
+        "if callable(expected) or any(",
+        "if any(",
         (AUDIT,),
     ),
     Mutation(

@@ -169,7 +169,8 @@ weight: 0.0001 per step ('Dense_0/bias'). Write mask=weights_only(), or mask=wei
         if expected is not None:
             wanted = _rates_at(action, params, offset // calls)
             later = {count: _rates_at(action, params, count) for count in steps}
-            if any(rates != wanted for rates in later.values()):  # A schedule, which says what should come later.
+            # A schedule says what should come later, also if it is constant.
+            if callable(expected) or any(rates != wanted for rates in later.values()):
                 wanted_later = {c: {path: most for path, (_, most) in rates.items()} for c, rates in later.items()}
         elif mask is not None:
             masked = {path: bool(np.any(flag)) for (path, _), flag in zip(leaves, mask_flags, strict=True)}

@@ -9,7 +9,7 @@ from .._engine.hazards import remedy as remedy_for
 from .._engine.hazards import smallest_fraction
 from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
 from ._facts import LAPSES, Facts
-from ._rows import GRADIENT_AND_UPDATE
+from ._rows import GRADIENT_AND_UPDATE, in_words
 
 _ROUNDING = 1e-6  # Of a rate that is the product of two numbers.
 _WEIGHTS = (KERNEL, EMBEDDING, ADAPTER)
@@ -25,9 +25,12 @@ def rate_text(facts: Facts) -> str:
 
 def _rates(facts: Facts) -> str:
     """The rate at each count, where it changes."""
-    pairs = [(one.at + one.after, one.rate) for one in facts.later]
-    texts = [f"{rate:.3g} (step {count})" for k, (count, rate) in enumerate(pairs) if not k or rate != pairs[k - 1][1]]
-    return ", ".join(texts[:6]) if len(texts) > 1 else rate_text(facts)
+    rates = in_words([one.rate for one in facts.later])
+    pairs = [(one.at + one.after, rate) for one, rate in zip(facts.later, rates, strict=True)]
+    texts = [f"{rate} (step {count})" for k, (count, rate) in enumerate(pairs) if not k or rate != pairs[k - 1][1]]
+    if len(texts) > 6:
+        texts = [*texts[:3], "…", *texts[-2:]]
+    return ", ".join(texts) if len(texts) > 1 else rate_text(facts)
 
 
 def _largest(facts: Facts) -> float:
@@ -53,9 +56,11 @@ def _unexpected(facts: Facts) -> str:
         return f"it is {_range(row.least, row.most)} per step, not {_range(*facts.expected)}"
     if facts.should_decay is not None and facts.should_decay != row.decays and 0 not in row.shape:
         return f"it is {_range(row.least, row.most)} per step, not {'more than 0' if facts.should_decay else '0'}"
+    # Schedules are float32: where they should end at 0, a little of their largest value may be left.
+    left = max(1e-12, _ROUNDING * max(map(abs, facts.expected_later.values()), default=0.0))
     for count, want in facts.expected_later.items():
         rate = dict(row.rates).get(count, want)
-        if not np.isclose(rate, want, rtol=facts.tolerance, atol=1e-12):
+        if not np.isclose(rate, want, rtol=facts.tolerance, atol=left):
             return f"it is {rate:.6g} per step at step {count}, not {want:.6g}"
     return ""
 

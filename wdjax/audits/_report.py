@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .._engine.text import merged, merged_texts
 from ..plans import table
-from ._rows import GRADIENT_AND_UPDATE, Audited, Finding
+from ._rows import GRADIENT_AND_UPDATE, Audited, Finding, in_words
 from .findings import NAMES
 
 _HEADER = ("path", "arrays", "shape", "dtype", "rate", "where", "kind", "toward", "x learning rate", "kept")
@@ -94,6 +94,6 @@ def _rates(row: Audited) -> str:
         return f"{row.least:.3g} to {row.most:.3g}"
     if len({f"{rate:.3g}" for rate in (row.rate, *(rate for _, rate in row.rates))}) == 1:
         return f"{row.rate:.3g}"
-    (count, first), largest = row.rates[0], max(row.rates, key=lambda pair: abs(pair[1]))
-    other_count, other = row.rates[-1] if largest == row.rates[0] else largest
-    return f"{first:.3g} ({count}) … {other:.3g} ({other_count})"
+    first, largest = 0, max(range(len(row.rates)), key=lambda k: abs(row.rates[k][1]))
+    words = in_words([rate for _, rate in row.rates])
+    return " … ".join(f"{words[k]} ({row.rates[k][0]})" for k in (first, largest or -1))

@@ -1,5 +1,6 @@
 """What an audit reports on: a row for each parameter, and the findings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .._engine.text import listed
@@ -85,3 +86,9 @@ class Finding(NamedTuple):
         parts = [f"{numbers} ({listed(paths, 3)})".lstrip() for numbers, paths in groups.items()]
         where = f"{'' if '' in groups else ':'} {'; '.join(parts)}" if parts else ""
         return f"{self.harm} [{self.name}]: {self.message}{where}. {self.remedy}".rstrip()
+
+
+def in_words(rates: Sequence[float]) -> list[str]:
+    """The rates of one parameter at several counts. What a schedule's float32 leaves of the largest rate is 0."""
+    largest = max(map(abs, rates), default=0.0)
+    return [f"{0.0 if abs(rate) <= 2e-7 * largest else rate:.3g}" for rate in rates]

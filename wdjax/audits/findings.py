@@ -33,7 +33,8 @@ def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> 
     found += [*_left_out(facts), *_uneven(facts)]
     # A constraint may hide a decay.
     if facts and not any(each.row.decays or each.is_constrained for each in facts):
-        message = f"nothing decays in the first {calls} calls or at the tested counts"
+        first = "call" if calls == 1 else f"{calls} calls"
+        message = f"nothing decays in the first {first} or at the tested counts"
         found.append(Finding("note", _NOTHING, message, "If this is not intended, look at masks and rates."))
     return tuple(sorted(found, key=lambda finding: ("wrong", "suspect", "note").index(finding.harm)))
 
