@@ -98,8 +98,9 @@ def audit(
         Dense_0/bias         1    (3,)  float32  0.0001  update  L2    zero    yes              100%
         Dense_0/kernel       1  (4, 3)  float32  0.0001  update  L2    zero    yes              100%
         <BLANKLINE>
-        suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that is not a layer's \
-weight: 0.0001 per step ('Dense_0/bias'). Write mask=weights_only(), or mask=weights_only().mask for Optax.
+        suspect [decays non-weights]: the decay acts on a bias, a norm or another parameter that
+            is not a layer's weight: 0.0001 per step ('Dense_0/bias'). Write
+            mask=weights_only(), or mask=weights_only().mask for Optax.
     """
     where, write, extra_args = "audit", "audit(optax.adamw(1e-3), params)", extra_args or {}
     _check_options(steps, extra_args, full_size)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 
 from .._engine.text import merged, merged_texts
@@ -56,9 +57,14 @@ class Audit:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return "\n".join((self.table(), "", *map(str, self.findings or ("nothing unexpected",))))
+        findings = [_wrapped(str(finding)) for finding in self.findings]
+        return "\n".join((self.table(), "", *(findings or ["nothing unexpected"])))
 
     __repr__ = __str__
+
+
+def _wrapped(finding: str) -> str:
+    return textwrap.fill(finding, 88, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _lines(rows: Sequence[Audited]) -> list[tuple[str, ...]]:
