@@ -43,7 +43,10 @@ def assert_only_decays(
         mask: which parameters should decay.
         toward: the anchor: None for zero, or a tree like params (`params` itself for `toward="init"`).
 
-    Raises an AssertionError with the parameter, what was expected and what happened.
+    Raises: AssertionError with the parameter, what was expected and what happened; TypeError, ValueError for arguments
+            that are not as above.
+
+    Example:
 
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -91,7 +94,10 @@ def assert_audit(
         allow: one name of a finding that you accept, or several: "seen by the moments" for L2 regularization.
         **options: as `wdjax.audit`: learning_rate, frozen, steps, extra_args, full_size.
 
-    Returns the audit. Raises an AssertionError with what was found.
+    Returns: the audit.
+    Raises: AssertionError with what was found; ValueError for a name that no finding has; otherwise as `wdjax.audit`.
+
+    Example:
 
         >>> import jax.numpy as jnp, optax, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -121,8 +127,10 @@ def assert_plan(plan: Plan, golden: Mapping[str, Any] | str | os.PathLike[str]) 
         golden: the path of a text file with a rate, a tab and a path in each line, as `plan.text()` writes it. Or a
             dictionary from every canonical path to its rate, or to True or False for whether it decays.
 
-    Raises an AssertionError with the differences and how to accept them, or a FileNotFoundError with the line that
-    writes the file.
+    Raises: AssertionError with the differences and how to accept them; FileNotFoundError with the line that writes the
+            file; TypeError if `plan` is not a plan.
+
+    Example:
 
         >>> import jax.numpy as jnp, wdjax, wdjax.testing
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}

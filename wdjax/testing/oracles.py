@@ -24,7 +24,10 @@ def decayed_weights(
         steps: how many steps.
         toward: the anchor a.
 
-    Returns a float64 array like `weights`. Raises a ValueError if a sequence is shorter than `steps`.
+    Returns: a float64 array like `weights`.
+    Raises: ValueError if a sequence is shorter than `steps`.
+
+    Example:
 
         >>> from wdjax.testing import decayed_weights
         >>> decayed_weights([1.0, -2.0], learning_rate=0.5, weight_decay=0.2, steps=2).round(4).tolist()
@@ -51,6 +54,15 @@ def heavy_ball_weights(
     Units:  as `add_l2_to_grads`.
     Source: Polyak 1964.
 
+    Args:
+        weights: the weights before the first step.
+        learning_rate, weight_decay, momentum: numbers.
+        steps: how many steps.
+
+    Returns: a float64 array like `weights`.
+
+    Example:
+
         >>> from wdjax.testing import heavy_ball_weights
         >>> float(heavy_ball_weights(1.0, 0.1, 1.0, 0.9, steps=2).round(4))
         0.72
@@ -73,7 +85,10 @@ def ridge_solution(inputs: Floats, targets: Floats, weight_decay: float) -> np.n
         targets: y, of shape (n,) or (n, k).
         weight_decay: the rate of `l2_penalty` or `add_l2_to_grads`.
 
-    Returns a float64 array of shape (d,) or (d, k).
+    Returns: a float64 array of shape (d,) or (d, k).
+    Raises: `numpy.linalg.LinAlgError` for a singular matrix, which only a weight_decay of 0 allows.
+
+    Example:
 
         >>> from wdjax.testing import ridge_solution
         >>> ridge_solution([[1.0], [1.0]], [2.0, 2.0], weight_decay=1.0).tolist()
@@ -87,7 +102,16 @@ def soft_threshold(weights: Floats, threshold: Floats) -> np.ndarray:
     """The proximal map of threshold times the absolute value: closer to zero by the threshold, and zero within it.
 
     Rule:   sign(w) * max(|w| - threshold, 0)
+    Units:  those of the weights. For `proximal_step(L1(), strength, ...)`, the threshold is learning_rate * strength.
     Source: Donoho & Johnstone 1994.
+
+    Args:
+        weights: an array, or anything that NumPy makes one of.
+        threshold: a number >= 0, or an array that broadcasts.
+
+    Returns: a float64 array.
+
+    Example:
 
         >>> from wdjax.testing import soft_threshold
         >>> soft_threshold([3.0, -0.5], 1.0).tolist()
