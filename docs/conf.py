@@ -26,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "docstrings",
+    "reference",
 ]
 exclude_patterns = ["_ext", "README.md"]
 nitpicky = True

@@ -1,7 +1,7 @@
 """Shows the docstrings of wdjax on the site: the facts as sections of their own, signatures with the names of types.
 
 A docstring is plain text: one sentence, then sections like `Rule:   u <- u + ...` and `Args:`, then an example. In it,
-`name` is code, and stars are stars.
+`name` is code, and stars are stars. In a signature, `Rate` is called Rate, and links to what a rate may be.
 """
 
 import ast
@@ -10,30 +10,37 @@ import re
 import textwrap
 from typing import Any
 
+from names import full_name
 from sphinx.application import Sphinx
-
-import wdjax
 
 WORDS = "Rule Place Units Source Args Returns Raises Warns Attributes Example"
 HEAD = re.compile(rf"((?:{'|'.join(WORDS.split())})(?:, (?:Args|Returns|Raises|Warns))*):(?: +|$)(.*)")
-ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
-PUBLIC = {name for name in vars(wdjax) if not name.startswith("_")}
+ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
+CODE = re.compile(r"(`[^`]+`)")
+# What people make: their signatures have the arguments. All other classes are results, protocols and states.
+MADE = ("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.groups", "wdjax.penalties.kinds")
 
 
 def inline(text: str) -> str:
     """Plain text as reStructuredText: `name` becomes a link or code, and everything else stays as it is."""
-    pieces = re.split(r"(`[^`]+`)", text)
+    pieces = CODE.split(text)
     for number, piece in enumerate(pieces):
         if number % 2:
-            name = piece.strip("`")
-            public = name.removeprefix("wdjax.").split(".")[0] in PUBLIC and re.fullmatch(r"[\w.]+", name)
-            pieces[number] = f":py:obj:`~wdjax.{name.removeprefix('wdjax.')}`" if public else f"``{name}``"
+            code = piece.strip("`")
+            named = re.fullmatch(r"([A-Za-z_][\w.]*)(\(\))?", code)
+            full = named and full_name(named[1])
+            pieces[number] = f":py:obj:`{code} <{full}>`" if full else f"``{code}``"
             # Code must end before a letter or a digit.
             if number + 1 < len(pieces) and re.match(r"\w", pieces[number + 1]):
                 pieces[number] += "\\ "
         else:
             pieces[number] = re.sub(r"([*|\\])|(?<=\w)(_)(?!\w)", r"\\\1\2", piece)
     return "".join(pieces)
+
+
+def inlined(lines: list[str]) -> list[str]:
+    """The lines of a paragraph. Code may go over the end of one."""
+    return inline(" ".join(line.strip() for line in lines)).split("\n")
 
 
 def indented(lines: list[str]) -> list[str]:
@@ -54,19 +61,22 @@ def prose(lines: list[str]) -> list[str]:
         elif block.startswith("    "):
             said += ["", "::", "", *indented(textwrap.dedent(block).split("\n"))]
         else:
-            said += ["", *(inline(line.strip()) for line in block.split("\n"))]
+            said += ["", *inlined(block.split("\n"))]
     return [*said, ""]
 
 
 def entries(lines: list[str]) -> list[str]:
     """`name: text` with indented continuation, one below the other, as a definition list."""
     said: list[str] = []
-    for line in lines:
-        entry = ENTRY.fullmatch(line)
-        if entry and not line.startswith(" "):
-            said += ["", f"``{entry[1]}``", f"    {inline(entry[2])}"]
-        else:
-            said.append(f"    {inline(line.strip())}" if said else inline(line.strip()))
+    at = 0
+    while at < len(lines):
+        end = at + 1
+        while end < len(lines) and (not lines[end] or lines[end].startswith(" ")):
+            end += 1
+        entry = ENTRY.fullmatch(lines[at])
+        assert entry, lines[at]
+        said += ["", f"``{entry[1]}``", *indented(inlined([entry[2], *filter(None, lines[at + 1 : end])]))]
+        at = end
     return said
 
 
@@ -75,9 +85,14 @@ def section(head: str, body: list[str]) -> list[str]:
         return ["", f":{head}:", "", *indented(body), ""]
     if head == "Rule":
         return ["", ":Rule:", "    .. code-block:: text", "        :class: rule", "", *indented(indented(body)), ""]
-    are_entries = head in ("Args", "Attributes") and body and ENTRY.fullmatch(body[0])
-    text = entries(body) if are_entries else [inline(line.strip()) for line in body]
-    return ["", f":{head}:", *indented(text), ""]
+    if head in ("Args", "Attributes", "Raises", "Warns") and body and ENTRY.fullmatch(body[0]):
+        return ["", f":{head}:", *indented(entries(body)), ""]
+    # A text may go on with a table of its own.
+    gap = body.index("") if "" in body else len(body)
+    table = (
+        ["", "::", "", *indented(textwrap.dedent("\n".join(body[gap:])).strip("\n").split("\n"))] if body[gap:] else []
+    )
+    return ["", f":{head}:", *indented([*inlined(body[:gap]), *table]), ""]
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -107,11 +122,18 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
 
 def on_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
     """The signature as it is written in the source, where `Rate` is called Rate."""
-    if what != "function":
+    if what == "class":
+        shown = str(inspect.signature(obj)).removesuffix(" -> None") if obj.__module__ in MADE else ""
+        return shown.replace("typing.", ""), None
+    if what not in ("function", "method"):
         return None
     written = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(obj)))).body[0]
     assert isinstance(written, ast.FunctionDef)
-    return f"({ast.unparse(written.args)})", ast.unparse(written.returns) if written.returns else None
+    arguments = ast.unparse(written.args).replace("MISSING", "...")
+    if what == "method":
+        arguments = re.sub(r"^self(, )?", "", arguments)
+    result = ast.unparse(written.returns).strip("'\"") if written.returns else None
+    return f"({arguments})", {"Converted": "float | jax.Array", "None": None}.get(str(result), result)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
