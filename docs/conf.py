@@ -30,6 +30,8 @@ extensions = [
 ]
 exclude_patterns = ["_ext", "README.md"]
 nitpicky = True
+smartquotes = False  # Quotation marks are code: "init".
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = f"wdjax {release}"

@@ -129,6 +129,9 @@ def on_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, sign
         return None
     written = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(obj)))).body[0]
     assert isinstance(written, ast.FunctionDef)
+    for argument in ast.walk(written.args):
+        if isinstance(argument, ast.arg) and isinstance(argument.annotation, ast.Constant):
+            argument.annotation = ast.Name(argument.annotation.value)  # "Plan" within the class itself.
     arguments = ast.unparse(written.args).replace("MISSING", "...")
     if what == "method":
         arguments = re.sub(r"^self(, )?", "", arguments)

@@ -53,7 +53,7 @@ def _first(name: str, text: str) -> str:
     """The first sentence of a docstring, or of the text that the page itself has."""
     if not text:
         text = inline(" ".join((pkgutil.resolve_name(name).__doc__ or "").partition("\n\n")[0].split()))
-    return re.split(r"(?<=[.:])\s", text, maxsplit=1)[0].rstrip(":.") + "."
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0].rstrip(":.") + "."
 
 
 class Messages(SphinxDirective):
