@@ -16,6 +16,7 @@ from sphinx.application import Sphinx
 WORDS = "Rule Place Units Source Args Returns Raises Warns Attributes Example"
 HEAD = re.compile(rf"((?:{'|'.join(WORDS.split())})(?:, (?:Args|Returns|Raises|Warns))*):(?: +|$)(.*)")
 ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
+ROW = re.compile(r"(?<!.)(\w+)  +")
 CODE = re.compile(r"(`[^`]+`)")
 # What people make: their signatures have the arguments. All other classes are results, protocols and states.
 MADE = ("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.groups", "wdjax.penalties.kinds")
@@ -48,8 +49,8 @@ def indented(lines: list[str]) -> list[str]:
 
 
 def dedented(first: str, rest: list[str]) -> list[str]:
-    body = textwrap.dedent("\n".join(rest)).strip("\n").split("\n") if any(rest) else []
-    return ([first] if first else []) + body
+    body = textwrap.dedent("\n".join(rest)).rstrip()
+    return [first, *body.split("\n")] if first and body else [first] if first else body.strip("\n").split("\n")
 
 
 def prose(lines: list[str]) -> list[str]:
@@ -87,12 +88,10 @@ def section(head: str, body: list[str]) -> list[str]:
         return ["", ":Rule:", "    .. code-block:: text", "        :class: rule", "", *indented(indented(body)), ""]
     if head in ("Args", "Attributes", "Raises", "Warns") and body and ENTRY.fullmatch(body[0]):
         return ["", f":{head}:", *indented(entries(body)), ""]
-    # A text may go on with a table of its own.
+    # A text may go on with a table of its own: names, two or more spaces, what they are.
     gap = body.index("") if "" in body else len(body)
-    table = (
-        ["", "::", "", *indented(textwrap.dedent("\n".join(body[gap:])).strip("\n").split("\n"))] if body[gap:] else []
-    )
-    return ["", f":{head}:", *indented([*inlined(body[:gap]), *table]), ""]
+    table = [ROW.sub(r"\1: ", line) for line in textwrap.dedent("\n".join(body[gap + 1 :])).split("\n")]
+    return ["", f":{head}:", *indented([*inlined(body[:gap]), *(entries(table) if any(table) else [])]), ""]
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -117,6 +116,7 @@ def restructured(lines: list[str]) -> list[str]:
 
 
 def on_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    app.env.note_dependency(__file__)
     lines[:] = restructured(lines)
 
 
