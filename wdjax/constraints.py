@@ -261,7 +261,7 @@ class NonNegative:
 
     Rule:   w <- max(w, 0)
     Place:  `constrain`, without a radius: `constrain(NonNegative(), mask=mask)`.
-    Units:  none are needed, because there is no radius.
+    Units:  those of the weights; there is no radius.
     Source: Lawson & Hanson 1974 (nonnegative least squares); Keras' `NonNeg`.
 
     Example:

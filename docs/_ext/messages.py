@@ -8,7 +8,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 ROOT = Path(__file__).parent.parent.parent
 FEWEST_WORDS = 5  # Of a text that is only a part of a message.
@@ -31,47 +31,47 @@ class Message(NamedTuple):
         return self.file.relative_to(ROOT).with_suffix("").parts[1]
 
 
-def messages() -> list[Message]:
-    """Those of wdjax, in the order of its files."""
+def messages(fewest: int = FEWEST_WORDS) -> list[Message]:
+    """Those of wdjax, in the order of its files. A part of a message has at least so many words."""
     files = sorted((ROOT / "wdjax").rglob("*.py"))
-    return [found for file in files for found in messages_of(file.read_text(encoding="utf-8"), file)]
+    return [found for file in files for found in messages_of(file.read_text(encoding="utf-8"), file, fewest)]
 
 
-def messages_of(source: str, file: Path) -> Iterator[Message]:
+def messages_of(source: str, file: Path, fewest: int = FEWEST_WORDS) -> Iterator[Message]:
     """Those of one file."""
     tree = ast.parse(source)
     documentation = {
-        id(node.body[0].value)
+        id(cast(ast.Expr, node.body[0]).value)
         for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None
     }
-    yield from _found(tree, file, "", "", documentation)
+    yield from _found(tree, file, "", "", documentation, fewest)
 
 
-def _found(node: ast.AST, file: Path, function: str, kind: str, skipped: set[int]) -> Iterator[Message]:
+def _found(node: ast.AST, file: Path, function: str, kind: str, skipped: set[int], fewest: int) -> Iterator[Message]:
     if id(node) in skipped:
         return
     text = _text(node)
     if text is not None:
-        if kind or (function and _is_a_text(text)):
+        if kind or (function and _is_a_text(text, fewest)):
             yield Message(file, function, kind, " ".join(text.split()))
         # A placeholder may hold a text of its own.
         for part in _placeholders(node):
-            yield from _found(part, file, function, "", skipped)
+            yield from _found(part, file, function, "", skipped, fewest)
         return
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not function:
         function = "" if isinstance(node, ast.ClassDef) else node.name
         if isinstance(node, ast.ClassDef):
             for child in ast.iter_child_nodes(node):
                 name = f"{node.name}.{child.name}" if isinstance(child, ast.FunctionDef) else node.name
-                yield from _found(child, file, name, "", skipped)
+                yield from _found(child, file, name, "", skipped, fewest)
             return
     if isinstance(node, ast.Assign) and not function and isinstance(node.targets[0], ast.Name):
         function = node.targets[0].id
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         kind = " or ".join(_names(node.exc.func))
         for argument in node.exc.args:
-            yield from _found(argument, file, function, kind, skipped)
+            yield from _found(argument, file, function, kind, skipped, fewest)
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "warn":
         kind = "UserWarning"
@@ -79,15 +79,15 @@ def _found(node: ast.AST, file: Path, function: str, kind: str, skipped: set[int
         kind = ""  # An argument of another function.
     for child in ast.iter_child_nodes(node):
         if not (isinstance(child, ast.arg) or child in getattr(node, "decorator_list", ())):
-            yield from _found(child, file, function, kind, skipped)
+            yield from _found(child, file, function, kind, skipped, fewest)
 
 
-def _is_a_text(text: str) -> bool:
+def _is_a_text(text: str, fewest: int) -> bool:
     """Whether a string may be a part of a message: not a regular expression, a list of words, or HTML."""
     words = re.findall(r"[A-Za-z']{2,}", re.sub(r"\{.*?\}", "", text))
     is_code = re.search(r"\(\?|\\[dw]|\.\*[()]|</?\w+|margin", text)
-    is_a_list = re.fullmatch(r"[\w ]+", text) and not _SMALL_WORDS.intersection(words)
-    return len(words) >= FEWEST_WORDS and not is_code and not is_a_list
+    is_a_list = len(words) > 4 and re.fullmatch(r"[\w ]+", text) and not _SMALL_WORDS.intersection(words)
+    return len(words) >= fewest and not is_code and not is_a_list
 
 
 def _names(node: ast.AST) -> list[str]:

@@ -86,7 +86,7 @@ def by_width(
     matrices: `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
 
     Rule:   (fan-in / base)^power for a matrix, 1 for everything else.
-    Units:  none: multipliers of a rate.
+    Units:  of a ratio: multipliers of a rate.
     Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
     Source: CompleteP, arXiv 2505.01618, Table 1 (AdamW); the square root: arXiv 2510.15262.
 
