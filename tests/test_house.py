@@ -186,7 +186,7 @@ def test_every_page_of_the_reference_is_in_the_contents() -> None:
 
 def literal(text: str) -> list[str]:
     """What a message says whatever its placeholders hold: parts of sentences of three words or more."""
-    return [piece.strip(" :.,") for piece in re.split(r"\{[^{}]*\}|[.:;] ", text) if len(piece.split()) > 2]
+    return [piece.strip(" :.,") for piece in re.split(r"\{[^{}]*\}|[.:;?] ", text) if len(piece.split()) > 2]
 
 
 def test_the_messages_that_are_explained_exist_and_all_warnings_are_explained() -> None:
