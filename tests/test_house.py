@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import doctest
 import graphlib
 import importlib
 import inspect
@@ -177,6 +178,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     kinds = {name: "autofunction" if inspect.isfunction(value) else "autoclass" for name, value in EVERYTHING.items()}
     kinds |= {name: "py:type" for name in NAMES if name not in EVERYTHING}
     assert {name: kind for name, kind in documented.items() if kind != "py:module"} == kinds
+
+
+def test_the_examples_of_the_types_run() -> None:
+    page = ROOT / "docs" / "reference" / "types.md"
+    outcome = doctest.testfile(str(page), module_relative=False)
+    assert outcome.failed == 0
+    for text in (entry.text for entry in REFERENCE["documented"]().values() if entry.kind == "py:type"):
+        assert ">>>" in text
 
 
 def test_every_page_of_the_reference_is_in_the_contents() -> None:
