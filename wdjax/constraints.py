@@ -38,7 +38,7 @@ class Constraint(Protocol):
     has a constraint of its own, set `is_elementwise = True`; then radii may be arrays. If there is no radius, set
     `has_radius = False`; then `project` gets None.
 
-    Rule:   `constrain` moves the weights w, where the optimizer puts them, to project(w, radius).
+    Place:  `constrain`, which moves the weights w, where the optimizer puts them, to project(w, radius).
 
     Example:
 

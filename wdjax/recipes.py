@@ -77,7 +77,13 @@ def sgdw(
     Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate also multiplies the decay, as in timm's `SGDW`.
 
-    Args, Returns, Raises: as `sgd_l2`; the learning rate is checked too.
+    Args:
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        momentum, nesterov: as `sgd_l2`.
+
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
     Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
 
     Example:
@@ -117,10 +123,12 @@ def adam_l2(
     Source: `torch.optim.Adam(lr, weight_decay=...)`, which agrees except for rounding; Kingma & Ba 2015.
 
     Args:
-        learning_rate, weight_decay, mask, toward: as `sgd_l2`.
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
         b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
 
-    Returns, Raises: as `sgd_l2`.
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `add_l2_to_grads`.
 
     Example:
 
@@ -157,10 +165,13 @@ def adamw(
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
     Args:
-        learning_rate, weight_decay, mask, toward: as `sgd_l2`.
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
         b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
 
-    Returns, Raises, Warns: as `sgdw`.
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
+    Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
 
     Example:
 

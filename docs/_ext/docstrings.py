@@ -85,8 +85,9 @@ def section(head: str, body: list[str]) -> list[str]:
     if head == "Example":
         return ["", f":{head}:", "", *indented(body), ""]
     if head == "Rule":
-        # A line for each statement. A line that begins with a bracket is one already.
-        body = re.sub(r";\s+|\n(?=\()", "\n", re.sub(r"\n(?!\()", " ", "\n".join(body))).split("\n")
+        # A line for each statement; a remark in brackets has one already.
+        text = re.sub(r"\n(?!\(\w+:)", " ", "\n".join(body)).replace("`", "")
+        body = re.sub(r";\s+(?=\w+(?:\([\w, ]*\))? (?:<-|=) )", "\n", text).split("\n")
         return ["", ":Rule:", "    .. code-block:: text", "        :class: rule", "", *indented(indented(body)), ""]
     if head in ("Args", "Attributes", "Raises", "Warns") and body and ENTRY.fullmatch(body[0]):
         return ["", f":{head}:", *indented(entries(body)), ""]

@@ -19,7 +19,8 @@ class Penalty(Protocol):
     derivative of `value`: to save time, or to choose a subgradient at a corner. If the penalty is a sum over elements,
     set `is_elementwise = True`. Then strengths may be arrays.
 
-    Rule:   `penalty` adds strength * value(w) to the loss, `add_penalty_to_grads` adds strength * gradient(w).
+    Place:  `penalty`, which adds strength * value(w) to the loss, and `add_penalty_to_grads`, which adds
+            strength * gradient(w) to the gradient.
     Raises: where it is used: ValueError if `value` returns no scalar, or `gradient` another shape than that of `w`.
 
     Example:
@@ -45,7 +46,8 @@ class ProximalPenalty(Protocol):
     `prox(w, step)` must return the argmin over v of |v - w|^2 / 2 + step * value(v). If the penalty is a sum over
     elements, set `is_elementwise = True`. Then strengths, and so `step`, may be arrays.
 
-    Rule:   `proximal_step` moves the weights w, where the optimizer puts them, to prox(w, learning_rate * strength).
+    Place:  `proximal_step`, which moves the weights w, where the optimizer puts them, to
+            prox(w, learning_rate * strength).
     Raises: where it is used: ValueError if `prox` returns another shape than that of `w`.
 
     Example:
