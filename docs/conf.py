@@ -32,6 +32,9 @@ exclude_patterns = ["_ext", "README.md"]
 nitpicky = True
 smartquotes = False  # Quotation marks are code: "init".
 toc_object_entries_show_parents = "hide"
+# The button copies an example without its prompts and its output.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = f"wdjax {release}"
