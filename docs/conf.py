@@ -26,9 +26,15 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "docstrings",
+    "reference",
 ]
 exclude_patterns = ["_ext", "README.md"]
 nitpicky = True
+smartquotes = False  # Quotation marks are code: "init".
+toc_object_entries_show_parents = "hide"
+# The button copies an example without its prompts and its output.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = f"wdjax {release}"

@@ -1,6 +1,8 @@
 """The structure of the house: imports run one way, docstrings hold their facts, and what README shows runs."""
 
 import ast
+import dataclasses
+import doctest
 import graphlib
 import importlib
 import inspect
@@ -11,16 +13,20 @@ import runpy
 import textwrap
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import wdjax
+from wdjax.audits import findings
 
 ROOT = Path(__file__).parent.parent
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "wdjax").rglob("*.py")
 }
+# How the site reads names and messages.
+REFERENCE, MESSAGES = (runpy.run_path(str(ROOT / "docs" / "_ext" / f"{name}.py")) for name in ("names", "messages"))
 # From the ground up; a module may import only from floors below its own.
 FLOORS = [
     {"_engine"},
@@ -34,7 +40,12 @@ FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in flo
 ACTING = ("GradientTransformation", "GradientTransformationExtraArgs")
 MODULES = sorted(module.name for module in pkgutil.iter_modules(wdjax.__path__))
 NAMES = sorted(name for name, value in vars(wdjax).items() if not name.startswith("_") and not inspect.ismodule(value))
-PUBLIC = [name for name in NAMES if inspect.isfunction(vars(wdjax)[name]) or inspect.isclass(vars(wdjax)[name])]
+# The types of arguments are aliases: neither functions nor classes, except that Any is a class.
+PUBLIC = [
+    name
+    for name in NAMES
+    if inspect.isfunction(vars(wdjax)[name]) or (inspect.isclass(vars(wdjax)[name]) and vars(wdjax)[name] is not Any)
+]
 
 
 def imported(path: Path) -> set[str]:
@@ -77,25 +88,160 @@ def test_importing_wdjax_needs_no_extra() -> None:
                 for name in tops
                 if name not in allowed and name not in importlib.import_module("sys").stdlib_module_names
             }
-            optional = {"testing.py": {"chex"}, "_plan.py": {"rich"}, "table.py": {"rich"}}
-            assert foreign <= optional.get(path.name, set()), path
+            optional = {"testing": {"chex"}, "plans": {"rich"}}
+            assert foreign <= optional.get(path.parent.name, set()), path
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+def exported(room: str) -> dict[str, Any]:
+    """What a room exports: what its `__init__` imports by `as`, or the classes and functions of a module."""
+    module = importlib.import_module(f"wdjax.{room}")
+    tree = ast.parse(Path(module.__file__ or "").read_text())
+    names = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    found = {name: getattr(module, name) for name in sorted(filter(None, names)) if not name.startswith("_")}
+    return {name: value for name, value in found.items() if inspect.isfunction(value) or inspect.isclass(value)}
+
+
+# What rooms export to each other.
+INTERNAL = {
+    "constraints": {"is_ours"},
+    "paths": {"stacks"},
+    "penalties": {
+        *("check_kind", "check_strength", "gradient", "is_elementwise", "is_ours", "prox", "rule_of"),
+        "weighted_value",
+    },
+    "plans": {"asked", "row_of"},
+    "states": {"Matched", "matched"},
+}
+# Everything that people may use, by its shortest name.
+EVERYTHING: dict[str, Any] = {
+    **{name: getattr(wdjax, name) for name in PUBLIC},
+    **{
+        f"{room}.{name}": value
+        for room in MODULES
+        if room != "_engine"
+        for name, value in exported(room).items()
+        if name not in INTERNAL.get(room, set()) | set(PUBLIC)
+    },
+}
+# These compute closed forms from any numbers.
+NEVER_RAISE = {"testing.heavy_ball_weights", "testing.soft_threshold"}
+
+
+def test_what_is_left_out_of_the_reference_exists() -> None:
+    for room, names in INTERNAL.items():
+        assert names <= exported(room).keys() - set(PUBLIC), room
+    assert EVERYTHING.keys() > NEVER_RAISE
+
+
+def sections(doc: str) -> dict[str, str]:
+    """The facts of a docstring by their heads, and what they say."""
+    pieces = re.split(r"^([A-Z][a-z]+(?:, [A-Z][a-z]+)*):(?= |$)", doc, flags=re.M)
+    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
+    return {head: text.strip() for heads, text in pairs for head in heads.split(", ")}
+
+
+def fields_of(kind: type) -> list[str]:
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return list(getattr(kind, "_fields", ()))
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
 def test_every_public_docstring_has_the_facts(name: str) -> None:
-    value = getattr(wdjax, name)
+    value = EVERYTHING[name]
     doc = inspect.getdoc(value) or ""
+    said, facts = sections(doc), ["Example"]
     assert doc.partition("\n")[0].endswith((".", ":")) or "." in doc.partition("\n\n")[0], name
-    if not inspect.isfunction(value):
-        return
-    signature = inspect.signature(value)
-    facts = [">>>"]
-    if not value.__module__.startswith(("wdjax.paths", "wdjax._engine")):  # What chooses parameters is shorter.
-        facts += ["Returns", "Raises", *(["Args"] if signature.parameters else [])]
-    if getattr(signature.return_annotation, "__name__", "") in ACTING or value.__module__ == "wdjax.in_loss":
-        facts += ["Rule:", "Place:", "Units:", "Source:"]
-    assert [fact for fact in facts if fact not in doc] == []
-    assert "Units:  none" not in doc
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        result = getattr(signature.return_annotation, "__name__", str(signature.return_annotation))
+        facts += ["Args"] * bool(signature.parameters) + ["Returns"] * (result != "None")
+        facts += ["Raises"] * (name not in NEVER_RAISE)
+        if result in ACTING or value.__module__ == "wdjax.in_loss":
+            facts += ["Rule", "Place", "Units", "Source"]
+        elif name.startswith("rates."):
+            facts += ["Rule", "Units", "Source"]
+    elif value.__module__ in ("wdjax.constraints", "wdjax.penalties.kinds", "wdjax.penalties.groups"):
+        facts += ["Place"] if value is wdjax.constraints.Constraint else ["Rule", "Place", "Units", "Source"]
+        facts += ["Args", "Raises"] if fields_of(value) else []
+    elif fields_of(value) and value not in (wdjax.EMA, wdjax.Rules):
+        told = re.findall(r"^ *((?:\w+, )*\w+): ", said["Attributes"], re.M)
+        assert set(fields_of(value)) <= set(", ".join(told).split(", "))
+    assert [fact for fact in facts if not said.get(fact)] == []
+    assert ">>>" in said["Example"]
+    assert not said.get("Units", "").startswith("none")
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    documented = {name.removeprefix("wdjax."): entry.kind for name, entry in REFERENCE["documented"]().items()}
+    kinds = {name: "autofunction" if inspect.isfunction(value) else "autoclass" for name, value in EVERYTHING.items()}
+    kinds |= {name: "py:type" for name in NAMES if name not in EVERYTHING}
+    assert {name: kind for name, kind in documented.items() if kind != "py:module"} == kinds
+
+
+def test_the_examples_of_the_types_run() -> None:
+    page = ROOT / "docs" / "reference" / "types.md"
+    outcome = doctest.testfile(str(page), module_relative=False)
+    assert outcome.failed == 0
+    for text in (entry.text for entry in REFERENCE["documented"]().values() if entry.kind == "py:type"):
+        assert ">>>" in text
+
+
+def test_every_page_of_the_reference_is_in_the_contents() -> None:
+    pages = {f"reference/{page.stem}" for page in (ROOT / "docs" / "reference").glob("*.md")}
+    assert pages == set(re.findall(r"^reference/\w+$", (ROOT / "docs" / "index.md").read_text(), re.M))
+
+
+def literal(text: str) -> list[str]:
+    """What a message says whatever its placeholders hold: parts of sentences of three words or more."""
+    return [piece.strip(" :.,") for piece in re.split(r"\{[^{}]*\}|[.:;?] ", text) if len(piece.split()) > 2]
+
+
+def test_the_messages_that_are_explained_exist_and_all_warnings_are_explained() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text().partition("\n## Findings")[0]
+    texts = [message.text for message in MESSAGES["messages"](1)]
+    headings = re.findall(r"^### (.*)$", page, re.M)
+    assert len(headings) > 25
+    for heading in headings:
+        assert any(heading.partition(" what this")[0] in text for text in texts), heading
+    for quoted in re.findall(r"^`([^`]+)`$", page, re.M):
+        said = " ".join(quoted.split())
+        assert any(piece in said for text in texts for piece in literal(text)), said
+    for message in MESSAGES["messages"]():
+        if message.kind == "UserWarning":
+            assert any(piece in " ".join(page.split()) for piece in literal(message.text)), message.text
+
+
+def test_every_finding_is_explained() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    parts = re.findall(r"^### (Wrong|Suspect|Note).*\n((?:(?!##).*\n)*)", page, re.M)
+    listed = {name: harm.lower() for harm, part in parts for name in re.findall(r"^(.+)\n: ", part, re.M)}
+    assert set(listed) == set(findings.NAMES)
+    assert {check.name: check.harm for check in findings.CHECKS}.items() <= listed.items()
+
+
+def test_every_text_of_an_error_is_listed() -> None:
+    source = """
+class Kind:
+    "A docstring of more than five words."
+    def check(self, x):
+        hint = f" Did you mean to write {x} here?" if x else ""
+        raise (ValueError if x else TypeError)(f"kind: {shown(x)} is wrong, got {x.shape!r}." + hint)
+
+def warn_of(where):
+    checks.warn(f"{where}: the weights are all zero.")
+    raise KeyError(key) from None
+"""
+    found = [tuple(message)[1:] for message in MESSAGES["messages_of"](source, ROOT / "wdjax" / "kind.py")]
+    assert found == [
+        ("Kind.check", "", "Did you mean to write {x} here?"),
+        ("Kind.check", "ValueError or TypeError", "kind: {x} is wrong, got '{shape}'.{…}"),
+        ("warn_of", "UserWarning", "{where}: the weights are all zero."),
+    ]
+    kinds = [message.kind for message in MESSAGES["messages"]()]
+    assert kinds.count("ValueError") > 100
+    assert kinds.count("UserWarning") == 8
 
 
 def test_the_top_has_no_states_and_no_more_than_sixty_five_names() -> None:

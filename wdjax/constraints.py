@@ -37,6 +37,21 @@ class Constraint(Protocol):
     is a method `norm(w)`, it gives the smallest radius that `w` obeys, and the radius may be "init". If each element
     has a constraint of its own, set `is_elementwise = True`; then radii may be arrays. If there is no radius, set
     `has_radius = False`; then `project` gets None.
+
+    Place:  `constrain`, which moves the weights w, where the optimizer puts them, to project(w, radius).
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, wdjax
+        >>> class Box:
+        ...     is_elementwise = True
+        ...     def project(self, w: jax.Array, radius: jax.Array) -> jax.Array:
+        ...         return jnp.clip(w, -radius, radius)
+        >>> isinstance(Box(), wdjax.constraints.Constraint)
+        True
+        >>> box = wdjax.constrain(Box(), 1.0)
+        >>> box.update(jnp.array([0.5]), box.init(jnp.array([0.75])), jnp.array([0.75]))[0].tolist()
+        [0.25]
     """
 
     def project(self, w: jax.Array, radius: Any) -> jax.Array: ...
@@ -46,6 +61,8 @@ class Constraint(Protocol):
 class L2Ball(SplitGroups):
     """Weights whose norm is at most the radius: the norm of each unit (max-norm), or of the whole array.
 
+    Rule:   w <- w * radius / ||w|| in each group with ||w|| > radius
+    Place:  `constrain`.
     Args:
         axis, per, axis_name: the groups, as for `GroupLasso`. `per=-1` bounds the incoming weights of each unit, in
             Flax, Haiku and Keras; in Equinox and PyTorch write `per=0`. With neither, the whole array is one group.
@@ -73,7 +90,11 @@ class L2Sphere(SplitGroups):
 
     A group of zeros has no direction, so it stays zero.
 
-    Args: axis, per, axis_name: the groups, as for `L2Ball`.
+    Rule:   w <- w * radius / ||w|| in each group
+    Place:  `constrain`.
+    Args:
+        axis, per, axis_name: the groups, as for `L2Ball`.
+
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
     Source: Salimans & Kingma 2016 (weight normalization, which learns the radius); nGPT, arXiv 2410.01131, for unit
@@ -95,7 +116,11 @@ class L2Sphere(SplitGroups):
 class L1Ball(Groups):
     """Weights whose absolute values add up to at most the radius. Small weights become exactly zero.
 
-    Args: axis, per: the groups, as for `GroupLasso`. Within `shard_map`, a group must be on one device.
+    Rule:   w <- sign(w) * max(|w| - t, 0) in each group with sum |w| > radius, with the t that makes it the radius
+    Place:  `constrain`.
+    Args:
+        axis, per: the groups, as for `GroupLasso`. Within `shard_map`, a group must be on one device.
+
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
     Source: Tibshirani 1996 (the lasso in its constrained form); Duchi et al. 2008 for the projection by sorting.
@@ -132,6 +157,8 @@ class L1Ball(Groups):
 class SpectralBall(Groups):
     """Matrices whose largest singular value is at most the radius. Singular values above it become the radius.
 
+    Rule:   w = U diag(s) V^T <- U diag(min(s, radius)) V^T
+    Place:  `constrain`.
     Args:
         per: the axes of the outputs; all other axes are the inputs. It matters for arrays with more than two axes. The
             default, `per=-1`, makes a convolution (height, width, inputs, outputs) a matrix with height * width *
@@ -232,6 +259,9 @@ def _product(*matrices: jax.Array) -> jax.Array:
 class NonNegative:
     """Weights that are not negative. Negative ones become zero. It takes no radius.
 
+    Rule:   w <- max(w, 0)
+    Place:  `constrain`, without a radius: `constrain(NonNegative(), mask=mask)`.
+    Units:  those of the weights; there is no radius.
     Source: Lawson & Hanson 1974 (nonnegative least squares); Keras' `NonNeg`.
 
     Example:

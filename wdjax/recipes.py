@@ -38,7 +38,14 @@ def sgd_l2(
     Units:  as `add_l2_to_grads`.
     Source: `torch.optim.SGD(lr, momentum, weight_decay, nesterov)` without dampening. They agree except for rounding.
 
-    Args, Returns, Raises: as `add_l2_to_grads`; momentum is the decay of the momentum buffer, or None for no momentum.
+    Args:
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        momentum: the decay of the momentum buffer, or None for no momentum.
+        nesterov: whether the momentum is Nesterov's.
+
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `add_l2_to_grads`.
 
     Example:
 
@@ -70,7 +77,14 @@ def sgdw(
     Units:  as `decoupled_decay`. To decay as fast as `sgd_l2` with momentum m, divide its rate by 1 - m.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate also multiplies the decay, as in timm's `SGDW`.
 
-    Args, Returns, Raises: as `sgd_l2`. `init` warns of learning_rate * weight_decay as `independent_decay` does.
+    Args:
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        momentum, nesterov: as `sgd_l2`.
+
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
+    Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
 
     Example:
 
@@ -108,7 +122,13 @@ def adam_l2(
             moves by the learning rate, whatever weight_decay is. For weight decay, write `adamw`.
     Source: `torch.optim.Adam(lr, weight_decay=...)`, which agrees except for rounding; Kingma & Ba 2015.
 
-    Args, Returns, Raises: as `sgd_l2`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
+    Args:
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
+
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `add_l2_to_grads`.
 
     Example:
 
@@ -144,7 +164,14 @@ def adamw(
             There is no default. Optax's is 1e-4, PyTorch's is 1e-2, and language models often use 0.1.
     Source: Loshchilov & Hutter 2019. Deviation: the learning rate itself multiplies the decay, as in PyTorch and Optax.
 
-    Args, Returns, Raises, warnings: as `sgdw`; b1, b2, eps, eps_root, mu_dtype and nesterov as `optax.scale_by_adam`.
+    Args:
+        learning_rate: a number, a 0-d array or a schedule.
+        weight_decay, mask, toward: as `decoupled_decay`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: as `optax.scale_by_adam`.
+
+    Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
+    Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
+    Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
 
     Example:
 

@@ -1085,7 +1085,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a name of a finding is read letter by letter",
-        "testing.py",
+        "testing/assertions.py",
         "    allow = (allow,) if isinstance(allow, str) else allow\n",
         "    allow = tuple(allow)\n",
         (AUDIT,),

@@ -39,6 +39,12 @@ class DecayState(NamedTuple):
         anchor: None; with `toward="init"`, a copy of params at `init`; with an `EMA`, a tree like params with their
             average, in at least float32.
         leaf: None; for a rule with a state for each parameter, a tree like params of arrays.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> int(wdjax.decoupled_decay(0.1).init(jnp.ones(2)).count)
+        0
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]

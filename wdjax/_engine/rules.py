@@ -30,6 +30,15 @@ class Rules(abc.ABC):
 
     `rate * rules` turns multipliers into rates. The rate is a number, a 0-d array, a schedule or another rule set of
     multipliers: `schedule * by_path({"embedding": 0.1}, default=1.0)`, `0.1 * by_depth("Block_*", 0.75)`.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+        >>> (0.1 * wdjax.by_path({"bias": 0.0}, default=1.0)).values(params)
+        {'bias': 0.0, 'kernel': 0.1}
+        >>> wdjax.Rules.from_dict(wdjax.only("kernel").to_dict()).mask(params)
+        {'bias': False, 'kernel': True}
     """
 
     factors: tuple[Any, ...] = ()

@@ -85,8 +85,9 @@ def audit(
         full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
             about twenty training steps.
 
-    Returns an `Audit`. Raises a TypeError or ValueError for what is not an optimizer, and for masks and rates that
-    `decoupled_decay` refuses. Errors of the optimizer itself are passed on.
+    Returns: an `Audit`.
+    Raises: TypeError, ValueError for what is not an optimizer, for masks and rates that `decoupled_decay` refuses, and
+            for other arguments that are not as above. Errors of the optimizer itself are passed on.
 
     Example:
 

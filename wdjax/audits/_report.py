@@ -26,6 +26,15 @@ class Audit:
         findings: what is unexpected, the most harmful first.
         calls_per_step: how many calls of `update` make one real step: more than 1 under `optax.MultiSteps`.
         first_step: the first call, from 0, in which gradients moved anything: later if a learning rate warms up from 0.
+
+    Raises: KeyError from `audit[path]`, if no parameter has this path.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> audit = wdjax.audit(optax.adamw(1e-3, weight_decay=0.1), {"kernel": jnp.ones((2, 3))})
+        >>> round(audit["kernel"].rate, 8), audit["kernel"].place, audit.finding("rounds to nothing")
+        (0.0001, 'update', None)
     """
 
     parameters: tuple[Audited, ...]
@@ -44,7 +53,10 @@ class Audit:
         return {row.path: row for row in self.parameters}
 
     def finding(self, name: str) -> Finding | None:
-        """The first finding of this name, or None. Raises a ValueError if no finding has this name."""
+        """The first finding of this name, or None.
+
+        Raises: ValueError if no finding of any audit has this name.
+        """
         if name not in NAMES:
             raise ValueError(f"Audit: no finding is named {name!r}. The names are: {', '.join(map(repr, NAMES))}.")
         return next((finding for finding in self.findings if finding.name == name), None)

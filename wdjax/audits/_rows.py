@@ -36,6 +36,13 @@ class Audited(NamedTuple):
             the state changes its dtypes, updates are not finite, a writer would need more steps than were run, or a low
             precision rounds a decay that needs a gradient.
         role: what it is by its name and shape, as in `weights_only`: "kernel", "bias", "norm", ...; "" if unknown.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> row = wdjax.audit(optax.adamw(1e-3, weight_decay=0.1), {"kernel": jnp.ones((2, 3))})["kernel"]
+        >>> row.decays, row.place, row.kind, row.toward, row.kept, row.role
+        (True, 'update', 'L2', 'zero', 1.0, 'kernel')
     """
 
     path: str
@@ -70,6 +77,15 @@ class Finding(NamedTuple):
         message, remedy: what it is, and what to write instead.
         paths: the parameters that it concerns; empty for all.
         measured: for each of these paths, the numbers, in words; "" where there are none.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> found = wdjax.audit(optax.adamw(1e-3, weight_decay=0.1), {"bias": jnp.ones(3)}).findings[0]
+        >>> found.harm, found.name, found.paths
+        ('suspect', 'decays non-weights', ('bias',))
+        >>> found.remedy
+        'Write mask=weights_only(), or mask=weights_only().mask for Optax.'
     """
 
     harm: str

@@ -71,8 +71,9 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
     Source: Loshchilov & Hutter 2019, Algorithm 2, which multiplies both by the schedule; TensorFlow Addons' and
             big_vision's weight decay. Before the learning rate, this would be `decoupled_decay` with the wrong sign.
 
-    Args, Returns, Raises: as `decoupled_decay`. A sensible weight_decay is that of `decoupled_decay` times the
-    learning rate.
+    A sensible weight_decay is that of `decoupled_decay` times the learning rate.
+
+    Args, Returns, Raises: as `decoupled_decay`.
 
     Warns:
         UserWarning: at `init`, if weight_decay is known by then and so small that it rounds to nothing in the dtype of

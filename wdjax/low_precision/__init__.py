@@ -50,7 +50,9 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     Units:  those of the optimizer. The state is as large as for float32 parameters: 8 bytes per parameter for Adam.
     Source: torchao's low-bit optimizers compute in float32 as well.
 
-    Args: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
+    Args:
+        optimizer: an `optax.GradientTransformation` or `optax.MultiSteps`, with any decay inside.
+
     Returns: an `optax.GradientTransformationExtraArgs` with the state of `optimizer` for float32 parameters. If
         parameters and gradients are in float32 or wider, it changes nothing.
     Raises: a TypeError if `optimizer` is not an optimizer; a ValueError at `init` if a writer is inside.
@@ -88,8 +90,11 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     Optax relies on JAX's dtype promotion, which is not defined for float8 and float32. Here the sum is computed in at
     least float32 and rounded to the nearest number in the dtype of the parameter. For other dtypes both do the same.
 
-    Args: two trees of the same structure.
-    Returns: the new parameters, with the dtypes of the old ones. None stays None.
+    Args:
+        params: the parameters. None stays None.
+        updates: a tree of the same structure.
+
+    Returns: the new parameters, with the dtypes of the old ones.
     Raises: a ValueError if the trees differ in structure.
 
     Example:

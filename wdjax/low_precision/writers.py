@@ -18,24 +18,52 @@ NARROW_UPDATES = "a decay that is much smaller than the gradient's part is round
 
 
 class StochasticRoundingState(NamedTuple):
-    """The state of `stochastic_rounding`."""
+    """The state of `stochastic_rounding`.
 
-    # shape (), int32: the number of updates so far. With the seed, it determines the next random numbers.
+    Attributes:
+        count: shape (), int32: the number of updates so far. With the seed, it determines the next random numbers.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> int(wdjax.stochastic_rounding(seed=0).init(jnp.ones(2, jnp.bfloat16)).count)
+        0
+    """
+
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class CompensatedState(NamedTuple):
-    """The state of `compensated`."""
+    """The state of `compensated`.
 
-    # A tree like params, int16: what is missing from the weights, in units of 2^-16 of the spacing of neighboring
-    # weights. None for leaves that are not compensated.
+    Attributes:
+        residual: a tree like params, int16: what is missing from the weights, in units of 2^-16 of the spacing of
+            neighboring weights. None for leaves that are not compensated.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.compensated().init(jnp.ones(2, jnp.bfloat16)).residual.dtype
+        dtype('int16')
+    """
+
     residual: PyTree
 
 
 class MasterWeightsState(NamedTuple):
-    """The state of `master_weights`."""
+    """The state of `master_weights`.
 
-    weights: PyTree  # A tree like params: the weights in float32. None for leaves that already have at least float32.
+    Attributes:
+        weights: a tree like params: the weights in float32. None for leaves that already have at least float32.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.master_weights().init(jnp.ones(2, jnp.bfloat16)).weights.dtype
+        dtype('float32')
+    """
+
+    weights: PyTree
 
 
 WRITERS = (StochasticRoundingState, CompensatedState, MasterWeightsState)

@@ -111,6 +111,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
 
     Rule:   with N blocks, block i (from 0) has factor^(N - i), `first` has factor^(N + 1), and `last` has 1.
             Blocks are ordered by their numbers, which may start anywhere and have gaps.
+    Units:  of a ratio: multipliers of a rate. A factor below 1 makes rates smaller toward the input.
     Place:  for learning rates, as in BEiT and timm's `layer_decay`: `scale_by_path(by_depth(...))` at the end of the
             chain, which scales the decay too. For the weight decay alone, a factor of the rate:
             `0.1 * by_depth("blocks/*", 0.75, first="patch_embed", last="head")`.
@@ -128,6 +129,10 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
             parameter that decays, but is neither in a block nor in `first` nor in `last`, is an error. What is in
             several of them counts for `first`, then for its block.
         axis: the axis that counts the blocks, if they are stacked in one array as by `nn.scan`.
+
+    Returns: `Rules`, whose values are multipliers.
+    Raises: TypeError, ValueError for arguments that are not as above; and where the rules are used, if a pattern finds
+            no number, if numbers are ambiguous, or if a parameter that decays is nowhere.
 
     Example:
 

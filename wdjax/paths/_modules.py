@@ -34,9 +34,16 @@ _REGISTRY: dict[type, dict[str, str]] = {}  # The roles of the parameters of eac
 def register_layer(layer: type, *, weights: Sequence[str] = (), embeddings: Sequence[str] = ()) -> None:
     """Tells `weights_only(model)` which parameters of your own layer class are weights.
 
-    `weights` are the names of parameters that decay, and `embeddings` are those of tables, which decay except with
-    `weights_only(embeddings=False)`. Its other parameters don't decay. Submodules are not affected, and subclasses are.
-    A second call for the same class replaces the first. A name that no layer has is an error of `weights_only(model)`.
+    Its other parameters don't decay. Submodules are not affected, and subclasses are. A second call for the same class
+    replaces the first.
+
+    Args:
+        layer: the class.
+        weights: the names of the parameters that decay.
+        embeddings: the names of tables, which decay except with `weights_only(embeddings=False)`.
+
+    Raises: TypeError if `layer` is not a class, or if names are not strings. A name that no layer has is a ValueError
+            of `weights_only(model)`.
 
     Example:
 

@@ -98,6 +98,7 @@ def by_path(
 ) -> Rules:
     """A table from patterns to values. For each parameter, the first rule that matches wins.
 
+    Place:  a mask, a rate, an anchor or labels: wherever wdjax takes `Rules`. Its method `mask` is for Optax.
     Args:
         rules: a dictionary, or a list of pairs (pattern, value). For patterns see `wdjax.paths`. Values: booleans for a
             mask; finite numbers >= 0, 0-d arrays or schedules for rates; strings for labels; `"init"` and
@@ -105,6 +106,10 @@ def by_path(
         default: the value of parameters that no rule matches, which are an error otherwise: `default=weights_only()`.
         syntax: how strings are read: "shell" as in `wdjax.paths`; "regex" as a regular expression for the whole path;
             "search" as one for any part of it; "contains" as a part of the path, where "." also stands for "/".
+
+    Returns: `Rules`.
+    Raises: TypeError, ValueError for what is not a table, a pattern, a value or a syntax; and where the table is used,
+            if a rule matches nothing or never decides, or if a parameter has neither a rule nor a default.
 
     Example:
 
@@ -130,6 +135,14 @@ def by_path(
 def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
     """The mask that is True for parameters that match any of the patterns, which are those of `by_path`.
 
+    Args:
+        *patterns: names, paths, regular expressions, functions of a `Leaf`, or masks. Any may match.
+        syntax: how strings are read, as in `by_path`.
+
+    Returns: `Rules` of booleans.
+    Raises: TypeError, ValueError for an invalid pattern or syntax, or none; and where the mask is used, if no pattern
+            matches a parameter.
+
     Example:
 
         >>> import jax.numpy as jnp, wdjax
@@ -142,6 +155,8 @@ def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
 @checks.known_arguments
 def all_but(*patterns: Pattern, syntax: str = "shell") -> Rules:
     """The mask that is False for parameters that match any of the patterns: the opposite of `only`.
+
+    Args, Returns, Raises: as `only`.
 
     Example:
 

@@ -86,6 +86,7 @@ def by_width(
     matrices: `by_path({"embed": 1.0, "head": 1.0}, default=by_width(256))`.
 
     Rule:   (fan-in / base)^power for a matrix, 1 for everything else.
+    Units:  of a ratio: multipliers of a rate.
     Place:  a factor of a rate that the learning rate multiplies: `decoupled_decay(0.1 * by_width(256))`.
     Source: CompleteP, arXiv 2505.01618, Table 1 (AdamW); the square root: arXiv 2510.15262.
 
@@ -97,6 +98,10 @@ def by_width(
             a `w` (only the first of Flax's query, key and value), and all but the first of a `weight`. Of a pair of
             LoRA factors, the axis that they share tells. The input of an embedding is one-hot, so it has 1.
         stacked_axes: the number of leading axes that stack layers.
+
+    Returns: `Rules`, whose values are multipliers.
+    Raises: TypeError, ValueError for arguments that are not as above; and where the rules are used, if the fan-in of a
+            matrix is not known.
 
     Example:
 

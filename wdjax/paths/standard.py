@@ -175,12 +175,17 @@ def weights_only(
     embedding even if it is indexed by position, and an array that is added to activations is not.
 
     Args:
+        model, *inputs: nothing; or the model, and for a Linen model the inputs of its `init`.
         embeddings: whether the tables of embedding layers decay. If False, an Equinox `weight` in a list may be unknown
             without the model, because a linear layer without a bias looks like an embedding.
         unknown: what to do with parameters that neither name nor type identifies: "error", or the boolean for them.
         stacked_axes: the number of leading axes that stack layers (`filter_vmap`), if names don't distinguish a stacked
             scale from a matrix: for all parameters, or {pattern: number} for some. Linen, NNX and Haiku don't need it.
         call_kwargs: keyword arguments for the call of a Linen model: `{"train": False}`.
+
+    Returns: `Rules` of booleans.
+    Raises: TypeError, ValueError for arguments that are not as above, and for a model that is none of these; and where
+            the mask is used, ValueError if a parameter can't be identified. It has the lines to write for these.
 
     Example:
 

@@ -18,6 +18,12 @@ class GroupLasso(SplitGroups):
     of Flax and Haiku. In Equinox and PyTorch outputs come first, (outputs, inputs, height, width): write `per=0`. In a
     bias, each number is then a group of its own. To leave biases out, use a mask.
 
+    Rule:   value(w) = sum of ||w|| over groups; gradient(w) = w / ||w||; prox(w, k) = w max(1 - k / ||w||, 0)
+    Place:  as `L1`.
+    Units:  of a weight; not scaled by the square root of the group size. The gradient of a zero group is zero.
+    Source: Yuan & Lin 2006. The norm is computed at three scales, as in Blue 1978, so that it never overflows or
+            underflows.
+
     Args:
         axis: the axes to take a norm over, if you would rather name these. The other axes index the groups. With
             neither `axis` nor `per`, the whole array is one group.
@@ -30,9 +36,6 @@ class GroupLasso(SplitGroups):
 
     Raises: TypeError for an invalid axis or axis name; ValueError for both `axis` and `per`, and on use, if an array or
             the mesh lacks the axis.
-    Units:  of a weight; not scaled by the square root of the group size. The gradient of a zero group is zero.
-    Source: Yuan & Lin 2006. The norm is computed at three scales, as in Blue 1978, so that it never overflows or
-            underflows.
 
     Example:
 

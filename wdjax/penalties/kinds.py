@@ -16,8 +16,18 @@ from .._engine.text import shown
 class L2:
     """Half the sum of squares: the penalty whose gradient is the weight itself.
 
+    Rule:   value(w) = sum w^2 / 2; gradient(w) = w; prox(w, k) = w / (1 + k)
+    Place:  any that takes a penalty: `penalty`, `add_penalty_to_grads`, `proximal_step`. Of the first two, `l2_penalty`
+            and `add_l2_to_grads` do the same.
     Units:  with the factor 1/2. Keras' `l2(r)` lacks it, so r corresponds to the strength 2 r here.
     Source: Hoerl & Kennard 1970 (ridge regression); Krogh & Hertz 1991.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> w = jnp.array([3.0, -4.0])
+        >>> float(wdjax.L2().value(w)), wdjax.L2().gradient(w).tolist(), wdjax.L2().prox(w, 1.0).tolist()
+        (12.5, [3.0, -4.0], [1.5, -2.0])
     """
 
     is_elementwise: ClassVar[bool] = True
@@ -36,8 +46,18 @@ class L2:
 class L1:
     """The sum of absolute values. Its proximal map is soft thresholding, which makes exact zeros.
 
+    Rule:   value(w) = sum |w|; gradient(w) = sign(w); prox(w, k) = sign(w) max(|w| - k, 0)
+    Place:  `proximal_step`, if weights should become exactly zero. In `penalty` and `add_penalty_to_grads` they come
+            close to zero and rarely land on it.
     Units:  of a weight: the gradient is +-1 for any weight except zero, where it is 0.
     Source: Tibshirani 1996; Beck & Teboulle 2009 for the proximal step.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> w = jnp.array([3.0, -0.5])
+        >>> float(wdjax.L1().value(w)), wdjax.L1().gradient(w).tolist(), wdjax.L1().prox(w, 1.0).tolist()
+        (3.5, [1.0, -1.0], [2.0, -0.0])
     """
 
     is_elementwise: ClassVar[bool] = True
@@ -56,11 +76,22 @@ class L1:
 class ElasticNet:
     """A mixture of L1 and L2, weighted as in scikit-learn's `ElasticNet(l1_ratio=...)`.
 
+    Rule:   value(w) = r sum |w| + (1 - r) sum w^2 / 2; gradient(w) = r sign(w) + (1 - r) w; prox(w, k) = soft
+            thresholding of w by k r, divided by 1 + k (1 - r). Here r is `l1_ratio`.
+    Place:  as `L1`.
+    Units:  those of `L1` and `L2`, mixed: one strength multiplies both.
+    Source: Zou & Hastie 2005.
+
     Args:
         l1_ratio: the share of L1, from 0 (`L2()`) to 1 (`L1()`).
 
     Raises: ValueError if `l1_ratio` is not a number in [0, 1].
-    Source: Zou & Hastie 2005.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.ElasticNet(0.5).prox(jnp.array([3.0, -0.5]), 2.0).tolist()
+        [1.0, -0.0]
     """
 
     l1_ratio: float = 0.5
@@ -87,11 +118,22 @@ class ElasticNet:
 class Huber:
     """L2 for small weights and L1 for large ones: a decay whose pull never exceeds `delta`.
 
+    Rule:   value(w) = sum of w^2 / 2 where |w| <= delta, else delta (|w| - delta / 2); gradient(w) = w clipped to
+            +-delta; prox(w, k) = w / (1 + k) where |w| <= (1 + k) delta, else w - k delta sign(w)
+    Place:  any that takes a penalty: `penalty`, `add_penalty_to_grads`, `proximal_step`.
+    Units:  as `L2` for weights up to delta. The strength times delta is the largest pull.
+    Source: Huber 1964; as a decay, AdamHD (arXiv 2511.14721).
+
     Args:
         delta: the size, in units of a weight, where the quadratic becomes linear.
 
     Raises: ValueError if `delta` is not a positive finite number.
-    Source: Huber 1964; as a decay, AdamHD (arXiv 2511.14721).
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> wdjax.Huber(delta=1.0).gradient(jnp.array([0.5, -4.0])).tolist()
+        [0.5, -1.0]
     """
 
     delta: float = 1.0

@@ -18,6 +18,22 @@ class Penalty(Protocol):
     `value(w)` maps an array to a scalar and must be differentiable. If there is a method `gradient(w)`, it replaces the
     derivative of `value`: to save time, or to choose a subgradient at a corner. If the penalty is a sum over elements,
     set `is_elementwise = True`. Then strengths may be arrays.
+
+    Place:  `penalty`, which adds strength * value(w) to the loss, and `add_penalty_to_grads`, which adds
+            strength * gradient(w) to the gradient.
+    Raises: where it is used: ValueError if `value` returns no scalar, or `gradient` another shape than that of `w`.
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, wdjax
+        >>> class FourthPower:
+        ...     is_elementwise = True
+        ...     def value(self, w: jax.Array) -> jax.Array:
+        ...         return jnp.sum(w**4) / 4
+        >>> isinstance(FourthPower(), wdjax.Penalty)
+        True
+        >>> float(wdjax.penalty({"kernel": jnp.array([2.0])}, FourthPower(), 0.5))
+        2.0
     """
 
     def value(self, w: jax.Array) -> jax.Array: ...
@@ -29,6 +45,23 @@ class ProximalPenalty(Protocol):
 
     `prox(w, step)` must return the argmin over v of |v - w|^2 / 2 + step * value(v). If the penalty is a sum over
     elements, set `is_elementwise = True`. Then strengths, and so `step`, may be arrays.
+
+    Place:  `proximal_step`, which moves the weights w, where the optimizer puts them, to
+            prox(w, learning_rate * strength).
+    Raises: where it is used: ValueError if `prox` returns another shape than that of `w`.
+
+    Example:
+
+        >>> import jax, jax.numpy as jnp, wdjax
+        >>> class NotBelowOne:
+        ...     is_elementwise = True
+        ...     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        ...         return jnp.maximum(w, 1.0)
+        >>> isinstance(NotBelowOne(), wdjax.ProximalPenalty)
+        True
+        >>> step = wdjax.proximal_step(NotBelowOne(), 1.0, learning_rate=0.1)
+        >>> step.update(jnp.array([0.0]), step.init(jnp.array([0.5])), jnp.array([0.5]))[0].tolist()
+        [0.5]
     """
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array: ...

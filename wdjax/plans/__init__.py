@@ -57,10 +57,13 @@ def plan(
             a learning rate, evaluated at step 0.
 
     Returns:
-        A `Plan`. It warns if nothing decays, or if everything decays and there are biases.
+        A `Plan`.
 
     Raises:
         TypeError, ValueError: as `decoupled_decay` at `init`; and for a step that is not an integer >= 0.
+
+    Warns:
+        UserWarning: if nothing decays, or if everything decays and there are biases.
 
     Example:
 

@@ -17,6 +17,21 @@ class Plan:
 
     `print(plan)` gives a table in plain text, `plan.show()` and `rich.print(plan)` show it in colors, and a notebook as
     HTML. Repeated blocks are one line. `for row in plan` iterates over the rows, and `plan[path]` is one of them.
+
+    Attributes:
+        parameters: the rows, each a `plans.Planned`.
+
+    Raises: KeyError from `plan[path]`, if no parameter has this path.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+        >>> plan = wdjax.plan(params, 0.1, wdjax.only("kernel"))
+        >>> str(plan.totals), plan["kernel"].rate, [row.path for row in plan if row.decays]
+        ('decayed 6 of 9 parameters in 1 of 2 arrays', 0.1, ['kernel'])
+        >>> print(plan.diff(wdjax.plan(params, 0.2, wdjax.only("kernel"))))
+        kernel: 0.1 → 0.2, by 'kernel'
     """
 
     parameters: tuple[Planned, ...]
@@ -67,7 +82,10 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Plan":
-        """The plan that `to_dict` wrote. It raises a ValueError for anything else."""
+        """The plan that `to_dict` wrote.
+
+        Raises: ValueError for anything else.
+        """
         try:
             rows: list[dict[str, Any]] = [dict(row) for row in data["parameters"]]
             lists = [{key: tuple(value) for key, value in row.items() if isinstance(value, list)} for row in rows]
@@ -105,7 +123,19 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlanDiff:
-    """How one plan differs from another; falsy if it does not. `changed` has pairs of rows whose rates differ."""
+    """How one plan differs from another; falsy if it does not. `print(diff)` gives a line for each change.
+
+    Attributes:
+        added, removed: the rows that only the other plan has, and those that only this one has.
+        changed: pairs of rows, of this plan and of the other, whose rates differ.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> plan = wdjax.plan({"kernel": jnp.ones((2, 3))}, 0.1)
+        >>> bool(plan.diff(plan)), len(plan.diff(wdjax.plan({"kernel": jnp.ones((2, 3))}, 0.2)).changed)
+        (False, 1)
+    """
 
     added: tuple[Planned, ...]
     removed: tuple[Planned, ...]

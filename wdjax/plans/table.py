@@ -18,12 +18,23 @@ PlannedRate = float | tuple[float, ...] | str
 
 
 class Planned(NamedTuple):
-    """What is planned for one parameter.
+    """What is planned for one parameter: a row of a `Plan`.
 
-    `rate` is a number, 0.0 if the parameter does not decay; a number for each of stacked layers; or a string if it is
-    known only during training (a schedule, a traced rate). `rule` is the rule that decided, and `reason` says why.
-    `per_step` and `per_thousand` are the fractions of a weight that the decay alone removes in a step and in a thousand
-    steps. They are None if the plan was made without a learning rate.
+    Attributes:
+        path, shape, dtype: its canonical path, its shape, and the name of its dtype.
+        decays: whether it decays in any step.
+        rate: a number, 0.0 if it does not decay; a number for each of stacked layers; or a string if it is known only
+            during training (a schedule, a traced rate).
+        rule, reason: the rule that decided, and why.
+        per_step, per_thousand: the fractions of a weight that the decay alone removes in a step and in a thousand
+            steps. They are None if the plan was made without a learning rate.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> row = wdjax.plan({"kernel": jnp.ones((2, 3))}, 0.1, wdjax.weights_only(), learning_rate=0.01)["kernel"]
+        >>> row.rate, round(row.per_step, 6), row.rule, row.reason
+        (0.1, 0.001, 'weights_only', "kernel: named 'kernel'")
     """
 
     path: str
@@ -42,7 +53,19 @@ class Planned(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """How many parameters and arrays decay, and how many there are."""
+    """How many parameters and arrays decay, and how many there are.
+
+    Attributes:
+        decayed, parameters: the numbers of weights.
+        decayed_arrays, arrays: the numbers of arrays.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> totals = wdjax.plan({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, 0.1, wdjax.only("kernel")).totals
+        >>> totals.decayed, totals.parameters
+        (6, 9)
+    """
 
     decayed: int
     parameters: int

@@ -57,8 +57,9 @@ def sweep(
             names of rates in wdjax must not be negative. If the settings are not a grid, sweep over `trial=range(n)`
             and let `train` look up the rates.
 
-    Returns a `Sweep` with `.results`, `.best()` and `.table()`. Raises a TypeError if `train` cannot be called with
-    these names, or returns something else, and a ValueError for other arguments that are not as above.
+    Returns: a `sweeps.Sweep` with `.results`, `.best()` and `.table()`.
+    Raises: TypeError if `train` cannot be called with these names, or returns something else; ValueError for other
+            arguments that are not as above.
 
     Example:
 

@@ -26,6 +26,14 @@ class Best:
         alike: booleans of the grid's shape: which settings may be the best.
         interval: for each name, the smallest and the largest value among these.
         at_end: the names whose best value is the smallest or largest that was tried, except 0. Try values beyond it.
+
+    Example:
+
+        >>> import wdjax
+        >>> found = wdjax.sweep(lambda key, weight_decay: (weight_decay - 1.0) ** 2, weight_decay=[0.0, 0.5, 1.0])
+        >>> best = found.best()
+        >>> best.values, best.mean, best.at_end
+        ({'weight_decay': 1.0}, 0.0, ('weight_decay',))
     """
 
     values: dict[str, float]
@@ -55,6 +63,15 @@ class Sweep:
         seeds: the seeds, which are the axis after the grid.
         results: what `train` returned, by name ("loss" if it returned a scalar): NumPy arrays of shape
             (*grid, seeds, *shape of one run's result), or trees of these.
+
+    Example:
+
+        >>> import wdjax
+        >>> found = wdjax.sweep(lambda key, weight_decay: (weight_decay - 1.0) ** 2, weight_decay=[0.0, 0.5, 1.0])
+        >>> found
+        Sweep(weight_decay: 3, seeds: 1; results: loss)
+        >>> found.results["loss"][:, 0].tolist()
+        [1.0, 0.25, 0.0]
     """
 
     values: dict[str, np.ndarray]
@@ -66,8 +83,9 @@ class Sweep:
 
         A setting with a run that ended in NaN or infinity is neither the best nor among these.
 
-        Raises a KeyError if `train` returned no scalar with this name, and a ValueError if no setting has finite
-        results for all seeds, or if `confidence` is not between 0 and 1.
+        Returns: a `sweeps.Best`.
+        Raises: KeyError if `train` returned no scalar with this name; ValueError if no setting has finite results for
+                all seeds, or if `confidence` is not between 0 and 1.
         """
         if not 0 < confidence < 1:
             raise ValueError(f"Sweep.best: confidence must be in (0, 1), got {confidence}. Write confidence=0.95.")
@@ -96,6 +114,8 @@ class Sweep:
         """A line for each setting: mean and standard error of the result with this name, and which may be the best.
 
         If runs ended in NaN or infinity, the mean is over the others, and the line shows how many failed.
+
+        Raises: KeyError if `train` returned no scalar with this name.
         """
         losses = self._losses(name)
         best = self.best(name) if np.isfinite(losses).all(axis=1).any() else None

@@ -24,12 +24,25 @@ PyTree = Any
 
 
 class MonitorState(NamedTuple):
-    """The state of `monitor`."""
+    """The state of `monitor`.
 
-    decay: DecayState  # The count of real steps, and the anchor if there is one.
-    measured: dict[str, dict[str, jax.Array]]  # For each group, the metrics of the last real step: shape (), float32.
-    rates: dict[str, jax.Array]  # The learning rate of that step, if the monitor was given a number or a schedule.
-    inner_state: Any  # The state of the wrapped optimizer.
+    Attributes:
+        decay: the count of real steps, and the anchor if there is one.
+        measured: for each group, the metrics of the last real step: shape (), float32.
+        rates: the learning rate of that step, if the monitor was given a number or a schedule.
+        inner_state: the state of the wrapped optimizer.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> list(wdjax.monitor(optax.sgd(0.1)).init(jnp.ones(2)).measured)
+        ['undecayed']
+    """
+
+    decay: DecayState
+    measured: dict[str, dict[str, jax.Array]]
+    rates: dict[str, jax.Array]
+    inner_state: Any
 
 
 @checks.known_arguments

@@ -19,7 +19,19 @@ _SUBTRACTED = stateless(subtracted)
 
 
 class WithDecoupledDecayState(NamedTuple):
-    """The state of `with_decoupled_decay`: the count of real steps, any anchor, and the wrapped optimizer's state."""
+    """The state of `with_decoupled_decay`, `with_sparse_decay` and `with_lazy_decay`.
+
+    Attributes:
+        decay: the count of real steps, any anchor, and in `leaf` what rows owe under `with_lazy_decay`.
+        inner_state: the state of the wrapped optimizer.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> optimizer = wdjax.with_decoupled_decay(optax.adam(0.1), 0.1, learning_rate=0.1)
+        >>> int(optimizer.init(jnp.ones(2)).decay.count)
+        0
+    """
 
     decay: DecayState
     inner_state: Any

@@ -16,6 +16,12 @@ PyTree = Any
 def canonical_paths(params: PyTree) -> list[str]:
     """The canonical path of every leaf, in the order of the tree. Patterns are matched against these paths.
 
+    Args:
+        params: a tree of parameters, or their shapes as from `jax.eval_shape`.
+
+    Returns: a list of strings: the keys that lead to each leaf, joined by "/".
+    Raises: ValueError if two leaves have the same path.
+
     Example:
 
         >>> import jax.numpy as jnp, wdjax

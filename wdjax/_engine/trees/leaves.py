@@ -14,7 +14,19 @@ import optax
 
 
 class Leaf(NamedTuple):
-    """What a rule may know about a parameter. It holds no values, so that rules can be decided during tracing."""
+    """What a rule may know about a parameter. It holds no values, so that rules can be decided during tracing.
+
+    Attributes:
+        path: its canonical path: the keys that lead to it, joined by "/".
+        shape, dtype: those of the array.
+
+    Example:
+
+        >>> import jax.numpy as jnp, wdjax
+        >>> matrices = wdjax.only(lambda leaf: leaf.ndim >= 2 and not leaf.path.startswith("head/"))
+        >>> matrices.mask({"kernel": jnp.ones((2, 3)), "head": {"kernel": jnp.ones((3, 1))}, "bias": jnp.ones(3)})
+        {'bias': False, 'head': {'kernel': False}, 'kernel': True}
+    """
 
     path: str
     shape: tuple[int, ...]
