@@ -10,7 +10,7 @@ import wdjax
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-CELL = re.compile(r"^```\{code-cell\} python\n((?::.*\n)*)(.*?)^```$", re.S | re.M)
+CELL = re.compile(r"^```\{code-cell\} python\n((?::[^\n]*\n)*)(.*?)^```$", re.S | re.M)
 PAGE_OF = {page.stem: page for page in PAGES if CELL.search(page.read_text())}
 # What belongs to one run on one machine: lines of a log, a traceback, an absolute path.
 OF_ONE_RUN = re.compile(
