@@ -1,8 +1,10 @@
 """Every cell of the site's pages runs, those of one page one after the other; links lead somewhere."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from slow import slow_but
 
@@ -34,9 +36,18 @@ def test_the_pages_have_different_names() -> None:
     assert len({page.stem for page in PAGES}) == len(PAGES)
 
 
+@pytest.fixture
+def x64_as_before() -> Iterator[None]:
+    """A page may enable x64 for itself."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 # What the cells print is computed anew by the build of the site, so there is nothing to compare it with.
 @pytest.mark.peers
 @pytest.mark.parametrize("name", slow_but(PAGE_OF, *(PAGE_OF.keys() - {"many_devices", "wrappers_and_faults"})))
+@pytest.mark.usefixtures("x64_as_before")
 def test_the_cells_of_the_page_run(name: str) -> None:
     page = PAGE_OF[name]
     namespace: dict[str, object] = {"__name__": page.stem}
