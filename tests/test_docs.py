@@ -1,8 +1,10 @@
 """Every cell of the site's pages runs, those of one page one after the other; links lead somewhere."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -41,9 +43,18 @@ def test_options_of_a_cell_end_where_its_code_begins() -> None:
     assert CELL.findall(page) == [(":tags: [a]\n", "x = 1\n"), ("", "y = {1: 2}\n")]
 
 
+@pytest.fixture
+def x64_as_before() -> Iterator[None]:
+    """A page may enable x64 for itself."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 # What the cells print is computed anew by the build of the site, so there is nothing to compare it with.
 @pytest.mark.peers
 @pytest.mark.parametrize("name", slow_but(PAGE_OF, *(PAGE_OF.keys() - {"many_devices", "wrappers_and_faults"})))
+@pytest.mark.usefixtures("x64_as_before")
 def test_the_cells_of_the_page_run(name: str) -> None:
     page = PAGE_OF[name]
     namespace: dict[str, object] = {"__name__": page.stem}
