@@ -23,7 +23,7 @@ from typing import Any
 from ._tables import Table
 
 NAMES = ("decay", "groups", "tracing", "dispatch", "step", "sweeps", "at_scale")
-PAGE = Path(__file__).parents[1] / "docs" / "explanations" / "what_decay_costs.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "benchmarks.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smaller trees and fewer rounds, for a quick look")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="run only these modules")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for the tables")
-    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/explanations/what_decay_costs.md")
+    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/reference/benchmarks.md")
     options = parser.parse_args(argv)
     if options.docs and (options.quick or options.only != NAMES):
         parser.error("--docs needs a full run. Leave out --quick and --only.")
@@ -114,9 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text.partition("## ")[0])
     print(f"{time.perf_counter() - start:.0f} s. Tables: {options.out}/benchmarks.md, {options.out}/benchmarks.json")
     if options.docs:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(with_figures(PAGE.read_text(), text))
     return len(results["failures"])
+
+
+def with_figures(page: str, text: str) -> str:
+    """The page with this text between its two marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE} must contain the marks {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def report(results: dict[str, Any], sections: Sequence[str]) -> str:
