@@ -43,7 +43,7 @@ def test_the_cells_of_the_page_run(name: str) -> None:
     for number, (options, cell) in enumerate(CELL.findall(page.read_text())):
         code = compile(cell, f"{page.name}, cell {number}", "exec")
         if "raises-exception" in options:
-            with pytest.raises(Exception):  # noqa: B017  # The page shows which.
+            with pytest.raises(Exception):  # noqa: B017, PT011  # The page shows which.
                 exec(code, namespace)
         else:
             exec(code, namespace)
