@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --quick          # a quick look at all of them, in some minutes
     python -m benchmarks.run --only step      # one of them, in full
-    python -m benchmarks.run --docs           # all of them, in full; updates the tables in docs/reference/benchmarks.md
+    python -m benchmarks.run --docs           # all of them, in full; updates the tables of the documentation
 
 | module | what it compares |
 |---|---|

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smaller trees and fewer rounds, for a quick look")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="run only these modules")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for the tables")
-    parser.add_argument("--docs", action="store_true", help="also write the tables into docs/reference/benchmarks.md")
+    parser.add_argument("--docs", action="store_true", help="also write the tables into the documentation")
     options = parser.parse_args(argv)
     if options.docs and (options.quick or options.only != NAMES):
         parser.error("--docs needs a full run. Leave out --quick and --only.")

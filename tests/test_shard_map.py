@@ -41,7 +41,7 @@ def all_reduces(function: Any, *args: Any) -> list[list[str]]:
     return [re.findall(r"f64\[([\d,]*)\]", row) for row in re.findall(r"= (.*) all-reduce(?:-start)?\(", text)]
 
 
-# A penalty is neither multiplied nor divided by the number of devices: the table in docs/how_to/many_devices.md.
+# A penalty is neither multiplied nor divided by the number of devices. The table is in docs/how_to/many_devices.md.
 
 
 def make_problem() -> tuple[Any, np.ndarray, np.ndarray]:
