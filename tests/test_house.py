@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import registry
 
 import wdjax
 
@@ -96,6 +97,19 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
         facts += ["Rule:", "Place:", "Units:", "Source:"]
     assert [fact for fact in facts if fact not in doc] == []
     assert "Units:  none" not in doc
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_acts_has_a_row_in_the_registry(name: str) -> None:
+    value = vars(wdjax)[name]
+    rows = {word for row in registry.ROWS for word in re.findall(r"\w+", row.name)}
+    module = value.__module__
+    is_protocol = getattr(value, "_is_protocol", False)
+    is_kind = module.startswith(("wdjax.penalties", "wdjax.constraints")) and not is_protocol
+    returned = getattr(inspect.signature(value).return_annotation, "__name__", "")
+    is_place = module.startswith(("wdjax.in_gradient", "wdjax.in_update", "wdjax.on_weights")) and returned in ACTING
+    # A projection of matrices. It has the tests of tests/on_weights.
+    assert name in rows or not (is_kind or is_place) or name == "SpectralBall"
 
 
 def test_the_top_has_no_states_and_no_more_than_sixty_five_names() -> None:
