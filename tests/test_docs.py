@@ -10,7 +10,7 @@ import wdjax
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-CELL = re.compile(r"^```\{code-cell\} python\n((?::.*\n)*)(.*?)^```$", re.S | re.M)
+CELL = re.compile(r"^```\{code-cell\} python\n((?::[^\n]*\n)*)(.*?)^```$", re.S | re.M)
 PAGE_OF = {page.stem: page for page in PAGES if CELL.search(page.read_text())}
 # What belongs to one run on one machine: lines of a log, a traceback, an absolute path.
 OF_ONE_RUN = re.compile(
@@ -32,6 +32,14 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_pages_have_different_names() -> None:
     assert len({page.stem for page in PAGES}) == len(PAGES)
+
+
+def test_every_cell_is_found() -> None:
+    page = "```{code-cell} python\n:tags: [remove-cell]\nx = 1\n```\n\n```{code-cell} python\ny = {1: 2}\n```\n"
+    assert CELL.findall(page) == [(":tags: [remove-cell]\n", "x = 1\n"), ("", "y = {1: 2}\n")]
+    for path in PAGES:
+        text = path.read_text()
+        assert len(CELL.findall(text)) == len(re.findall(r"^```\{code-cell\} python$", text, re.M)), path
 
 
 # What the cells print is computed anew by the build of the site, so there is nothing to compare it with.
