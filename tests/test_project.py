@@ -55,7 +55,8 @@ def test_what_the_source_distribution_includes_exists() -> None:
 def quoted() -> list[str]:
     """The words of all code in the guide, within a line and in blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
-    return " ".join([*re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", GUIDE, flags=re.S)), *blocks]).split()
+    within: list[str] = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", GUIDE, flags=re.S))
+    return [word for code in [*within, *blocks] for word in code.split()]
 
 
 def test_each_path_in_the_guide_exists() -> None:
