@@ -23,7 +23,7 @@ from typing import Any
 from ._tables import Table
 
 NAMES = ("decay", "groups", "tracing", "dispatch", "step", "sweeps", "at_scale")
-PAGE = Path(__file__).parents[1] / "docs" / "explanations" / "what_decay_costs.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "benchmarks.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -114,9 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text.partition("## ")[0])
     print(f"{time.perf_counter() - start:.0f} s. Tables: {options.out}/benchmarks.md, {options.out}/benchmarks.json")
     if options.docs:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(with_figures(PAGE.read_text(), text))
     return len(results["failures"])
+
+
+def with_figures(page: str, text: str) -> str:
+    """The page with this text between its two marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE} must contain the marks {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def report(results: dict[str, Any], sections: Sequence[str]) -> str:

@@ -282,5 +282,14 @@ def test_every_module_of_comparisons_is_run() -> None:
     modules = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")]
     with_comparisons = [n for n in modules if hasattr(importlib.import_module(f"benchmarks.{n}"), "comparisons")]
     assert sorted(with_comparisons) == sorted(run.NAMES)
+
+
+def test_the_tables_of_a_run_replace_those_on_the_page() -> None:
     page = run.PAGE.read_text()
-    assert page.index(run.BEGIN) < page.index(run.END)
+    assert page.count(run.BEGIN) == page.count(run.END) == 1
+    new = run.with_figures(page, "A table.\n")
+    assert new == f"{page.partition(run.BEGIN)[0]}{run.BEGIN}\n\nA table.\n\n{run.END}{page.partition(run.END)[2]}"
+    assert run.with_figures(new, "A table.\n") == new
+    for lost in (page.replace(run.BEGIN, ""), page.replace(run.END, "")):
+        with pytest.raises(ValueError, match="must contain the marks"):
+            run.with_figures(lost, "A table.\n")

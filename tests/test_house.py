@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import registry
 
 import wdjax
 from wdjax.audits import findings
@@ -242,6 +243,19 @@ def warn_of(where):
     kinds = [message.kind for message in MESSAGES["messages"]()]
     assert kinds.count("ValueError") > 100
     assert kinds.count("UserWarning") == 8
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_acts_has_a_row_in_the_registry(name: str) -> None:
+    value = vars(wdjax)[name]
+    rows = {word for row in registry.ROWS for word in re.findall(r"\w+", row.name)}
+    module = value.__module__
+    is_protocol = getattr(value, "_is_protocol", False)
+    is_kind = module.startswith(("wdjax.penalties", "wdjax.constraints")) and not is_protocol
+    returned = getattr(inspect.signature(value).return_annotation, "__name__", "")
+    is_place = module.startswith(("wdjax.in_gradient", "wdjax.in_update", "wdjax.on_weights")) and returned in ACTING
+    # A projection of matrices. It has the tests of tests/on_weights.
+    assert name in rows or not (is_kind or is_place) or name == "SpectralBall"
 
 
 def test_the_top_has_no_states_and_no_more_than_sixty_five_names() -> None:

@@ -1313,7 +1313,7 @@ EXCLUDED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("Fp8DirectDotGeneralOp", "Fp8DotGeneral", "Fp8DotGeneralOp", "Fp8Einsum"), _FP8),
         "NANOOFp8DotGeneralOp": _FP8,
     },
-    "nnx": {"Module": "a base", "RNNCellBase": "a base"},
+    "nnx": {"Module": "a base", "RNNCellBase": "a base", "RoPE": "holds tables of sines, and older releases lack it"},
     "equinox": {
         "StatefulLayer": "a base",
         **dict.fromkeys(("Identity", "RotaryPositionalEmbedding", "Pool", "AdaptivePool"), _NONE),
@@ -1371,7 +1371,9 @@ def main() -> None:
         for name in sorted(missing & excluded.keys()):
             print(f"    {name}: {excluded[name]}")
         mistakes += [f"{library}: {name} is forgotten" for name in missing - excluded.keys()]
-        mistakes += [f"{library}: {name} is excluded and held" for name in excluded.keys() - missing]
+        mistakes += [
+            f"{library}: {name} is excluded and held" for name in (excluded.keys() & public_layers(library)) - missing
+        ]
     mistakes += [f"no leaf asks for {row}" for row in unused_rows(cases)]
     if mistakes:
         raise SystemExit("\n".join(mistakes))

@@ -337,6 +337,7 @@ DOES_NOT = """
     exploration/b (3,4)
     attn/inv_freq (4)
     attn/causal_mask (4,4)
+    rope/cached_sin (16,4)
     b_enc (16)
     intercept (4)
     proj_norm/weight (3,4)
