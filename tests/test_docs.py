@@ -15,7 +15,14 @@ import wdjax
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 CELL = re.compile(r"^```\{code-cell\} python\n((?::[^\n]*\n)*)(.*?)^```$", re.S | re.M)
-PAGE_OF = {page.stem: page for page in PAGES if CELL.search(page.read_text())}
+
+
+def name_of(page: Path) -> str:
+    """The page's path in docs/, or the file's name beside it: how_to/sweeps, README."""
+    return str(page.with_suffix("").relative_to(ROOT)).removeprefix("docs/")
+
+
+PAGE_OF = {name_of(page): page for page in PAGES if CELL.search(page.read_text())}
 # What belongs to one run on one machine: lines of a log, a traceback, an absolute path.
 OF_ONE_RUN = re.compile(
     r"^[IWEF]\d{4} \d\d:\d\d|^Traceback \(|^  File \"|\b\w*Warning: |\.py:\d+: |XLA_FLAGS=\S*/"
@@ -34,10 +41,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_pages_have_different_names() -> None:
-    assert len({page.stem for page in PAGES}) == len(PAGES)
-
-
 def test_options_of_a_cell_end_where_its_code_begins() -> None:
     page = "```{code-cell} python\n:tags: [a]\nx = 1\n```\n\n```{code-cell} python\ny = {1: 2}\n```\n"
     assert CELL.findall(page) == [(":tags: [a]\n", "x = 1\n"), ("", "y = {1: 2}\n")]
@@ -51,10 +54,13 @@ def x64_as_before() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
-# What the cells print is computed anew by the build of the site, so there is nothing to compare it with.
+# The build of the site runs all pages, too, and computes what they show.
+QUICK = ("index", "tutorial/what_is_added_where", "explanations/which_parameters", "explanations/choosing_a_rate")
+
+
 @pytest.mark.peers
-@pytest.mark.parametrize("name", slow_but(PAGE_OF, *(PAGE_OF.keys() - {"many_devices", "wrappers_and_faults"})))
 @pytest.mark.usefixtures("x64_as_before")
+@pytest.mark.parametrize("name", slow_but(PAGE_OF, *QUICK))
 def test_the_cells_of_the_page_run(name: str) -> None:
     page = PAGE_OF[name]
     namespace: dict[str, object] = {"__name__": page.stem}
@@ -67,7 +73,7 @@ def test_the_cells_of_the_page_run(name: str) -> None:
             exec(code, namespace)
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *PAGES]), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *PAGES]), ids=name_of)
 def test_no_page_holds_a_log_line_a_traceback_or_an_absolute_path(page: Path) -> None:
     assert OF_ONE_RUN.findall(page.read_text()) == []
 
@@ -107,7 +113,7 @@ def file_of(target: str, page: Path) -> Path | None:
     return page.parent / target if target else page
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=name_of)
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     for target in map("".join, links(page)):
         name, _, anchor = target.partition("#")
