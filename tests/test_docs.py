@@ -1,5 +1,7 @@
 """Every cell of the site's pages runs, those of one page one after the other; links lead somewhere."""
 
+import ast
+import builtins
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,35 @@ def test_the_cells_of_the_page_run(name: str) -> None:
                 exec(code, namespace)
         else:
             exec(code, namespace)
+
+
+def missing_names(cells: list[str]) -> list[str]:
+    """The names that the code of these cells reads and does not set anywhere."""
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    known |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) and node.name}
+    imports = [alias for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    known |= {alias.asname or alias.name.partition(".")[0] for alias in imports}
+    return sorted({node.id for node in names} - known)
+
+
+def test_missing_names_are_found() -> None:
+    assert missing_names(["import a.b as c\nfor x in c: print(x, y)", "def f(z, *, k): return z + k + y2\n"]) == [
+        "y",
+        "y2",
+    ]
+
+
+def test_each_section_on_symptoms_needs_only_the_first_cell_and_check() -> None:
+    page = PAGE_OF["how_to/my_model_does_not_regularize"].read_text()
+    cells = [cell for _, cell in CELL.findall(page)]
+    always = [cells[0], next(cell for cell in cells if "def check(" in cell)]
+    sections = re.split(r"^##+ (.*)$", page.partition("\n## Which parameters")[2], flags=re.M)[1:]
+    assert len(sections) > 40
+    for title, section in zip(sections[::2], sections[1::2], strict=True):
+        assert missing_names([*always, *(cell for _, cell in CELL.findall(section))]) == [], title
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *PAGES]), ids=name_of)

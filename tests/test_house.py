@@ -214,12 +214,26 @@ def test_the_messages_that_are_explained_exist_and_all_warnings_are_explained() 
             assert any(piece in " ".join(page.split()) for piece in literal(message.text)), message.text
 
 
-def test_every_finding_is_explained() -> None:
+def test_every_finding_is_explained_once_and_links_to_its_section_on_symptoms() -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text()
     parts = re.findall(r"^### (Wrong|Suspect|Note).*\n((?:(?!##).*\n)*)", page, re.M)
-    listed = {name: harm.lower() for harm, part in parts for name in re.findall(r"^(.+)\n: ", part, re.M)}
-    assert set(listed) == set(findings.NAMES)
-    assert {check.name: check.harm for check in findings.CHECKS}.items() <= listed.items()
+    entries = {
+        name: (harm.lower(), text)
+        for harm, part in parts
+        for name, text in re.findall(r"^(.+)\n: ((?:.+\n)+)", part, re.M)
+    }
+    harms = {name: harm for name, (harm, _) in entries.items()}
+    assert set(harms) == set(findings.NAMES)
+    assert {check.name: check.harm for check in findings.CHECKS}.items() <= harms.items()
+    symptoms = (ROOT / "docs" / "how_to" / "my_model_does_not_regularize.md").read_text()
+    rows = re.findall(r"^\| (.*\".*) \| .*\]\((#.*)\) \|$", symptoms, re.M)
+    named = [(name, anchor) for said, anchor in rows for name in re.findall(r'"(.+?)"', said) if name in harms]
+    assert len(named) > 12
+    for name, anchor in named:
+        assert f"(../how_to/my_model_does_not_regularize.md{anchor})" in entries[name][1], name
+    audit = (ROOT / "docs" / "explanations" / "audit.md").read_text()
+    listed = re.findall(r"^\| \[(Wrong|Suspect|Note)\]\(.*?\): .* \| (.*) \|$", audit, re.M)
+    assert {name: harm.lower() for harm, names in listed for name in names.split(", ")} == harms
 
 
 def test_every_text_of_an_error_is_listed() -> None:

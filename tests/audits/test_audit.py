@@ -1,6 +1,7 @@
 """The audit: what it says of optimizers whose decay is known, and what it finds in those that are wrong."""
 
 import json
+import re
 import sys
 import time
 from typing import Any
@@ -177,6 +178,16 @@ def test_rates_follow_the_schedule_at_every_count() -> None:
     assert audit.first_step == 1
     np.testing.assert_allclose(row.rate, float(SCHEDULE(1)) * WD, rtol=1e-5)
     assert "0 (0) … 0.001 (100)" in str(audit)
+
+
+def test_behind_moments_the_table_shows_only_the_first_rate() -> None:
+    # A training has other rates at later counts: there, the moments have seen many steps.
+    for optimizer in (wdjax.adam_l2(LR, WD), wdjax.sgd_l2(SCHEDULE, WD, momentum=0.9)):
+        audit = wdjax.audit(optimizer, {"kernel": jnp.ones((4, 4))})
+        row = audit["kernel"]
+        assert row.place == "gradient"
+        assert row.rates[-1][1] != pytest.approx(row.rate, rel=0.1)
+        assert f"  {row.rate:.3g}  gradient  " in audit.table()
 
 
 def test_the_decay_s_own_schedule() -> None:
@@ -893,3 +904,45 @@ def test_rows_that_do_not_decay_do_not_hide_those_that_do(first: int) -> None:
     in_gradient = wdjax.audit(lambda lr: wdjax.adam_l2(lr, 0.1, rows), params, learning_rate=0.1)["w"]
     assert in_gradient.place == "gradient"
     assert in_gradient.rate > 0
+
+
+def finding_of(measured: list[str]) -> str:
+    paths = tuple(f"layer_{k}/kernel" for k in range(len(measured)))
+    return str(wdjax.audits.Finding("wrong", "not as expected", "unexpected", "Look.", paths, tuple(measured)))
+
+
+def test_a_finding_shows_up_to_four_numbers_one_by_one_and_of_more_their_range() -> None:
+    texts = [f"it is {rate} per step, not 0" for rate in (0.000466219, -3e-05, 0.1, 0.2, 0.1)]
+    assert finding_of(texts).count("per step") == 4
+    texts = [f"it is {rate} per step, not 0" for rate in (0.000466219, -3e-05, 0.1, 0.2, 0.123456)]
+    assert finding_of(texts) == (
+        "wrong [not as expected]: unexpected: it is -3e-05 to 0.2 per step, not 0, at 5 parameters "
+        "('layer_{0..4}/kernel'). Look."
+    )
+
+
+def test_what_was_not_measured_is_not_in_a_range() -> None:
+    texts = [f"it is {k} per step at step {10 + k // 3}, not -0.5 to {k % 2}" for k in range(6)]
+    texts += ["0.25 to 0.5 per step in bfloat16", "it is 7 per step at step 10, not -0.5 to 1"]
+    said = finding_of(texts).partition(": unexpected: ")[2].split("; ")
+    assert [part.partition(" (")[0] for part in said] == [
+        "it is 0 to 2 per step at step 10, not -0.5 to 0, at 2 parameters",
+        "it is 1 to 7 per step at step 10, not -0.5 to 1, at 2 parameters",
+        "it is 3 to 5 per step at step 11, not -0.5 to 1, at 2 parameters",
+        "it is 4 per step at step 11, not -0.5 to 0",
+        "0.25 to 0.5 per step in bfloat16",
+    ]
+
+
+def test_ranges_that_are_measured_are_one_range() -> None:
+    texts = [f"L2, {low} to {low + 0.5} per step, and 0.001 beside a gradient" for low in (0.1, 0.2, 0.05, 0.3, 0.4)]
+    assert ": L2, 0.05 to 0.9 per step, and 0.001 beside a gradient, at 5 parameters (" in finding_of(texts)
+
+
+def test_the_findings_of_a_model_with_a_rate_for_each_layer_are_short() -> None:
+    params = {f"layer_{k}": {"kernel": jnp.ones((8, 8))} for k in range(12)}
+    audit = wdjax.audit(optax.chain(optax.add_decayed_weights(WD), optax.adam(LR)), params)
+    finding = audit.finding("seen by the moments")
+    assert finding is not None
+    assert len(set(finding.measured)) == 12
+    assert re.search(r"L2, \S+ to \S+ per step, at 12 parameters \('layer_", str(finding))

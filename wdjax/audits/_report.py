@@ -107,9 +107,14 @@ def _cells(row: Audited) -> tuple[str, ...]:
 
 
 def _rates(row: Audited) -> str:
-    """The rate; its smallest and largest value; or, if it changes with the count, the first and the largest or last."""
+    """The rate; its smallest and largest value; or, if it changes with the count, the first and the largest or last.
+
+    Behind moments only the first: at later counts they are as young as at the first one, which no training has.
+    """
     if f"{row.least:.3g}" != f"{row.most:.3g}":
         return f"{row.least:.3g} to {row.most:.3g}"
+    if row.place == "gradient":
+        return f"{row.rate:.3g}"
     if len({f"{rate:.3g}" for rate in (row.rate, *(rate for _, rate in row.rates))}) == 1:
         return f"{row.rate:.3g}"
     first, largest = 0, max(range(len(row.rates)), key=lambda k: abs(row.rates[k][1]))

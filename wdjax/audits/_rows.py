@@ -1,13 +1,18 @@
 """What an audit reports on: a row for each parameter, and the findings."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from .._engine.text import listed
 
 GRADIENT_AND_UPDATE = "gradient and update"
 CONSTRAINT = "constraint"
 MOVING_AVERAGE = "a moving average"
+_MOST_NUMBERS = 4  # That a finding shows one by one. Of more, it shows the range.
+_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+# A number or "... to ...". Those after "not" and "step" were not measured, so they have no group.
+_NUMBERS = re.compile(rf"(?:not|step) {_NUMBER[1:-1]}(?: to {_NUMBER[1:-1]})?|(?<![\w.\[-]){_NUMBER}(?: to {_NUMBER})?")
 
 
 class Audited(NamedTuple):
@@ -19,7 +24,8 @@ class Audited(NamedTuple):
             that step decays nothing, that at the first of `steps` that does, or that beside a gradient. 0.0 for no
             decay, negative for growth.
         least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
-        rates: pairs of a count and the rate at that count; empty for an optimizer without a count.
+        rates: pairs of a count and the rate at that count; empty for an optimizer without a count. Moments are new at
+            each count. So behind moments, only the first rate is that of a training.
         beside_gradient: the same fraction when there is a gradient.
         needs_gradient: whether it decays only beside a gradient.
         place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the
@@ -99,9 +105,41 @@ class Finding(NamedTuple):
         groups: dict[str, list[str]] = {}
         for path, numbers in zip(self.paths, self.measured or [""] * len(self.paths), strict=True):
             groups.setdefault(numbers, []).append(path)
+        if len(groups) > _MOST_NUMBERS:
+            groups = _as_ranges(groups)
         parts = [f"{numbers} ({listed(paths, 3)})".lstrip() for numbers, paths in groups.items()]
         where = f"{'' if '' in groups else ':'} {'; '.join(parts)}" if parts else ""
         return f"{self.harm} [{self.name}]: {self.message}{where}. {self.remedy}".rstrip()
+
+
+def _as_ranges(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Paths by texts, with one text for all that differ only in what was measured. It has the range of each number."""
+    alike: dict[str, list[str]] = {}
+    for text in groups:
+        alike.setdefault(_replaced(text, lambda _: "#"), []).append(text)
+    merged = {}
+    for texts in alike.values():
+        paths = [path for text in texts for path in groups[text]]
+        columns = zip(*map(_measured, texts), strict=True)
+        ranges = iter([_range([number for numbers in column for number in numbers]) for column in columns])
+        text = f"{_replaced(texts[0], lambda _, ranges=ranges: next(ranges))}, at {len(paths)} parameters"
+        merged[text if len(texts) > 1 else texts[0]] = paths
+    return merged
+
+
+def _replaced(text: str, by: Callable[[Any], str]) -> str:
+    """The text with other words for what was measured."""
+    return _NUMBERS.sub(lambda found: by(found) if found[1] else found[0], text)
+
+
+def _measured(text: str) -> list[list[str]]:
+    """The numbers in a text, those of a range together."""
+    return [[each for each in found.groups() if each] for found in _NUMBERS.finditer(text) if found[1]]
+
+
+def _range(numbers: Sequence[str]) -> str:
+    ends = min(numbers, key=float), max(numbers, key=float)
+    return ends[0] if float(ends[0]) == float(ends[1]) else " to ".join(f"{float(end):.3g}" for end in ends)
 
 
 def in_words(rates: Sequence[float]) -> list[str]:
