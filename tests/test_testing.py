@@ -1,7 +1,10 @@
 """The oracles and assertions that users call: right about what is right, and red about what is wrong."""
 
+import dataclasses
 import importlib
+import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +13,8 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
+from registry import KINDS
+from slow import slow_but
 
 import wdjax
 from wdjax import testing
@@ -156,6 +161,196 @@ def test_decayed_weights_takes_numbers_sequences_and_schedules() -> None:
     np.testing.assert_array_equal(testing.decayed_weights([3.0], 0.5, 1.0, 0), [3.0])
     with pytest.raises(ValueError, match="learning_rate has 3 values for 4 steps"):
         testing.decayed_weights(2.0, rates, 1.0, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A penalty of three functions. Those that are None are left out."""
+
+    value: Callable[..., Any] | None = lambda w: jnp.sum(jnp.logaddexp(w, -w) - math.log(2))
+    gradient: Callable[..., Any] | None = jnp.tanh
+    prox: Callable[..., Any] | None = lambda w, step: newton(w, step, start=towards_zero(w, step))
+
+
+def newton(w: Any, step: Any, start: Any, count: int = 8) -> Any:
+    """The proximal map of log cosh, if it starts well."""
+    v = start
+    for _ in range(count):
+        pull = jnp.tanh(v)
+        v = v - (v - w + step * pull) / (1 + step * (1 - pull**2))
+    return v
+
+
+def towards_zero(w: Any, step: Any) -> Any:
+    return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step, jnp.abs(w) / (1 + step))
+
+
+LOG_COSH = Own()
+NON_NEGATIVE = Own(
+    lambda w: 0.5 * jnp.sum(jnp.minimum(w, 0) ** 2),
+    lambda w: jnp.minimum(w, 0),
+    lambda w, step: jnp.where(w < 0, w / (1 + step), w),
+)
+SMOOTH_L1 = Own(lambda w: jnp.sum(jnp.sqrt(w**2 + 1e-6) - 1e-3), gradient=None, prox=None)
+ORTHOGONAL = Own(lambda w: jnp.sum((w.T @ w - jnp.eye(3)) ** 2) / 4, lambda w: w @ (w.T @ w) - w, None)
+RIGHT_PENALTIES: dict[str, Any] = {
+    **{name: kind for name, (kind, _, _) in KINDS.items()},
+    "GroupLasso of outputs": wdjax.GroupLasso(per=-1),
+    "log cosh": LOG_COSH,
+    "non-negative": NON_NEGATIVE,
+    "smooth L1": SMOOTH_L1,
+    "orthogonal": ORTHOGONAL,
+}
+
+
+@pytest.mark.parametrize("name", slow_but(RIGHT_PENALTIES, *KINDS, "log cosh", "smooth L1"))
+def test_a_right_penalty_passes(name: str) -> None:
+    kind = RIGHT_PENALTIES[name]
+    testing.assert_gradient(kind)
+    if kind.prox is not None:
+        testing.assert_prox(kind)
+
+
+def test_assertions_about_penalties_are_the_same_where_float64_is_on() -> None:
+    with jax.enable_x64(True):
+        testing.assert_gradient(LOG_COSH)
+        testing.assert_prox(LOG_COSH, np.array([[3.0, -4.0]]), steps=2.0)
+        assert jax.config.jax_enable_x64
+    assert not jax.config.jax_enable_x64
+
+
+def of_l1(threshold: float) -> Callable[..., Any]:
+    return lambda w, step: wdjax.L1().prox(w, threshold * step)
+
+
+L1 = Own(wdjax.L1().value, wdjax.L1().gradient)
+GROUPS = Own(wdjax.GroupLasso().value, wdjax.GroupLasso().gradient)
+TWO_WELLS = Own(lambda w: jnp.sum((w**2 - 1) ** 2), None)
+WRONG_GRADIENTS: dict[str, tuple[Any, str]] = {
+    "a factor": (
+        Own(gradient=lambda w: 1.0001 * jnp.tanh(w)),
+        r"gradient is -?\S+ at the weight -?\S+ at \(\d, \d\), but",
+    ),
+    "the sign": (
+        Own(gradient=lambda w: -jnp.tanh(w)),
+        r"gradient is -0\.\d+ at the weight 0\.\d+ .* of value there is 0\.",
+    ),
+    "beyond the corner": (
+        Own(wdjax.L1().value, lambda w: jnp.where(w == 0, 1.1, jnp.sign(w))),
+        r"gradient is 1\.1 at the weight 0 at \(0, 0\), but the slope of value there is from -1 to 1\.",
+    ),
+    "an infinite value": (
+        Own(lambda w: jnp.sum(jnp.log(jnp.cosh(w)))),
+        r"value at weights up to 100 is inf in float32 and not \d+\.\d+, as in float64",
+    ),
+    "NaN at zero": (
+        Own(lambda w: jnp.sqrt(jnp.sum(w**2)), None),
+        r"JAX's derivative of value at the weight 0 at \(0, 0\) is nan in float64\.",
+    ),
+    "NaN in float32": (
+        Own(gradient=lambda w: jnp.sinh(w) / jnp.cosh(w)),
+        r"gradient at the weight 100 at \(3, 2\) is nan in float32 and not 1, as in float64\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GRADIENTS)
+def test_a_wrong_gradient_is_seen(name: str) -> None:
+    kind, words = WRONG_GRADIENTS[name]
+    with pytest.raises(AssertionError, match=rf"^assert_gradient: .*Own.*: {words}"):
+        testing.assert_gradient(kind)
+
+
+# The slope is wrong, or it is not the lowest point, or it is not a number.
+SLOPE = (
+    r"moves the weight w = -?\S+ at \(\d, \d\) to v = -?\S+\. There w - v is -?\S+, "
+    r"and step times the slope of value is -?"
+)
+WRONG_MAPS: dict[str, tuple[Any, str]] = {
+    "three steps from w": (
+        dataclasses.replace(LOG_COSH, prox=lambda w, step: newton(w, step, w, 3)),
+        f"10, prox {SLOPE}",
+    ),
+    "many steps from w": (
+        dataclasses.replace(LOG_COSH, prox=lambda w, step: newton(w, step, w, 50)),
+        f"10, prox {SLOPE}",
+    ),
+    "one step too few": (
+        dataclasses.replace(LOG_COSH, prox=lambda w, step: newton(w, step, towards_zero(w, step), 2)),
+        f"10, prox {SLOPE}",
+    ),
+    "a threshold": (dataclasses.replace(L1, prox=of_l1(1.001)), rf"0\.01, prox {SLOPE}0\.01\."),
+    "never zero": (
+        dataclasses.replace(L1, prox=lambda w, step: w - step * jnp.sign(w)),
+        rf"0\.01, prox {SLOPE}0\.01\.",
+    ),
+    "not yet zero": (
+        dataclasses.replace(GROUPS, prox=lambda w, step: w * jnp.maximum(1 - step / (1e-9 + jnp.max(jnp.abs(w))), 0)),
+        rf"0\.01, prox {SLOPE}",
+    ),
+    "another well": (
+        # Where it is flat between two wells, it stays. Both slopes are right there.
+        dataclasses.replace(TWO_WELLS, prox=lambda w, step: jnp.zeros_like(w)),
+        r"10, prox moves the weight w = 0 at \(\d, \d\) to v = 0\. At v, .* is 120, but it is \S+ at another",
+    ),
+    "of a stretched step": (
+        dataclasses.replace(NON_NEGATIVE, prox=lambda w, step: jnp.where(w < 0, w / (1 + 2 * step), w)),
+        SLOPE,
+    ),
+    "NaN": (
+        dataclasses.replace(L1, prox=lambda w, step: w - step * w / jnp.abs(w)),
+        r"at the weight 0 at \(0, 0\) is nan in",
+    ),
+    "in float32": (
+        dataclasses.replace(LOG_COSH, prox=lambda w, step: newton(w, step, towards_zero(w, step)) + 0 * jnp.exp(w)),
+        r"0\.01, prox at the weight 100 at \(3, 2\) is nan in float32 and not 99\.99, as in float64\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MAPS)
+def test_a_wrong_prox_is_seen(name: str) -> None:
+    kind, words = WRONG_MAPS[name]
+    weights, steps = (np.zeros((4, 3)), 10.0) if name == "another well" else (None, (0.01, 0.7, 10.0))
+    with pytest.raises(AssertionError, match=rf"^assert_prox: .*Own.*: with step .*{words}"):
+        testing.assert_prox(kind, weights, steps)
+
+
+def test_a_prox_that_is_right_for_small_steps_only_is_seen_at_large_ones() -> None:
+    kind = dataclasses.replace(LOG_COSH, prox=lambda w, step: newton(w, step, w, 3))
+    normal = np.random.default_rng(1).normal(size=(4, 3))
+    testing.assert_prox(kind, normal, steps=(0.01, 0.3))
+    with pytest.raises(AssertionError, match="with step 5, prox moves"):
+        testing.assert_prox(kind, normal, steps=(0.01, 0.3, 5))
+
+
+def test_assertions_about_penalties_say_what_they_need() -> None:
+    for needs, kind in (("value", Own(value=None)), ("prox", Own(prox=None))):
+        with pytest.raises(TypeError, match=f"^assert_prox: kind must be a penalty with the method {needs}, got"):
+            testing.assert_prox(kind)
+    with pytest.raises(TypeError, match=r"^assert_gradient: .*the method value, .*Write assert_gradient\(L1\(\), "):
+        testing.assert_gradient(wdjax.L1)  # pyright: ignore[reportArgumentType]
+    for w in (np.ones(2, complex), np.ones(1001), np.ones((0, 3)), "kernel", {"kernel": jnp.ones(2)}):
+        with pytest.raises(ValueError, match=r"^assert_gradient: w must be an array of real numbers, .*got.*Write"):
+            testing.assert_gradient(wdjax.L1(), w)
+    for steps in (0.0, -1.0, (), (0.1, math.inf), [[0.1]], "0.1"):
+        with pytest.raises(ValueError, match=r"^assert_prox: steps must be positive finite numbers, got .*Write"):
+            testing.assert_prox(wdjax.L1(), steps=steps)  # pyright: ignore[reportArgumentType]
+    for check in (testing.assert_gradient, testing.assert_prox):
+        with pytest.raises(ValueError, match=r"value must return a scalar, but it returned the shape \(4, 3\)"):
+            check(Own(value=lambda w: w**2))
+    with pytest.raises(
+        ValueError, match=r"prox must return an array of shape \(4, 3\), but it returned the shape \(\)"
+    ):
+        testing.assert_prox(Own(prox=lambda w, step: jnp.sum(w)))
+
+
+def test_a_method_that_jit_cannot_trace_is_an_error_here() -> None:
+    def prox(w: Any, step: Any) -> Any:
+        return w if step < 1 else newton(w, step, towards_zero(w, step))
+
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        testing.assert_prox(Own(prox=prox))
 
 
 def test_without_chex_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,3 +18,5 @@ from .oracles import decayed_weights as decayed_weights
 from .oracles import heavy_ball_weights as heavy_ball_weights
 from .oracles import ridge_solution as ridge_solution
 from .oracles import soft_threshold as soft_threshold
+from .penalties import assert_gradient as assert_gradient
+from .penalties import assert_prox as assert_prox
