@@ -174,7 +174,8 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
 @pytest.mark.peers
 def test_every_call_on_the_page_of_functions_runs() -> None:
     page = (ROOT / "docs" / "start" / "which_function.md").read_text()
-    params = {"embedding": jnp.ones((4, 2)), "kernel": jnp.ones((2, 2)), "encoder": {"kernel": jnp.ones((2, 2))}}
+    layer = {"kernel": jnp.ones((2, 2))}
+    params = {"embedding": jnp.ones((4, 2)), **layer, "encoder": layer, "hidden": layer}
     optimizer = wdjax.monitor(optax.adam(1e-3))
     numbers = {"lr": 1e-3, "λ": 0.1, "r": 1e-4, "s": 2.0, "b": 256, "f": 0.5, "steps": 1000, "tokens": 1e6}
     trees = {"params": params, "optimizer": optimizer, "state": optimizer.init(params), "mask": wdjax.only("kernel")}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from peer import peer
 
 import wdjax
@@ -27,24 +28,38 @@ BLOCK = re.compile(r"^```(?:\{code-cell\} )?python\n((?::[^\n]*\n)*)(.*?)^```$",
 STEPS = 40
 
 
+(FLOAT64,) = (code for _, code in BLOCK.findall(PAGE) if "set_floatx" in code)
+LAST_LINE = FLOAT64.rstrip().splitlines()[-1]
+PROSE = PAGE.replace("\n", " ")
+
+
 @pytest.fixture
-def float64(x64: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float64 in Keras too. Without the second line, norms are computed in float32, except on TensorFlow."""
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float64 in Keras too, with the lines of the page."""
     dtypes = pytest.importorskip("keras.src.backend.common.dtypes")
-    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    keras.utils.set_random_seed(0)
+    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", dtypes.BIT64_TO_BIT32_DTYPE["float64"])
+    before = jax.config.jax_enable_x64, keras.config.floatx(), keras.config.dtype_policy()
+    exec(FLOAT64, {})
     with jax.numpy_rank_promotion("allow"):  # Keras relies on it.
         yield
-    keras.config.set_floatx(before)
+    jax.config.update("jax_enable_x64", before[0])
+    keras.config.set_floatx(before[1])
+    keras.config.set_dtype_policy(before[2])
+
+
+@pytest.fixture
+def float32(float64: None) -> Iterator[None]:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    with jax.enable_x64(False):
+        yield
 
 
 def run(change: Callable[[str], str] = lambda code: code) -> dict[str, Any]:
     """Runs all blocks of the page in its order, except those cells that stand in for Keras' weights or check them."""
     namespace: dict[str, Any] = {"__name__": "from_keras"}
     for number, (options, code) in enumerate(BLOCK.findall(PAGE)):
-        if "remove-cell" not in options:
+        if "remove-cell" not in options and code != FLOAT64:
             exec(compile(change(code), f"from_keras.md, block {number}", "exec"), namespace)
     return namespace
 
@@ -56,9 +71,7 @@ def farthest(a: Any, b: Any) -> float:
 def test_the_programs_of_the_page_agree(capsys: pytest.CaptureFixture[str]) -> None:
     page = run()
     assert page["keras_optimizer"].iterations == STEPS
-    assert f"{STEPS} steps in float64, weights, moving averages and reported losses agree to 1e-13" in PAGE.replace(
-        "\n", " "
-    )
+    assert f"{STEPS} steps in float64, weights, moving averages and reported losses agree to 1e-13" in PROSE
     trained = page["from_keras"](page["trained"])
     assert set(jax.tree.leaves(jax.tree.map(lambda x: x.dtype.name, trained))) == {"float64"}
     assert jax.tree.reduce(max, page["difference"]) < 1e-13
@@ -68,6 +81,54 @@ def test_the_programs_of_the_page_agree(capsys: pytest.CaptureFixture[str]) -> N
     # The constraint acts, and so does each regularizer.
     assert np.isclose(np.linalg.norm(trained["wide"]["kernel"], axis=0), 1.0, atol=1e-6).any()
     assert "two decays" in capsys.readouterr().out
+
+
+def test_in_float32_the_outputs_of_the_page_are_those_of_keras(float32: None) -> None:
+    page = run()
+    assert "It prints about 1e-6" in PROSE
+    assert 1e-8 < jax.tree.reduce(max, page["difference"]) < 3e-6
+    np.testing.assert_allclose(page["losses"], page["history"].history["loss"], rtol=1e-5)
+    (stand_in,) = (code for _, code in BLOCK.findall(PAGE) if code.startswith("# Stands in for"))
+    exec(stand_in, shown := {"np": np, "jax": jax})
+    starts = page["from_keras"](page["weights"]), page["from_keras"](shown["weights"])
+    assert jax.tree.structure(starts[0]) == jax.tree.structure(starts[1])
+    assert farthest(*starts) < 1e-6
+
+
+def test_without_the_last_line_keras_computes_norms_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Without the last line, the two programs differ by about 5e-7" in PROSE
+    assert LAST_LINE.startswith("dtypes.BIT64_TO_BIT32_DTYPE")
+    monkeypatch.setitem(keras.src.backend.common.dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float32")
+    assert 1e-7 < jax.tree.reduce(max, run()["difference"]) < 2e-6
+    for name in ("mean", "var", "cos", "tanh"):
+        exact, values = getattr(np, name), np.linspace(0.1, 1.0, 7)
+        assert 1e-10 < abs(np.asarray(getattr(keras.ops, name)(values), float) - exact(values)).max() < 1e-6
+
+
+def test_an_embedding_rounds_to_its_param_dtype() -> None:
+    table = RNG.normal(size=(5, 3))
+    for dtype, is_exact in ((jnp.float32, False), (jnp.float64, True)):
+        embed = nnx.Embed(5, 3, param_dtype=dtype, rngs=nnx.Rngs(0))
+        nnx.update(embed, {"embedding": jnp.asarray(table)})
+        assert embed.embedding[...].dtype == "float64"
+        assert (farthest(embed(jnp.arange(5)), table) == 0) == is_exact
+
+
+def test_clipping_and_a_schedule_in_the_whole_program() -> None:
+    (chain,) = (code for _, code in BLOCK.findall(PAGE) if code.startswith("clipped = "))
+    keras_call = "AdamW(CosineDecay(0.01, 40), weight_decay=0.004, global_clipnorm=1.0)"
+    assert f"`{keras_call}`" in PAGE
+    keras_call = keras_call.replace("CosineDecay", "keras.optimizers.schedules.CosineDecay")
+
+    def change(code: str, chain: str = chain) -> str:
+        code = code.replace("AdamW(learning_rate=0.01, weight_decay=0.004)", keras_call)
+        return code.replace("tx = optax.chain(adamw_with_l2(0.01), ", f"{chain}tx = optax.chain(clipped, ")
+
+    assert jax.tree.reduce(max, run(change)["difference"]) < 1e-13
+    l2, clip = "    wdjax.add_l2_to_grads(2 * 1e-4, regularized),\n", "    optax.clip_by_global_norm(1.0),\n"
+    assert l2 + clip in chain
+    clip_first = chain.replace(l2 + clip, clip + l2)
+    assert jax.tree.reduce(max, run(lambda code: change(code, clip_first))["difference"]) > 1e-8
 
 
 # What the page warns of: each of these is a mistake that a port may make.
@@ -88,13 +149,17 @@ def test_a_mistake_is_seen(mistake: str) -> None:
     assert right in PAGE
     skipped = "weights_only().mask(params)" if "norms" in mistake else "no such text"
     page = run(lambda code: "" if skipped in code else code.replace(right, wrong))
-    assert jax.tree.reduce(max, page["difference"]) > 1e-8
+    found = jax.tree.reduce(max, page["difference"])
+    assert found > 1e-8
+    if mistake in ("the half", "the place of epsilon"):
+        assert "it prints about 7e-4" in PROSE
+        assert 6e-4 < found < 8e-4
 
 
 @pytest.mark.slow
 def test_with_the_librarys_own_constraint_the_difference_is_small() -> None:
     page = run(lambda code: code.replace("constrain(KerasMaxNorm()", "constrain(wdjax.L2Ball(per=-1)"))
-    assert "With `L2Ball(per=-1)` instead of `KerasMaxNorm()`, they agree to 1e-5" in PAGE.replace("\n", " ")
+    assert "With `L2Ball(per=-1)` instead of `KerasMaxNorm()`, they agree to 1e-5" in PROSE
     assert 1e-9 < jax.tree.reduce(max, page["difference"]) < 1e-5
 
 
