@@ -27,6 +27,7 @@ pytestmark = pytest.mark.peers
 PAGE = (Path(__file__).parents[2] / "docs" / "how_to" / "from_pytorch.md").read_text()
 CELLS = [code for _, code in CELL.findall(PAGE)]
 TORCH = re.findall(r"^```python\n(.*?)^```$", PAGE, re.S | re.M)
+DIGITS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 Weights = dict[str, np.ndarray]
 
 
@@ -62,6 +63,76 @@ def test_the_weights_are_the_same(programs: Programs) -> None:
     assert ours["farthest"](theirs["start"], theirs["end"]) > 0.1
     assert min(theirs["norms"]) < 0.9
     assert max(theirs["norms"]) > 1.1
+
+
+def test_the_loss_and_the_gradient_of_the_first_batch(programs: Programs) -> None:
+    theirs, ours = programs
+    assert float(ours["loss"]) == pytest.approx(theirs["first_loss"].item(), rel=1e-12)
+    assert ours["first"].keys() == theirs["first_grads"].keys()
+    assert ours["farthest"](ours["first"], theirs["first_grads"]) <= 1e-12
+
+
+def test_a_parameter_that_the_jax_model_lacks(programs: Programs) -> None:
+    ours = programs.jax
+    end = ours["to_torch"](ours["model"])
+    with pytest.raises(AssertionError, match=r"not in the JAX model: {'wpe.weight'}"):
+        ours["farthest"]({name: value for name, value in end.items() if name != "wpe.weight"}, end)
+
+
+# Another model: biases, a head that is not tied, and positions without a layer.
+OTHER_TORCH = {
+    "bias=False": "bias=True",
+    "        self.lm_head.weight = self.wte.weight\n": "",
+    "nn.Embedding(BLOCK, DIM)": "nn.Parameter(torch.zeros(BLOCK, DIM))",
+    "self.wpe(torch.arange(x.shape[1]))": "self.wpe",
+}
+OTHER_JAX = {
+    "use_bias=False": "use_bias=True",
+    "Embed(BLOCK, DIM, rngs=rngs)": "nnx.Param(jnp.zeros((BLOCK, DIM)))",
+    "self.wpe(jnp.arange(x.shape[1]))[None]": "self.wpe[...][None]",
+    "        self.ln_f = LayerNorm(DIM, rngs=rngs)\n": (
+        "        self.ln_f = LayerNorm(DIM, rngs=rngs)\n        self.lm_head = Linear(DIM, VOCAB, rngs=rngs)\n"
+    ),
+    "self.wte.attend(self.ln_f(h))": "self.lm_head(self.ln_f(h))",
+    'NOT_COMPARED = {"lm_head.weight"}': "NOT_COMPARED = set()",
+}
+OTHER_RULES = {
+    'by_name = wdjax.only("kernel", "embedding")': 'by_name = wdjax.only("kernel", "embedding", "wpe")',
+    "by_role = wdjax.weights_only()": 'by_role = wdjax.by_path({"wpe": True}, default=wdjax.weights_only())',
+}
+
+
+def changed(blocks: list[str], changes: dict[str, str]) -> list[str]:
+    for old, new in changes.items():
+        assert any(old in block for block in blocks), old
+        blocks = [block.replace(old, new) for block in blocks]
+    return blocks
+
+
+def test_another_model(programs: Programs) -> None:
+    theirs, ours = {"__name__": "theirs"}, {"__name__": "ours"}
+    for block in [CELLS[0], *changed(TORCH, OTHER_TORCH)]:
+        exec(block, theirs)
+    ours["start"] = theirs["start"]
+    cells = changed(CELLS[: next(i for i, cell in enumerate(CELLS) if "import linen" in cell)], OTHER_JAX)
+    check = next(i for i, cell in enumerate(cells) if "assert not difference" in cell)
+    for cell in cells[:check]:
+        exec(cell, ours)
+    with pytest.raises(AssertionError, match=r"^wpe: 0 → 0.1, by is_matrix$"):
+        exec(cells[check], ours)
+    for cell in changed(cells[check:], OTHER_RULES):
+        exec(cell, ours)
+    end, torch_end = ours["to_torch"](ours["model"]), theirs["end"]
+    assert end.keys() == torch_end.keys()
+    assert {"wpe", "lm_head.weight", "lm_head.bias"} < end.keys()
+    without = ours["without_key_biases"]
+    assert ours["farthest"](without(end), without(torch_end)) <= 1e-12
+    assert max(theirs["norms"]) > 1.1
+    size = re.search(r"this is a\s+difference of about ([^.]*)\.", PAGE)
+    assert size is not None
+    noise = ours["farthest"](end, torch_end)
+    said = float(size[1].replace("·10", "e").translate(DIGITS))
+    assert said / 10 < noise < said * 10, noise
 
 
 def test_what_the_page_says_of_multi_head_attention(programs: Programs) -> None:
@@ -135,6 +206,10 @@ def everything(port: Port) -> None:
     port.mask = None
 
 
+def positions(port: Port) -> None:
+    port.mask = wdjax.by_path({"wpe": False}, default=port.mask)
+
+
 def b2(port: Port) -> None:
     port.b2 = 0.999
 
@@ -168,6 +243,7 @@ LEFT_OUT = {
     "`LayerNorm(eps=1e-5)`": epsilon,
     "`F.gelu` is exact": approximate,
     "two groups": everything,
+    "`wpe` in the first group": positions,
     "`betas=(0.9, 0.95)`": b2,
     "first step `get_lr(0)`": shifted,
     "`clip_grad_norm_`": clip,
@@ -176,7 +252,6 @@ LEFT_OUT = {
     "`get_lr`": warmup,
     "`loss / MICRO`": multi_steps,
 }
-DIGITS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 SAYS = {
     row[0]: float(row[2].replace("·10", "e").translate(DIGITS))
     for table in re.findall(r"^\|[^\n]*left out \|\n\|[-|]*\n((?:\|[^\n]*\n)*)", PAGE, re.M)
