@@ -28,6 +28,13 @@ CASES = {
         0.75,
         (2, 2, 3, 4),
     ),
+    "MaxNorm of a convolution by default": (
+        lambda: keras.constraints.MaxNorm(0.75),
+        wdjax.L2Ball(axis=0),
+        0.75,
+        (2, 2, 3, 4),
+    ),
+    "MaxNorm of rows": (lambda: keras.constraints.MaxNorm(0.75, axis=1), wdjax.L2Ball(axis=1), 0.75, (6, 4)),
     "UnitNorm": (lambda: keras.constraints.UnitNorm(axis=0), wdjax.L2Sphere(per=-1), 1.0, (6, 4)),
     "NonNeg": (keras.constraints.NonNeg, wdjax.NonNegative(), None, (6, 4)),
 }
