@@ -104,13 +104,7 @@ class L2Sphere(SplitGroups):
     Rule:   w <- w * radius / ||w|| in each group
     Place:  `constrain`.
     Args:
-        axis: the axes that the norm of a group is taken over, an integer or a tuple, as in Keras. The other axes index
-            the groups.
-        per: the axes that index the groups: one group for each index along them. The norm is over all other axes.
-            `per=-1` is one group for the incoming weights of each unit, in Flax, Haiku and Keras; in Equinox and
-            PyTorch write `per=0`. Give `axis` or `per`. With neither, the whole array is one group. For layers in a
-            stack, both count the axes of one layer.
-        axis_name: as for `GroupLasso`.
+        axis, per, axis_name: the groups, as for `L2Ball`.
 
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
@@ -138,12 +132,7 @@ class L1Ball(Groups):
     Rule:   w <- sign(w) * max(|w| - t, 0) in each group with sum |w| > radius, with the t that makes it the radius
     Place:  `constrain`.
     Args:
-        axis: the axes that the sum of a group is taken over, an integer or a tuple, as in Keras. The other axes index
-            the groups.
-        per: the axes that index the groups: one group for each index along them. The sum is over all other axes.
-            `per=-1` is one group for the incoming weights of each unit, in Flax, Haiku and Keras; in Equinox and
-            PyTorch write `per=0`. Give `axis` or `per`. With neither, the whole array is one group. For layers in a
-            stack, both count the axes of one layer. Within `shard_map`, a group must be on one device.
+        axis, per: the groups, as for `L2Ball`. Within `shard_map`, a group must be on one device.
 
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.

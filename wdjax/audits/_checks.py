@@ -236,7 +236,7 @@ CHECKS = (
         "note",
         "constrained",
         "weights outside a set are put back onto it in one step: a constraint, not a decay",
-        "constrain does this. Its radius and axes are not checked. It may hide a decay: audit the optimizer without it.",
+        "constrain does this. Its radius and axes are not checked. It may hide a decay: audit the optimizer alone.",
         lambda f: f.is_constrained,
         lambda f: f"beside it, {rate_text(f)}" if f.row.decays else "",
     ),
