@@ -53,7 +53,7 @@ BAD_RATES = [
     (jnp.array(True), TypeError, "must be a real number"),
     (10**400, ValueError, "must be finite and not negative, got inf"),
     (float, TypeError, "must be a number, a 0-d array, a schedule"),
-    (wdjax.only("bias"), TypeError, "a table of rates holds numbers, 0-d arrays or schedules"),
+    (wdjax.only("bias"), TypeError, " a mask"),
 ]
 
 
@@ -113,6 +113,41 @@ def test_a_schedule_that_gives_no_rate(schedule: Any, error: type[Exception], wo
     optimizer = wdjax.decoupled_decay(schedule)
     with pytest.raises(error, match=words):
         jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
+
+
+MASKS_AS_NUMBERS = (wdjax.weights_only(), wdjax.only("kernel"), {"Dense_0": {"kernel": True, "bias": False}})
+
+
+@pytest.mark.parametrize("mask", MASKS_AS_NUMBERS, ids=["weights_only", "only", "a tree"])
+def test_a_mask_in_the_place_of_a_radius_or_a_strength(mask: Any) -> None:
+    """Both orders are easily mixed up: the error shows the call with the mask by name."""
+    ball, l1 = wdjax.L2Ball(per=-1), wdjax.L1()
+    for build, words in (
+        (
+            lambda: wdjax.constrain(ball, mask),
+            "constrain: a mask was given as radius. Write constrain(L2Ball(per=-1), radius=1.0, mask=...).",
+        ),
+        (
+            lambda: wdjax.constrain(ball, mask, 2.0),
+            "constrain: a mask was given as radius. Write constrain(L2Ball(per=-1), radius=1.0, mask=...).",
+        ),
+        (
+            lambda: wdjax.proximal_step(l1, mask, learning_rate=0.1),
+            "proximal_step: a mask was given as strength. "
+            "Write proximal_step(L1(), strength=0.1, mask=..., learning_rate=...).",
+        ),
+        (
+            lambda: wdjax.add_penalty_to_grads(l1, mask),
+            "add_penalty_to_grads: a mask was given as strength. "
+            "Write add_penalty_to_grads(L1(), strength=0.1, mask=...).",
+        ),
+        (
+            lambda: wdjax.penalty(PARAMS, l1, mask),
+            "penalty: a mask was given as strength. Write penalty(params, L1(), strength=0.1, mask=...).",
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+            build()
 
 
 def test_a_schedule_in_the_loss() -> None:

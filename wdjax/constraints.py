@@ -61,16 +61,25 @@ class Constraint(Protocol):
 class L2Ball(SplitGroups):
     """Weights whose norm is at most the radius: the norm of each unit (max-norm), or of the whole array.
 
+    Choose the parameters with a mask: without one, `per=-1` holds each number of a bias within plus or minus the
+    radius. `norm(w)` returns the norm of each group, with its axes kept, with size 1: `L2Ball(per=-1).norm(kernel)`.
+
     Rule:   w <- w * radius / ||w|| in each group with ||w|| > radius
     Place:  `constrain`.
     Args:
-        axis, per, axis_name: the groups, as for `GroupLasso`. `per=-1` bounds the incoming weights of each unit, in
-            Flax, Haiku and Keras; in Equinox and PyTorch write `per=0`. With neither, the whole array is one group.
+        axis: the axes that the norm of a group is taken over, an integer or a tuple, as in Keras. The other axes index
+            the groups.
+        per: the axes that index the groups: one group for each index along them. The norm is over all other axes.
+            `per=-1` is one group for the incoming weights of each unit, in Flax, Haiku and Keras; in Equinox and
+            PyTorch write `per=0`. Give `axis` or `per`. With neither, the whole array is one group. For layers in a
+            stack, both count the axes of one layer.
+        axis_name: as for `GroupLasso`.
 
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
-    Source: Srivastava et al. 2014 (max-norm of units, beside dropout). Keras' `MaxNorm(r, axis=0)` of a dense kernel is
-            `L2Ball(per=-1)` with a radius of r, except that Keras divides by the norm plus 1e-7.
+    Source: Srivastava et al. 2014 (max-norm of units, beside dropout). Keras' `MaxNorm(r, axis=a)` is
+            `L2Ball(axis=a)` with a radius of r, except that Keras divides by the norm plus 1e-7. For a dense kernel,
+            `axis=0` and `per=-1` are the same.
 
     Example:
 
@@ -88,7 +97,9 @@ class L2Ball(SplitGroups):
 class L2Sphere(SplitGroups):
     """Weights whose norm equals the radius: the norm of each unit, or of the whole array (its Frobenius norm).
 
-    A group of zeros has no direction, so it stays zero.
+    A group of zeros has no direction, so it stays zero. Choose the parameters with a mask: without one, `per=-1` makes
+    each number of a bias the radius or minus the radius. `norm(w)` returns the norm of each group, with its axes kept,
+    with size 1.
 
     Rule:   w <- w * radius / ||w|| in each group
     Place:  `constrain`.
@@ -98,8 +109,8 @@ class L2Sphere(SplitGroups):
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
     Source: Salimans & Kingma 2016 (weight normalization, which learns the radius); nGPT, arXiv 2410.01131, for unit
-            norms after each step; Hyperball, arXiv 2606.16899, for the norm at init. Keras' `UnitNorm` divides by the
-            norm plus 1e-7.
+            norms after each step; Hyperball, arXiv 2606.16899, for the norm at init. Keras' `UnitNorm(axis=a)` is
+            `L2Sphere(axis=a)` with a radius of 1, except that Keras divides by the norm plus 1e-7.
 
     Example:
 
@@ -116,10 +127,12 @@ class L2Sphere(SplitGroups):
 class L1Ball(Groups):
     """Weights whose absolute values add up to at most the radius. Small weights become exactly zero.
 
+    `norm(w)` returns the sum of the absolute values of each group, with its axes kept, with size 1.
+
     Rule:   w <- sign(w) * max(|w| - t, 0) in each group with sum |w| > radius, with the t that makes it the radius
     Place:  `constrain`.
     Args:
-        axis, per: the groups, as for `GroupLasso`. Within `shard_map`, a group must be on one device.
+        axis, per: the groups, as for `L2Ball`. Within `shard_map`, a group must be on one device.
 
     Raises: as `GroupLasso`.
     Units:  the radius is in units of the weights.
@@ -156,6 +169,8 @@ class L1Ball(Groups):
 @dataclasses.dataclass(frozen=True, repr=False)
 class SpectralBall(Groups):
     """Matrices whose largest singular value is at most the radius. Singular values above it become the radius.
+
+    `norm(w)` returns the largest singular value.
 
     Rule:   w = U diag(s) V^T <- U diag(min(s, radius)) V^T
     Place:  `constrain`.

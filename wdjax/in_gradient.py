@@ -16,6 +16,8 @@ import optax
 from ._engine import checks
 from ._engine.arithmetic import Strength, away, plus
 from ._engine.loop import Action, transformation
+from ._engine.rules import check_no_mask
+from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Rate, StackedAxes
 from .paths import stacks
 from .penalties import L2, Penalty, check_kind, check_strength, gradient, rule_of
@@ -78,6 +80,7 @@ def add_penalty_to_grads(
     """
     where = "add_penalty_to_grads"
     check_kind(where, kind, "value", "gradient")
+    check_no_mask(where, "strength", strength, f"{where}({shown(kind)}, strength=0.1, mask=...)")
     action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
     return transformation(action, rule_of(kind, _Added(kind)))
 

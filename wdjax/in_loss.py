@@ -19,6 +19,7 @@ from ._engine import checks, mesh_axes, trees
 from ._engine.anchors import is_in_state
 from ._engine.arithmetic import LeafRule, Strength, away, compute_dtype
 from ._engine.loop import Action
+from ._engine.rules import check_no_mask
 from ._engine.text import shown
 from ._engine.types import Anchor, Mask, Params, Rate, StackedAxes
 from .paths import stacks
@@ -102,6 +103,7 @@ def penalty(
     """
     where = "penalty"
     check_kind(where, kind, "value")
+    check_no_mask(where, "strength", strength, f"{where}(params, {shown(kind)}, strength=0.1, mask=...)")
     action = Action(where, {"strength": strength}, mask, toward, stacked_axes=stacks(where, stacked_axes))
     return _penalty(action, params, kind, axis_name)
 

@@ -302,6 +302,19 @@ def test_beside_moments_and_a_constraint_the_kind_is_unknown(kind: Constraint) -
     assert names(audit) == {"constrained"}
 
 
+def test_beside_a_constraint_of_signs_the_rate_is_right_and_the_kind_is_unknown() -> None:
+    row = wdjax.audit(constrained(NonNegative(), None, ADAMW), make_params())["embedding"]
+    np.testing.assert_allclose(row.rate, 0.001, rtol=1e-5)
+    assert (row.place, row.kind, row.toward) == ("weights", "unknown", "")
+
+
+def test_a_constraint_before_the_optimizer_is_told_to_come_last() -> None:
+    first = constrain(L2Ball(per=-1), 1.0, wdjax.only("embedding"))
+    finding = wdjax.audit(optax.chain(first, SGD), make_params()).finding("grows")
+    assert finding is not None
+    assert "a constraint or proximal_step comes before the optimizer: put it last" in finding.remedy
+
+
 def test_a_constraint_that_nothing_reaches_is_not_seen() -> None:
     audit = wdjax.audit(constrained(L2Ball(), 100.0), make_params())
     assert names(audit) == {"no decay"}

@@ -213,6 +213,13 @@ def check_whole(rules: Rules, where: str) -> None:
         )
 
 
+def check_no_mask(where: str, name: str, given: Any, write: str) -> None:
+    """Raises an error if a mask was given as the number before it: booleans by path, or a tree of them."""
+    values = possible_values(given) if isinstance(given, Rules) else jax.tree.leaves(given)
+    if (isinstance(given, (Rules, Mapping)) and values) and all(map(is_flag, values)):
+        raise TypeError(f"{where}: a mask was given as {name}. Write {write}.")
+
+
 def check_rates(rules: Rules, where: str) -> None:
     """Raises an error for booleans, labels or anchors as rates."""
     for value in possible_values(rules):

@@ -95,7 +95,8 @@ CHECKS = (
         "wrong",
         "grows",
         "weights grow where they should decay",
-        "Put decoupled_decay and optax.add_decayed_weights before the learning rate, and independent_decay after it.",
+        "Put decoupled_decay and optax.add_decayed_weights before the learning rate, and independent_decay after it; "
+        "or a constraint or proximal_step comes before the optimizer: put it last.",
         lambda f: f.grows,
         rate_text,
     ),
@@ -235,7 +236,7 @@ CHECKS = (
         "note",
         "constrained",
         "weights outside a set are put back onto it in one step: a constraint, not a decay",
-        "constrain does this. It may hide a decay: to measure that, audit the optimizer without the constraint.",
+        "constrain does this. Its radius and axes are not checked. It may hide a decay: audit the optimizer alone.",
         lambda f: f.is_constrained,
         lambda f: f"beside it, {rate_text(f)}" if f.row.decays else "",
     ),

@@ -13,7 +13,7 @@ from .._engine.arithmetic import LeafRule, Strength, compute_dtype
 from .._engine.groups import UnfitShapeError, check_even
 from .._engine.loop import Action, transformation
 from .._engine.per_leaf import stacks as stacks_of
-from .._engine.rules import Rules, possible_values
+from .._engine.rules import Rules, check_no_mask, possible_values
 from .._engine.text import listed, shown
 from .._engine.types import Mask, Rate, StackedAxes
 from .._engine.unstable import automatic, is_traced
@@ -38,15 +38,17 @@ def constrain(
     Units:  the radius is in units of the weights, and the learning rate does not scale it. A radius of 0 makes all
             weights 0.
     Source: projected gradient descent, Goldstein 1964; Keras' `kernel_constraint`. Deviation: Keras projects after the
-            step. Here the update is changed instead, and rounded. So each weight may be off by half a unit in the last
-            place of the update, plus half a unit in the last place of the weight.
+            step. Here the update is changed instead. So three things are rounded: the projection, the update, and the
+            sum of weight and update. With `L2Ball` and `L2Sphere` in float32, each weight is off by a few units in the
+            last place of the weight or of the update, whichever is larger.
 
     Args:
         kind: a constraint: `L2Ball(per=-1)`, `L2Sphere()`, `L1Ball()`, `SpectralBall()`, `NonNegative()`, or your own
             `Constraint`.
         radius: a number >= 0, a 0-d array, a schedule, a `by_path` table or a tree like params of these, or of arrays
-            with one radius for each group. "init" is the norm of each group at `init`, for each layer of a stack; the
-            state keeps it. `NonNegative()` has no radius: write `constrain(NonNegative(), mask=mask)`.
+            with one radius for each group. "init" is the norm of each group at `init`, before any projection, for each
+            layer of a stack; the state keeps it. `NonNegative()` has no radius: write
+            `constrain(NonNegative(), mask=mask)`.
         mask: as `decoupled_decay`, for whole parameters.
         stacked_axes: as `add_penalty_to_grads`.
 
@@ -109,6 +111,7 @@ def _check_kind(where: str, kind: Any, radius: Any) -> None:
             f"{where}: {shown(kind)} has no radius, but radius={shown(radius)} was given. Write "
             f"{where}({shown(kind)}, mask=...)."
         )
+    check_no_mask(where, "radius", radius, f"{where}({shown(kind)}, radius=1.0, mask=...)")
     given = possible_values(radius) if isinstance(radius, Rules) else [radius]
     words = [value for value in given if isinstance(value, str)]
     if words and (isinstance(radius, Rules) or radius != "init"):

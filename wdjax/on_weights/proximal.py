@@ -8,6 +8,8 @@ import optax
 from .._engine import checks
 from .._engine.arithmetic import Strength, away, unless_off
 from .._engine.loop import Action, transformation
+from .._engine.rules import check_no_mask
+from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Rate, StackedAxes
 from ..paths import stacks
 from ..penalties import ProximalPenalty, check_kind, check_strength, prox, rule_of
@@ -53,6 +55,7 @@ def proximal_step(
     """
     where = "proximal_step"
     check_kind(where, kind, "prox")
+    check_no_mask(where, "strength", strength, f"{where}({shown(kind)}, strength=0.1, mask=..., learning_rate=...)")
     rates = {"strength": strength, "learning_rate": learning_rate}
     action = Action(where, rates, mask, toward, stacked_axes=stacks(where, stacked_axes))
     return transformation(action, rule_of(kind, _Solved(kind)))

@@ -35,6 +35,9 @@ def assert_only_decays(
     or none if `expected` is 0. Only the first step is tested, so no learning rate may warm up from 0. `assert_audit`
     also covers later steps, gradients, `MultiSteps`, and chains that end in `stochastic_rounding` or `compensated`.
 
+    A constraint that moves the probe fails, and a sphere rescales weights by about one rounding even if they obey it.
+    For such a chain, write `assert_audit(optimizer, params, expected=0.0)`, and test the norms of the weights.
+
     Args:
         optimizer: any finished Optax optimizer, wdjax or not.
         params: a tree of parameters.
