@@ -20,8 +20,11 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
     weights of both signs or gradients moved by +w and -w; in the second, the same weights, so that only the memory of
     the first differs. Where the optimizer has no memory, the first step must do.
     """
-    zeros, weights, found = probes.scaled(probes.weights, 0.0), probes.weights, dict(facts)
-    strong = {i: _STRONG * _across(w) for i, w in weights.items()}
+    zeros, found = probes.scaled(probes.weights, 0.0), dict(facts)
+    # No gradient is at right angles to a single weight, so everything about it is smaller.
+    share = {i: 0.1 if w.size == 1 else 1.0 for i, w in probes.weights.items()}
+    weights = {i: share[i] * w for i, w in probes.weights.items()}
+    strong = {i: _STRONG * share[i] * _across(w) for i, w in weights.items()}
     # Factors of the weights and of the gradient, and how many weights are added to the gradient.
     starts = {"plus": (1, 1, 0), "minus": (-1, 1, 0), "double": (2, 1, 0), "minus_double": (-2, 1, 0)}
     starts |= {"up": (1, 1, 1), "down": (1, 1, -1), "loud": (1, 2, 0)}
@@ -38,7 +41,7 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
             if name != "plus":
                 first[name] = first[name].bare()
         for i in those:
-            found[i] = _behind_the_moments(probes, facts[i], i, first, second)
+            found[i] = _behind_the_moments(probes, facts[i], i, weights[i], first, second)
     return found
 
 
@@ -56,9 +59,7 @@ def _across(w: np.ndarray) -> np.ndarray:
     return across.reshape(w.shape) * w / np.abs(w)
 
 
-def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second: Any) -> Facts:
-    w = probes.weights[i]
-
+def _behind_the_moments(probes: Probes, fact: Facts, i: int, w: np.ndarray, first: Any, second: Any) -> Facts:
     def halves(steps: dict[str, Step]) -> tuple[np.ndarray, ...]:
         plus, minus, double, minus_double, up, down, _ = (step.total(i) for step in steps.values())
         odd, noise = (plus - minus) / 2, 64 * probes.eps * np.abs(plus)
