@@ -18,7 +18,8 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
 
     Beside strong gradients, moments respond to a penalty's gradient in proportion. So two steps show it: in the first,
     weights of both signs or gradients moved by +w and -w; in the second, the same weights, so that only the memory of
-    the first differs. Where the optimizer has no memory, the first step must do.
+    the first differs. Where the optimizer has no memory, the first step must do. The gradients are at right angles to
+    the weights, so a clip by global norm, which ties all parameters together, acts alike on all these steps.
     """
     zeros, found = probes.scaled(probes.weights, 0.0), dict(facts)
     # No gradient is at right angles to a single weight, so everything about it is smaller.
@@ -46,7 +47,7 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
 
 
 def _across(w: np.ndarray) -> np.ndarray:
-    """A gradient at right angles to weights: if a few of them are added, its norm and a clip by it hardly change.
+    """A gradient at right angles to weights: if a small share of them is added, its norm hardly changes.
 
     Its elements are near 1. Pairs of weights of nearly the same size cancel, and of an odd one all take a share.
     """
