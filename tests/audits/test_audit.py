@@ -708,6 +708,41 @@ def test_of_two_decays_both_are_shown(in_gradient: str, toward: Any) -> None:
     assert "0.001  update" in lines[1]
 
 
+@pytest.mark.parametrize("bound", [0.1, 1.0, 100.0, 1e9])
+@pytest.mark.parametrize("l2", [2e-4, 0.1])
+def test_of_two_decays_both_are_shown_around_a_clip_by_global_norm(bound: float, l2: float) -> None:
+    # The norm is also that of arrays without a decay, and of single numbers.
+    params = {**BLOCKS, "temperature": jnp.ones(())}
+    some = wdjax.only("block_1/kernel")
+    penalty, clip = wdjax.add_l2_to_grads(l2, some), optax.clip_by_global_norm(bound)
+    audit = wdjax.audit(optax.chain(penalty, clip, wdjax.adamw(0.01, WD, WEIGHTS)), params)
+    decays = {row.path: (row.place, row.kind) for row in audit.parameters if row.decays}
+    assert decays.pop("block_1/kernel") == ("gradient and update", "L2")
+    assert set(decays.values()) == {("update", "L2")}
+    np.testing.assert_allclose(audit["block_1/kernel"].in_update, 0.01 * WD, rtol=1e-3)
+    finding = audit.finding("two decays")
+    assert finding is not None
+    in_update, _, in_gradient = finding.measured[0].partition(" per step in the update, and L2 of ")
+    assert float(in_update) == 0.01 * WD
+    np.testing.assert_allclose(float(in_gradient.removesuffix(" in the gradient")), l2, rtol=1e-2)
+
+
+def test_a_clip_in_front_hides_the_factor_of_l2_and_a_strong_l2_hides_its_kind() -> None:
+    clip = optax.clip_by_global_norm(1.0)
+    for l2, (place, kind) in {2e-4: ("gradient and update", "L2"), 0.1: ("gradient", "other")}.items():
+        optimizer = optax.chain(wdjax.add_l2_to_grads(l2, WEIGHTS), wdjax.adamw(0.01, WD, WEIGHTS))
+        clipped = wdjax.audit(optax.chain(clip, optimizer), BLOCKS)
+        assert (clipped["block_1/kernel"].place, clipped["block_1/kernel"].kind) == (place, kind)
+        finding = clipped.finding("two decays")
+        assert (finding is None) == (l2 == 0.1)
+        if finding is not None:
+            assert set(finding.measured) == {"0.0001 per step in the update, and L2 in the gradient"}
+        # As the documentation says, the chain without the clip shows them.
+        finding = wdjax.audit(optimizer, BLOCKS).finding("two decays")
+        assert finding is not None
+        assert set(finding.measured) == {f"0.0001 per step in the update, and L2 of {l2:.3g} in the gradient"}
+
+
 def test_a_finding_is_true_of_each_path_that_it_lists() -> None:
     audit = wdjax.audit(wdjax.adamw(LR, WD, wdjax.only("scale")), make_params(), LR * WD, WEIGHTS)
     finding = audit.finding("not as expected")

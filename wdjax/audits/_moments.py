@@ -18,35 +18,53 @@ def look_behind_the_moments(probes: Probes, facts: dict[int, Facts]) -> dict[int
 
     Beside strong gradients, moments respond to a penalty's gradient in proportion. So two steps show it: in the first,
     weights of both signs or gradients moved by +w and -w; in the second, the same weights, so that only the memory of
-    the first differs. Where the optimizer has no memory, the first step must do.
+    the first differs. Where the optimizer has no memory, the first step must do. The gradients are at right angles to
+    the weights, so a clip by global norm, which ties all parameters together, acts alike on all these steps.
     """
-    zeros, weights, found = probes.scaled(probes.weights, 0.0), probes.weights, dict(facts)
-    strong = {i: _STRONG * np.sign(gradient) for i, gradient in probes.gradients.items()}
-    starts = {"plus": (1, 0), "minus": (-1, 0), "double": (2, 0), "up": (1, 1), "down": (1, -1)}
+    zeros, found = probes.scaled(probes.weights, 0.0), dict(facts)
+    # No gradient is at right angles to a single weight, so everything about it is smaller.
+    share = {i: 0.1 if w.size == 1 else 1.0 for i, w in probes.weights.items()}
+    weights = {i: share[i] * w for i, w in probes.weights.items()}
+    strong = {i: _STRONG * share[i] * _across(w) for i, w in weights.items()}
+    # Factors of the weights and of the gradient, and how many weights are added to the gradient.
+    starts = {"plus": (1, 1, 0), "minus": (-1, 1, 0), "double": (2, 1, 0), "minus_double": (-2, 1, 0)}
+    starts |= {"up": (1, 1, 1), "down": (1, 1, -1), "loud": (1, 2, 0)}
     for origin, toward in ((None, ("zero", "a tree", "")), (probes.origin, ("init", MOVING_AVERAGE))):
         those = [i for i, fact in facts.items() if fact.row.place == "gradient" and fact.row.toward in toward]
         those = [i for i in those if not (facts[i].rescaled and facts[i].is_proportional)]
         if not those:
             continue
         first, second = {}, {}
-        for name, (factor, shift) in starts.items():
-            given = {i: gradient + shift * weights[i] for i, gradient in strong.items()}
+        for name, (factor, times, shift) in starts.items():
+            given = {i: times * gradient + shift * weights[i] for i, gradient in strong.items()}
             first[name] = probes.first_step(weights_from(origin, weights, factor), given, origin)
             second[name] = probes.step(first["plus"].end(), zeros, first[name].after).bare()
             if name != "plus":
                 first[name] = first[name].bare()
         for i in those:
-            found[i] = _behind_the_moments(probes, facts[i], i, first, second)
+            found[i] = _behind_the_moments(probes, facts[i], i, weights[i], first, second)
     return found
 
 
-def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second: Any) -> Facts:
-    w = probes.weights[i]
+def _across(w: np.ndarray) -> np.ndarray:
+    """A gradient at right angles to weights: if a small share of them is added, its norm hardly changes.
 
+    Its elements are near 1. Pairs of weights of nearly the same size cancel, and of an odd one all take a share.
+    """
+    size = np.abs(w).ravel()
+    order, across = np.argsort(size), np.ones(w.size)
+    one, other = order[w.size % 2 :: 2], order[w.size % 2 + 1 :: 2]
+    across[one], across[other] = np.sqrt(size[other] / size[one]), -np.sqrt(size[one] / size[other])
+    if w.size > 1:
+        across -= size * (across @ size) / (size @ size)
+    return across.reshape(w.shape) * w / np.abs(w)
+
+
+def _behind_the_moments(probes: Probes, fact: Facts, i: int, w: np.ndarray, first: Any, second: Any) -> Facts:
     def halves(steps: dict[str, Step]) -> tuple[np.ndarray, ...]:
-        plus, minus, double, up, down = (step.total(i) for step in steps.values())
+        plus, minus, double, minus_double, up, down, _ = (step.total(i) for step in steps.values())
         odd, noise = (plus - minus) / 2, 64 * probes.eps * np.abs(plus)
-        return np.where(np.abs(odd) > noise, odd, 0.0), double - (plus + minus) / 2, (up - down) / 2
+        return np.where(np.abs(odd) > noise, odd, 0.0), (double - minus_double) / 2, (up - down) / 2
 
     direct, remembered = halves(first), halves(second)
     odd, _, response = direct
@@ -68,5 +86,8 @@ def _behind_the_moments(probes: Probes, fact: Facts, i: int, first: Any, second:
     if row.toward == MOVING_AVERAGE:  # It remembers weights too, so the two memories are mixed.
         return fact._replace(row=row)
     if can_tell and is_seen and np.std(rest / w) <= 1e-2 * in_update:
+        # A clip in front hides the gradient's size, and with it the factor of the penalty.
+        louder = np.abs(second["loud"].total(i) - second["plus"].total(i))
+        strength = 0.0 if np.all(louder <= 0.1 * np.abs(remembered[0])) else strength
         return fact._replace(row=row._replace(place=GRADIENT_AND_UPDATE, in_update=in_update), strength=strength)
     return fact._replace(row=row)
