@@ -295,12 +295,6 @@ def test_states_of_other_optimizers_and_models_are_refused() -> None:
         (frozen, optax.adam(0.1), {"encoder": params["encoder"]}, "Only the state has '0/mu/head/bias'"),
         (frozen, wdjax.adamw(0.1, 0.5), params, r"has '1/count'"),
         (anchored.init(params), wdjax.adamw(0.1, 0.5), params, "Only the state has '1/anchor/head/bias'"),
-        (
-            freeze(wdjax.adamw(0.1, 0.5), ENCODER).init(params),
-            wdjax.adamw(0.1, 0.5, toward="init"),
-            params,
-            "'1/anchor",
-        ),
         (optax.adam(0.1).init(blocks), optax.adam(0.1), {"blocks": [jnp.ones(2)]}, r"'0/mu/blocks/\{1..11\}'"),
         (optax.adam(0.1).init(params)[0], optax.adam(0.1), params, r"ScaleByAdamState where the optimizer has a tuple"),
     ):
@@ -308,6 +302,11 @@ def test_states_of_other_optimizers_and_models_are_refused() -> None:
             ValueError, match=rf"(?s)thaw: this is not a state of this optimizer.*{said}.*only\('encoder'"
         ):
             thaw(state, optimizer, tree)
+    with pytest.raises(ValueError, match=r"has '1/anchor/.* The old optimizer had no toward.*the same toward= from"):
+        thaw(freeze(wdjax.adamw(0.1, 0.5), ENCODER).init(params), wdjax.adamw(0.1, 0.5, toward="init"), params)
+    scheduled = wdjax.adamw(optax.constant_schedule(0.1), 0.5)
+    with pytest.raises(ValueError, match=r"Has a number become a schedule, or was a transformation added\?$"):
+        thaw(freeze(wdjax.adamw(0.1, 0.5), ENCODER).init(params), scheduled, params)
     with pytest.raises(TypeError, match=r"(?s)thaw: optimizer must be a finished.*thaw\(state, optimizer, params\)"):
         thaw(optax.adam(0.1), frozen, params)
 

@@ -76,10 +76,23 @@ def thaw(state: PyTree, optimizer: Optimizer, params: Params) -> PyTree:
             )
         raise ValueError(
             "thaw: this is not a state of this optimizer and these parameters with others of them frozen. "
-            f"{' '.join(found.faults)}{of_restore} Change only what is frozen: "
-            "thaw(state, freeze(optimizer, only('encoder')), params)."
+            f"{' '.join(found.faults)}{of_restore} {_remedy(found)}"
         )
     return jax.tree.unflatten(trees.structure(fresh), found.leaves)
+
+
+def _remedy(found: "Matched") -> str:
+    """What to write if the states differ in more than what is frozen."""
+    are_anchors = [bool(re.search(r"(^|/)anchor(/|$)", path)) for path in found.missing]
+    if len(found.faults) == 1 and are_anchors and all(are_anchors):
+        return (
+            "The old optimizer had no toward, so its state holds no anchor. Give it the same toward= from the start, "
+            "also while parameters are frozen."
+        )
+    return (
+        "The state must come from the same optimizer, with or without freeze, such as freeze(optimizer, "
+        "only('encoder')). Has a number become a schedule, or was a transformation added?"
+    )
 
 
 class Matched(NamedTuple):
@@ -90,12 +103,14 @@ class Matched(NamedTuple):
         thawed: the paths where only the new state has something, and the old one has a hole for parameters.
         frozen: the same with the two states exchanged.
         faults: sentences about other differences.
+        missing: the paths that the old state lacks, although it has no hole for parameters there.
     """
 
     leaves: list[Any]
     thawed: list[str]
     frozen: list[str]
     faults: list[str]
+    missing: list[str]
 
 
 def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
@@ -123,7 +138,7 @@ def matched(state: PyTree, fresh: PyTree, params: Params) -> Matched:
     extra = [path for path in only_old if new_holes.isdisjoint(trees.prefixes(path))]
     faults = [f"Only the state has {listed(extra)}."] * bool(extra)
     faults += [f"Only optimizer.init(params) has {listed(missing)}."] * bool(missing) + differing[:3]
-    return Matched(leaves, thawed, frozen, faults)
+    return Matched(leaves, thawed, frozen, faults, missing)
 
 
 def _holes_for_parameters(tree: dict[str, Any], places: set[str]) -> set[str]:

@@ -151,6 +151,115 @@ def test_what_is_not_in_proportion_to_the_weight(name: str) -> None:
     assert not audit["Dense_0/bias"].decays
 
 
+class LogCosh:
+    """A user's own penalty, sum of log cosh w, whose proximal map is found by Newton's method."""
+
+    is_elementwise = True
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        v = w
+        for _ in range(20):
+            v = v - (v - w + step * jnp.tanh(v)) / (1 + step / jnp.cosh(v) ** 2)
+        return v
+
+
+class SoftNonNegative:
+    """L2 of the negative weights alone."""
+
+    is_elementwise = True
+
+    def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.where(w < 0, w / (1 + step), w)
+
+
+# The kind that the audit reports for each penalty. For L2, a proximal step and a decay in the update are the same.
+PROXIMAL: dict[str, tuple[Any, str]] = {
+    "L2": (wdjax.L2(), "L2"),
+    "L1": (wdjax.L1(), "L1"),
+    "ElasticNet": (wdjax.ElasticNet(0.5), "other"),
+    "GroupLasso": (wdjax.GroupLasso(), "norm"),
+    "GroupLasso of rows": (wdjax.GroupLasso(per=-1), "norm"),
+    "Huber(0.5)": (wdjax.Huber(0.5), "Huber"),
+    "Huber(1.0)": (wdjax.Huber(1.0), "Huber"),
+    "Huber, all weights beyond delta": (wdjax.Huber(0.05), "L1"),
+    "LogCosh": (LogCosh(), "other"),
+    "SoftNonNegative": (SoftNonNegative(), "other"),
+}
+BEFORE = {
+    "sgd": SGD,
+    "momentum": optax.sgd(LR, momentum=0.9),
+    "adam": optax.adam(LR),
+    "adam, slow": optax.adam(1e-3),
+    "lamb": optax.lamb(LR),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("name", slow_but(PROXIMAL, "ElasticNet", "Huber(0.5)", "LogCosh"))
+def test_every_proximal_step_is_a_rule_for_the_weights(name: str, before: str) -> None:
+    kind, want = PROXIMAL[name]
+    audit = wdjax.audit(
+        optax.chain(BEFORE[before], wdjax.proximal_step(kind, 0.1, WEIGHTS, learning_rate=LR)), make_params()
+    )
+    row = audit["Dense_0/kernel"]
+    # If steps are small and no weight is within one step of delta, Huber in the update does the same.
+    places = (
+        {"update"}
+        if name == "L2"
+        else {"weights", "update"}
+        if "Huber" in name and before in ("adam, slow", "lamb")
+        else {"weights"}
+    )
+    assert row.place in places
+    assert row.kind == want
+    assert not audit.findings
+
+
+def test_a_proximal_step_toward_init_is_a_rule_for_the_weights() -> None:
+    for kind, want in ((wdjax.Huber(0.5), "Huber"), (LogCosh(), "other")):
+        step = wdjax.proximal_step(kind, 0.1, WEIGHTS, learning_rate=LR, toward="init")
+        audit = wdjax.audit(optax.chain(optax.adam(LR), step), make_params())
+        row = audit["Dense_0/kernel"]
+        assert (row.place, row.kind, row.toward) == ("weights", want, "init")
+        assert not audit.findings
+
+
+# Their decays depend on the gradient or on what the moments remember, although some end in a rule for the weights.
+SCALED: dict[str, tuple[Any, str]] = {
+    "lamb": (optax.lamb(LR, weight_decay=WD, mask=WEIGHTS.mask), "rescaled"),
+    "lars": (optax.lars(LR, weight_decay=WD, weight_decay_mask=WEIGHTS.mask), "seen by the moments"),
+    "normalized": (
+        optax.chain(
+            optax.scale_by_adam(),
+            wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS),
+            wdjax.normalized_update(WEIGHTS),
+            optax.scale(-LR),
+        ),
+        "rescaled",
+    ),
+    "Huber before momentum, and a proximal step": (
+        optax.chain(
+            wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS),
+            optax.sgd(LR, momentum=0.9),
+            wdjax.proximal_step(wdjax.Huber(0.5), 0.1, WEIGHTS, learning_rate=LR),
+        ),
+        "seen by the moments",
+    ),
+    "Huber before Adam": (
+        optax.chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), 1.0, WEIGHTS), optax.adam(LR)),
+        "seen by the moments",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_what_scales_the_decay_is_still_found(name: str) -> None:
+    optimizer, found = SCALED[name]
+    audit = wdjax.audit(optimizer, make_params())
+    assert audit["Dense_0/kernel"].place == "gradient"
+    assert found in names(audit)
+
+
 def test_what_scales_with_the_learning_rate() -> None:
     def independent(lr: Any) -> Any:
         return optax.chain(optax.adam(lr), wdjax.independent_decay(WD))
@@ -769,8 +878,25 @@ def test_a_mask_alone_says_what_should_decay() -> None:
         "Dense_0/kernel": "it is 0 per step, not more than 0",
         "norm/scale": "it is 0.001 per step, not 0",
     }
-    audit = wdjax.audit(optimizer, make_params(), mask=wdjax.only("scale"))
-    assert names(audit) == {"decays non-weights"}
+    assert not wdjax.audit(optimizer, make_params(), mask=wdjax.only("scale")).findings
+
+
+def test_a_bias_that_should_decay_is_no_finding() -> None:
+    params, optimizer = {"position": jnp.ones((8, 6)), "bias": jnp.ones(6)}, optax.adamw(LR, weight_decay=WD)
+    assert set(said(optimizer, params)) == set(params)
+    # One number for all does not say that biases are meant.
+    assert set(said(optimizer, params, expected=LR * WD)) == set(params)
+    assert said(optimizer, params, mask=wdjax.only("position")) == ("bias",)
+    assert said(optimizer, params, expected=LR * WD, mask=wdjax.only("bias")) == ("position",)
+    assert said(optimizer, params, expected=wdjax.by_path({"bias": LR * WD}, default=0.0)) == ("position",)
+    testing.assert_audit(optimizer, params, mask=lambda params: jax.tree.map(lambda _: True, params))
+    testing.assert_audit(optimizer, params, {"position": LR * WD, "bias": LR * WD})
+
+
+def said(optimizer: Any, params: Any, **options: Any) -> tuple[str, ...]:
+    """The paths of the finding that parameters decay that are not weights."""
+    finding = wdjax.audit(optimizer, params, **options).finding("decays non-weights")
+    return finding.paths if finding else ()
 
 
 def test_an_expected_schedule_holds_at_every_count() -> None:

@@ -320,6 +320,17 @@ def test_a_constraint_that_nothing_reaches_is_not_seen() -> None:
     assert names(audit) == {"no decay"}
 
 
+@pytest.mark.parametrize("share", [0.003, 0.01, 0.019])
+def test_a_decay_that_is_a_little_weaker_beside_a_gradient_is_no_constraint(share: float) -> None:
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        weaker = jax.tree.map(lambda g: 1 - share * jnp.any(g != 0), grads)
+        return jax.tree.map(lambda g, p, k: -LR * g - RATE * k * p, grads, params, weaker), state
+
+    audit = wdjax.audit(optax.GradientTransformation(lambda params: (), update), {"kernel": jnp.ones((8, 6))})
+    assert audit["kernel"].kind == "L2"
+    assert names(audit) == {"rescaled"}
+
+
 def test_a_multiplier_of_updates_scales_the_rates() -> None:
     scale = wdjax.scale_by_path(wdjax.by_path({"embedding": 0.5}, default=1.0))
     audit = wdjax.audit(optax.chain(wdjax.adamw(LR, WD), scale), make_params())

@@ -939,8 +939,8 @@ MUTATIONS = [
     Mutation(
         "an audit misses L2 in the gradient",
         "audits/_interpret.py",
-        '        place = "gradient"\n    elif not same(',
-        '        place = "update"\n    elif not same(',
+        '        place, is_remembered = "gradient", True\n    elif not same(',
+        '        place, is_remembered = "update", True\n    elif not same(',
         (AUDIT,),
     ),
     Mutation(

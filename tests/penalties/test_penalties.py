@@ -291,12 +291,33 @@ def test_a_prox_is_enough_on_the_weights() -> None:
 
 
 def test_what_a_place_needs_and_a_penalty_lacks_is_named() -> None:
-    with pytest.raises(TypeError, match=r"^penalty: kind must be a penalty with the method value, got .*ProxOnly"):
+    with pytest.raises(
+        TypeError, match=r"^penalty: ProxOnly has no method value\(w\). Add it, or use proximal_step\(...\), which"
+    ):
         wdjax.penalty(PARAMS, ProxOnly(), 0.5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"^add_penalty_to_grads: .*the method value or gradient, got .*ProxOnly"):
+    with pytest.raises(
+        TypeError, match=r"^add_penalty_to_grads: ProxOnly has no method value\(w\) or gradient\(w\). Add it"
+    ):
         wdjax.add_penalty_to_grads(ProxOnly(), 0.5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"^proximal_step: .*the method prox, got .*ValueOnly.*needs that method"):
+    want = (
+        r"^proximal_step: ValueOnly has no method prox\(w, step\). Add it, or use add_penalty_to_grads\(...\), which "
+        r"needs value or gradient.$"
+    )
+    with pytest.raises(TypeError, match=want):
         wdjax.proximal_step(ValueOnly(), 0.5, learning_rate=1.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^proximal_step: ValueOnly has no method prox"):
+        wdjax.proximal_step(ValueOnly, 0.5, learning_rate=1.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_class_instead_of_an_object_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"got the class ProxOnly, not an object. Write proximal_step\(ProxOnly\(\), ...\).$"
+    ):
+        wdjax.proximal_step(ProxOnly, 0.5, learning_rate=1.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        TypeError, match=r"got the class Huber.*Write penalty\(Huber\(\), ...\), with Huber from wdjax.$"
+    ):
+        wdjax.penalty(PARAMS, wdjax.Huber, 0.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_penalty_of_ones_own_is_for_each_layer_of_a_stack() -> None:
@@ -312,7 +333,9 @@ def test_a_penalty_of_ones_own_is_for_each_layer_of_a_stack() -> None:
     place = wdjax.add_penalty_to_grads(Norm(), 1.0, stacked_axes={"layers": 1})
     new, _ = place.update({"layers": jnp.zeros((3, 2, 2))}, place.init(params), params)
     np.testing.assert_allclose(new["layers"], w / norms.reshape(3, 1, 1), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"differs within a group of .*Norm.*set is_elementwise = True"):
+    with pytest.raises(
+        ValueError, match=r"differs within a group of .*Norm. Set is_elementwise = True in Norm if its value is a sum"
+    ):
         wdjax.penalty(params, Norm(), {"layers": np.full((3, 1, 1), 0.1)})
 
 

@@ -31,8 +31,10 @@ _ALSO_CALLED = {
 }
 
 # Arguments whose sign depends on the place elsewhere.
-_DECAYS = ("weight_decay", "strength")
-_SHRINKS = ": a positive rate shrinks weights, in every place"
+_SHRINKS = {
+    "weight_decay": ": a positive decay shrinks weights, in every place",
+    "strength": ": a positive strength lowers the penalty, in every place",
+}
 
 
 def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
@@ -66,7 +68,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     if wrong.size:
         raise ValueError(
             f"{where}: {name} must be finite and not negative, got {'an array with ' * (numbers.ndim > 0)}{wrong[0]}. "
-            f"Write {write}{_SHRINKS if name.startswith(_DECAYS) else ''}."
+            f"Write {write}{next((said for kind, said in _SHRINKS.items() if name.startswith(kind)), '')}."
         )
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 

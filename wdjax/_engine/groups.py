@@ -113,8 +113,9 @@ def check_even(where: str, name: str, kind: Any, number: Any) -> None:
         return
     if isinstance(kind, Groups) and not set(parts) & set(kind.axes(np.ndim(number))):
         return
-    raise ValueError(
-        f"{where}: a {name} of shape {np.shape(number)} differs within a group of {shown(kind)}. Give one {name} "
-        "for each group, with axes of size 1. If a kind of your own acts on each element alone, set is_elementwise = "
-        "True."
-    )
+    one_each = f"one {name} for each group, with axes of size 1."
+    remedy = f"Give {one_each}"
+    if not type(kind).__module__.startswith("wdjax."):
+        is_sum = "its value is a sum over single weights" if name == "strength" else "it acts on each weight alone"
+        remedy = f"Set is_elementwise = True in {type(kind).__name__} if {is_sum}. Otherwise give {one_each}"
+    raise ValueError(f"{where}: a {name} of shape {np.shape(number)} differs within a group of {shown(kind)}. {remedy}")

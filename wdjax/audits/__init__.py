@@ -167,7 +167,7 @@ def audit(
         # Thousands of steps are slow with large arrays, so small ones come first.
         kept, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
         calls, offset = probes.calls, probes.offset
-        wanted, wanted_later, masked = {}, {}, {}
+        wanted, wanted_later, masked, later = {}, {}, {}, {}
         if expected is not None:
             wanted = _rates_at(action, params, offset // calls)
             later = {count: _rates_at(action, params, count) for count in steps}
@@ -176,6 +176,7 @@ def audit(
                 wanted_later = {c: {path: most for path, (_, most) in rates.items()} for c, rates in later.items()}
         elif mask is not None:
             masked = {path: bool(np.any(flag)) for (path, _), flag in zip(leaves, mask_flags, strict=True)}
+        meant = _meant(leaves, mask, mask_flags, expected, [wanted, *later.values()])
         shapes = {leaf.path: leaf.shape for leaf in probes.leaves}
         for i, fact in facts.items():
             path, found = fact.row.path, role(parameter_at(fact.row.path, shapes))
@@ -185,6 +186,7 @@ def audit(
             said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
             said |= {
                 "should_decay": masked.get(path),
+                "is_meant": path in meant,
                 "expected_later": {c: at[path] for c, at in wanted_later.items()},
             }
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
@@ -219,6 +221,14 @@ def _rates_at(action: Action, params: Params, count: int) -> dict[str, tuple[flo
     terms = action.terms(params, leaves, DecayState(jnp.asarray(count, jnp.int32)))
     rates = [0.0 if term is None else term.known() for term in terms]
     return {path: (float(np.min(x)), float(np.max(x))) for (path, _), x in zip(leaves, rates, strict=True)}
+
+
+def _meant(leaves: Any, mask: Any, mask_flags: Any, expected: Any, rates: Sequence[dict[str, Any]]) -> set[str]:
+    """The paths of which a mask, or else a table of rates, says that they should decay. One number doesn't say it."""
+    if mask is not None:
+        return {path for (path, _), flag in zip(leaves, mask_flags, strict=True) if np.any(flag)}
+    is_one = not isinstance(expected, Rules) and jax.tree_util.all_leaves([expected])
+    return set() if is_one else {path for at in rates for path, (_, most) in at.items() if most > 0}
 
 
 def _follows(pairs: Sequence[tuple[float, float]]) -> bool | None:

@@ -169,7 +169,7 @@ CHECKS = (
         "decays non-weights",
         "the decay acts on a bias, a norm or another parameter that is not a layer's weight",
         "Write mask=weights_only(), or mask=weights_only().mask for Optax.",
-        lambda f: f.row.decays and f.row.role not in ("", *_WEIGHTS),
+        lambda f: f.row.decays and not f.is_meant and f.row.role not in ("", *_WEIGHTS),
         rate_text,
     ),
     _Check(

@@ -15,6 +15,9 @@ from ._moves import rate_of, same
 from ._probes import Arrays, Probes, Step, weights_from
 from ._rows import CONSTRAINT
 
+# By how much a decay may differ beside a gradient where no weight leaves the set. Farther out it differs by more.
+_INSIDE = 1e-4
+
 
 def find_constraints(probes: Probes, facts: dict[int, Facts], origin: Arrays | None = None) -> dict[int, Facts]:
     """The facts with constraints, and without the decays that they look like."""
@@ -39,7 +42,7 @@ def _at_a_boundary(probes: Probes, facts: dict[int, Facts], those: Sequence[int]
 
     beside = first_steps(0.5, probes.gradients)
     decays = {i: -facts[i].row.rate * probes.weights[i] / 2 for i in those if facts[i].row.rate < 0.5}
-    those = [i for i, decay in decays.items() if same(odd(beside, i), decay, noise, 0.02)]
+    those = [i for i, decay in decays.items() if same(odd(beside, i), decay, noise, _INSIDE)]
     if not those:
         return {}
     # Moments remember a first step, if there was one.

@@ -19,6 +19,7 @@ class Facts(NamedTuple):
     grows: bool = False  # Whether the decay makes all weights grow.
     is_repeated: bool = False  # Whether it decays in more than one call of a step.
     rescaled: bool = False  # Whether, beside a gradient, the decay keeps its direction but not its size.
+    is_remembered: bool = False  # Whether the next step remembers the decay.
     is_proportional: bool = False  # Whether the first step takes the same fraction of all weights.
     later: tuple["Later", ...] = ()  # Steps at the tested counts, and at those that follow.
     odd_beside: bool = False  # Whether, beside a gradient, a part of the step changes sign with the weights.
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
     expected: tuple[float, float] | None = None  # The smallest and the largest expected rate, if one was given.
     expected_later: Mapping[int, float] = {}  # The expected rates by count, if a schedule was given.
     should_decay: bool | None = None  # The mask that was given.
+    is_meant: bool = False  # Whether a mask or a table that was given says that it should decay.
     is_frozen: bool = False  # Whether the user says that it is frozen.
 
 

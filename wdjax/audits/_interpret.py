@@ -47,7 +47,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     kind = kind_of(odd, total["double"] - even, w)
     size = np.abs(plus_grad) + runs.sizes.get(i, 0)
     noise = 64 * probes.eps * (size + scale) + 2 * probes.update_eps * size
-    place, rescaled = "update", False
+    place, rescaled, is_remembered = "update", False, False
     start, tiny = {name: step.start[i] for name, step in steps.items()}, total["tiny"]
     second, at_second = ((part["plus_second"] - part["minus_second"]) / 2 for part in (total, start))
     follows = False
@@ -62,7 +62,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
     elif not nudged and _is_remembered(total, start, 8 * rounding):
-        place = "gradient"
+        place, is_remembered = "gradient", True
     elif not same(beside - along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance):
         if same(2 * beside, odd, 2 * noise, probes.tolerance):
             kind = f"cautious {kind}"
@@ -93,6 +93,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
         lapse=lapse,
         is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
         rescaled=rescaled,
+        is_remembered=is_remembered,
         lands=bool(
             np.linalg.norm(before) > 2 * np.linalg.norm(odd)
             or np.linalg.norm(odd) > 0.5 * np.linalg.norm(w)

@@ -2,13 +2,14 @@
 
 Some decays show only with weights away from where the optimizer was initialized, and some only beside a gradient
 (`_beside`). Some moves of weights are no decay, but a constraint (`_constraints`). Then the decay is measured again,
-with weights that obey it.
+with weights that obey it. Some are rules for the weights after the step (`_after_the_step`).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from ._after_the_step import find_rules_after_the_step
 from ._beside import find_beside_gradients
 from ._constraints import find_constraints, inside
 from ._facts import Facts
@@ -45,7 +46,7 @@ def _measured(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
         if late := [i for i, fact in facts.items() if not fact.row.decays and fact.later[place].rate]:
             runs = run(probes, counts, at_count=(count, after))
             facts |= {i: facts_of(probes, runs, i) for i in late}
-    facts = find_constraints(probes, facts)
+    facts = find_rules_after_the_step(probes, find_constraints(probes, facts))
     if all(_is_known(fact) for fact in facts.values()):
         return facts
     # The others do not decay to zero, but they may decay to where the optimizer was initialized. An optimizer that
@@ -55,7 +56,7 @@ def _measured(probes: Probes, counts: Sequence[int]) -> dict[int, Facts]:
     if any(np.any(ends[0].total(i) != ends[1].total(i)) for i, fact in facts.items() if not _is_known(fact)):
         moved = run(probes, counts, origin=origin)
         back = {i: facts_of(probes, moved, i, origin) for i, fact in facts.items() if not _is_known(fact)}
-        back = find_constraints(probes, back, origin)
+        back = find_rules_after_the_step(probes, find_constraints(probes, back, origin), origin)
         facts |= {i: one for i, one in back.items() if _is_known(one) and one.row.rate < 0.5}
     return find_beside_gradients(probes, counts, facts)
 

@@ -132,10 +132,29 @@ def rule_of(kind: Any, function: Any) -> LeafRule:
 
 def check_kind(where: str, kind: Any, *needs: str) -> None:
     """Raises an error, in the name of the function `where`, if a penalty has none of the methods in `needs`."""
-    if not isinstance(kind, type) and any(callable(getattr(kind, method, None)) for method in needs):
+    is_type = isinstance(kind, type)
+    has_one = any(callable(getattr(kind, method, None)) for method in needs)
+    if has_one and not is_type:
         return
-    name = kind.__name__ if isinstance(kind, type) else {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
+    its_type = kind if is_type else type(kind)
+    name, is_own = its_type.__name__, its_type.__module__.partition(".")[0] not in _NOT_OWN
+    if has_one:
+        source = "" if is_own else f", with {name} from wdjax"
+        raise TypeError(f"{where}: got the class {name}, not an object. Write {where}({name}(), ...){source}.")
+    if is_own:
+        lacks = " or ".join(f"{method}({_ARGUMENTS[method]})" for method in needs)
+        method = next((each for each in _PLACES if callable(getattr(kind, each, None))), None)
+        instead = f", or use {_PLACES[method]}" if method else ""
+        raise TypeError(f"{where}: {name} has no method {lacks}. Add it{instead}.")
+    name = {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
     raise TypeError(
         f"{where}: kind must be a penalty with the method {' or '.join(needs)}, got {shown(kind)}. "
         f"Write {where}({name}(), ...), with {name} from wdjax; a penalty of your own needs that method."
     )
+
+
+_NOT_OWN = ("builtins", "numpy", "jax", "jaxlib", "optax", "functools", "wdjax")
+_ARGUMENTS = {"value": "w", "gradient": "w", "prox": "w, step"}
+_IN_GRADIENT = "add_penalty_to_grads(...), which needs value or gradient"
+# Where a penalty that has this method can be used.
+_PLACES = {"value": _IN_GRADIENT, "gradient": _IN_GRADIENT, "prox": "proximal_step(...), which needs prox"}
