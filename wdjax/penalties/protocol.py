@@ -141,7 +141,8 @@ def check_kind(where: str, kind: Any, *needs: str) -> None:
     if has_one:
         source = "" if is_own else f", with {name} from wdjax"
         raise TypeError(
-            f"{where}: kind must be a penalty, got the class {name}, not an object. Write {where}({name}(), ...){source}."
+            f"{where}: kind must be a penalty, got the class {name}, not an object. "
+            f"Write {where}({name}(), ...){source}."
         )
     if is_own:
         lacks = " or ".join(f"{method}({_ARGUMENTS[method]})" for method in needs)
