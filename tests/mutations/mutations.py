@@ -1058,7 +1058,7 @@ MUTATIONS = [
     Mutation(
         "an audit takes a trust ratio for a constraint",
         "audits/_constraints.py",
-        "if same(odd(beside, i), decay, noise, 0.02)]",
+        "if same(odd(beside, i), decay, noise, _INSIDE)]",
         "if decay.any()]",
         ("audits/test_audit_of_optax.py",),
     ),

@@ -140,7 +140,10 @@ def check_kind(where: str, kind: Any, *needs: str) -> None:
     name, is_own = its_type.__name__, its_type.__module__.partition(".")[0] not in _NOT_OWN
     if has_one:
         source = "" if is_own else f", with {name} from wdjax"
-        raise TypeError(f"{where}: got the class {name}, not an object. Write {where}({name}(), ...){source}.")
+        raise TypeError(
+            f"{where}: kind must be a penalty, got the class {name}, not an object. "
+            f"Write {where}({name}(), ...){source}."
+        )
     if is_own:
         lacks = " or ".join(f"{method}({_ARGUMENTS[method]})" for method in needs)
         method = next((each for each in _PLACES if callable(getattr(kind, each, None))), None)
