@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -325,10 +326,10 @@ def test_a_prox_that_is_right_for_small_steps_only_is_seen_at_large_ones() -> No
 
 
 def test_assertions_about_penalties_say_what_they_need() -> None:
-    for needs, kind in (("value", Own(value=None)), ("prox", Own(prox=None))):
-        with pytest.raises(TypeError, match=f"^assert_prox: kind must be a penalty with the method {needs}, got"):
+    for needs, kind in (("value(w)", Own(value=None)), ("prox(w, step)", Own(prox=None))):
+        with pytest.raises(TypeError, match=rf"^assert_prox: Own has no method {re.escape(needs)}. Add it.$"):
             testing.assert_prox(kind)
-    with pytest.raises(TypeError, match=r"^assert_gradient: .*the method value, .*Write assert_gradient\(L1\(\), "):
+    with pytest.raises(TypeError, match=r"^assert_gradient: .*got the class L1, .*Write assert_gradient\(L1\(\), "):
         testing.assert_gradient(wdjax.L1)  # pyright: ignore[reportArgumentType]
     for w in (np.ones(2, complex), np.ones(1001), np.ones((0, 3)), "kernel", {"kernel": jnp.ones(2)}):
         with pytest.raises(ValueError, match=r"^assert_gradient: w must be an array of real numbers, .*got.*Write"):

@@ -134,7 +134,7 @@ def on_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, sign
     assert isinstance(written, ast.FunctionDef)
     for argument in ast.walk(written.args):
         if isinstance(argument, ast.arg) and isinstance(argument.annotation, ast.Constant):
-            argument.annotation = ast.Name(argument.annotation.value)  # "Plan" within the class itself.
+            argument.annotation = ast.Name(str(argument.annotation.value))  # "Plan" within the class itself.
     arguments = ast.unparse(written.args).replace("MISSING", "...")
     if what == "method":
         arguments = re.sub(r"^self(, )?", "", arguments)

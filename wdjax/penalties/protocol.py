@@ -147,7 +147,8 @@ def check_kind(where: str, kind: Any, *needs: str) -> None:
     if is_own:
         lacks = " or ".join(f"{method}({_ARGUMENTS[method]})" for method in needs)
         method = next((each for each in _PLACES if callable(getattr(kind, each, None))), None)
-        instead = f", or use {_PLACES[method]}" if method else ""
+        is_place = not where.startswith("assert_")
+        instead = f", or use {_PLACES[method]}" if method and is_place else ""
         raise TypeError(f"{where}: {name} has no method {lacks}. Add it{instead}.")
     name = {"l1": "L1", "l2": "L2"}.get(str(kind).lower(), "L2")
     raise TypeError(
