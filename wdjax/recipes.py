@@ -84,7 +84,7 @@ def sgdw(
 
     Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
     Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
-    Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay rounds to nothing or overshoots.
 
     Example:
 
@@ -171,7 +171,7 @@ def adamw(
 
     Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
     Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
-    Warns: UserWarning at `init`, of learning_rate * weight_decay as `independent_decay`.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay rounds to nothing or overshoots.
 
     Example:
 

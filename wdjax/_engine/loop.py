@@ -32,7 +32,7 @@ PyTree = Any
 
 
 class DecayState(NamedTuple):
-    """The state of every decay. It has the same structure for constant and scheduled rates and for any mask.
+    """The state of every decay, penalty and constraint. Its structure is the same for all rates, schedules and masks.
 
     Attributes:
         count: shape (), int32: the number of updates so far. Schedules are called with it.

@@ -25,7 +25,7 @@ class Audited(NamedTuple):
             decay, negative for growth.
         least, most: the smallest and the largest rate of an array with a rate for each layer; otherwise both the rate.
         rates: pairs of a count and the rate at that count; empty for an optimizer without a count. Moments are new at
-            each count. So behind moments, only the first rate is that of a training.
+            each count. So for a decay that the moments see, only the first rate is that of a real run.
         beside_gradient: the same fraction when there is a gradient.
         needs_gradient: whether it decays only beside a gradient.
         place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the

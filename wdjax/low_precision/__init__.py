@@ -13,7 +13,7 @@ is lost in two places, and each has its own remedy:
 
     optax.chain(in_float32(adamw(3e-4, 0.1, mask)), stochastic_rounding(seed=0))
 
-Nothing after a writer may change the update. A decay behind it is rounded away again.
+Nothing after a writer may change the update. A decay after it is rounded away again.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def in_float32(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     second moment with b2 = 0.999 never moves.
 
     Rule:   u <- optimizer's u for the gradients, the parameters and a state in float32; u stays in float32
-    Place:  around the optimizer. Behind it, last in the chain, comes a writer: `stochastic_rounding`, `compensated` or
+    Place:  around the optimizer. After it, last in the chain, comes a writer: `stochastic_rounding`, `compensated` or
             `master_weights`.
     Units:  those of the optimizer. The state is as large as for float32 parameters: 8 bytes per parameter for Adam.
     Source: torchao's low-bit optimizers compute in float32 as well.

@@ -2,8 +2,8 @@
 
 A proximal step does not follow the penalty's gradient. It minimizes the penalty plus half the squared distance from
 where the optimizer arrived. It never overshoots, however large the strength is. Where the penalty has a corner (L1,
-group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit,
-because they are set through a difference, which is always exact only for zero.
+group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit:
+they are set through a difference, which is always exact only if the weight becomes zero.
 
 A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it.
 """

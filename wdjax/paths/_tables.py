@@ -103,9 +103,9 @@ def by_path(
         rules: a dictionary, or a list of pairs (pattern, value). For patterns see `wdjax.paths`. Values: booleans for a
             mask; finite numbers >= 0, 0-d arrays or schedules for rates; strings for labels; `"init"` and
             `EMA(...)` for anchors; or a rule set of these.
-        default: the value of parameters that no rule matches, which are an error otherwise: `default=weights_only()`.
+        default: the value of parameters that no rule matches: `default=weights_only()`. Without it, they are an error.
         syntax: how strings are read: "shell" as in `wdjax.paths`; "regex" as a regular expression for the whole path;
-            "search" as one for any part of it; "contains" as a part of the path, where "." also stands for "/".
+            "search" as one for any part of it; "contains" as a part of the path, where "." also matches "/".
 
     Returns: `Rules`.
     Raises: TypeError, ValueError for what is not a table, a pattern, a value or a syntax; and where the table is used,
@@ -136,12 +136,12 @@ def only(*patterns: Pattern, syntax: str = "shell") -> Rules:
     """The mask that is True for parameters that match any of the patterns, which are those of `by_path`.
 
     Args:
-        *patterns: names, paths, regular expressions, functions of a `Leaf`, or masks. Any may match.
+        *patterns: names, paths, regular expressions, functions of a `Leaf`, or masks. One match is enough.
         syntax: how strings are read, as in `by_path`.
 
     Returns: `Rules` of booleans.
-    Raises: TypeError, ValueError for an invalid pattern or syntax, or none; and where the mask is used, if no pattern
-            matches a parameter.
+    Raises: TypeError, ValueError for an invalid pattern or syntax, or no pattern; and where the mask is used, if a
+            pattern matches no parameter.
 
     Example:
 

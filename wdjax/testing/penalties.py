@@ -26,7 +26,7 @@ def assert_gradient(kind: Penalty, w: Any = None) -> None:
     """Asserts that the gradient of a penalty is the slope of its value, and that both are right in float32.
 
     Each number of w is moved up and down a little, in float64. The gradient must lie between the two slopes of `value`:
-    where it is smooth, they are equal but for rounding; at a corner, any number between them is a subgradient. Without
+    where it is smooth, they are equal up to rounding; at a corner, any number between them is a subgradient. Without
     a method `gradient`, JAX's derivative of `value` is tested. `add_penalty_to_grads` then adds it, and it may be NaN
     at 0.
 

@@ -23,7 +23,7 @@ _SUBTRACTED = stateless(subtracted)
 
 @checks.known_arguments
 def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """Keeps the parameters of a mask bit for bit. It goes around the optimizer, not into a chain as `optax.freeze`.
+    """Keeps the parameters of a mask bit for bit. It goes around the optimizer; `optax.freeze` goes into a chain.
 
     Later transformations in a chain, such as a decay, can undo zero updates. Here the optimizer never sees a frozen
     parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
