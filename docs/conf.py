@@ -28,7 +28,7 @@ extensions = [
     "docstrings",
     "reference",
 ]
-exclude_patterns = ["_ext", "README.md"]
+exclude_patterns = ["_ext"]
 nitpicky = True
 smartquotes = False  # Quotation marks are code: "init".
 toc_object_entries_show_parents = "hide"
@@ -47,9 +47,8 @@ html_theme_options = {
     "source_directory": "docs/",
 }
 
-myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-myst_number_code_blocks = []
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
