@@ -5,6 +5,7 @@ every row (`every_row`). The engine around the rows is the same for many of them
 default, and on the others only with the slow tests (`core_row`).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -101,43 +102,92 @@ def has_gradient(u: np.ndarray) -> np.ndarray:
     return np.any(u != 0, axis=tuple(range(1, u.ndim)), keepdims=True)
 
 
-KINDS: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, float], np.ndarray]]] = {
-    "L2": (wdjax.L2(), lambda w: w, lambda w, k: w / (1 + k)),
-    "L1": (wdjax.L1(), np.sign, soft),
-    "ElasticNet": (
+class Kind(NamedTuple):
+    """A penalty under test, and its definition in NumPy float64.
+
+    Attributes:
+        penalty: the object.
+        value: w -> the penalty.
+        gradient: w -> its gradient.
+        prox: (w, step) -> its proximal map; None for a penalty without one.
+        is_elementwise: whether it is a sum over single weights.
+        is_of_matrices: whether it is for matrices only. In the contract suite a vector is then a matrix with one row.
+    """
+
+    penalty: Any
+    value: Callable[[np.ndarray], Any]
+    gradient: Callable[[np.ndarray], np.ndarray]
+    prox: Callable[[np.ndarray, float], np.ndarray] | None
+    is_elementwise: bool = True
+    is_of_matrices: bool = False
+
+
+KINDS = {
+    "L2": Kind(wdjax.L2(), lambda w: 0.5 * np.sum(w**2), lambda w: w, lambda w, k: w / (1 + k)),
+    "L1": Kind(wdjax.L1(), lambda w: np.sum(np.abs(w)), np.sign, soft),
+    "ElasticNet": Kind(
         wdjax.ElasticNet(0.3),
+        lambda w: 0.3 * np.sum(np.abs(w)) + 0.35 * np.sum(w**2),
         lambda w: 0.3 * np.sign(w) + 0.7 * w,
         lambda w, k: soft(w, 0.3 * k) / (1 + 0.7 * k),
     ),
-    "GroupLasso": (wdjax.GroupLasso(), lambda w: w / np.linalg.norm(w), group),
-    "Huber": (wdjax.Huber(0.5), lambda w: np.clip(w, -0.5, 0.5), lambda w, k: huber(w, k, 0.5)),
+    "GroupLasso": Kind(
+        wdjax.GroupLasso(), np.linalg.norm, lambda w: w / np.linalg.norm(w), group, is_elementwise=False
+    ),
+    "Huber": Kind(
+        wdjax.Huber(0.5),
+        lambda w: np.sum(np.where(np.abs(w) <= 0.5, 0.5 * w**2, 0.5 * (np.abs(w) - 0.25))),
+        lambda w: np.clip(w, -0.5, 0.5),
+        lambda w, k: huber(w, k, 0.5),
+    ),
 }
 
 
 def _in_gradient(name: str) -> Row:
-    kind, gradient, _ = KINDS[name]
+    kind = KINDS[name]
+    penalty = _of_all(kind)
     return Row(
         f"add_penalty_to_grads[{name}]",
-        lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(kind, rate, mask, toward=toward),
-        lambda u, w, rate, a: u + rate * gradient(w - a),
+        lambda rate, mask=None, toward=None: wdjax.add_penalty_to_grads(penalty, rate, mask, toward=toward),
+        lambda u, w, rate, a: u + rate * kind.gradient(w - a),
         core=name == "GroupLasso",
-        is_elementwise=name != "GroupLasso",
-        has_norm=name == "GroupLasso",
+        is_elementwise=kind.is_elementwise,
+        has_norm=not kind.is_elementwise,
     )
 
 
 def _on_weights(name: str) -> Row:
-    kind, _, prox = KINDS[name]
+    kind = KINDS[name]
+    penalty, prox = _of_all(kind), kind.prox
+    assert prox is not None
     return Row(
         f"proximal_step[{name}]",
         lambda rate, mask=None, toward=None: wdjax.proximal_step(
-            kind, rate, mask, learning_rate=LEARNING_RATE, toward=toward
+            penalty, rate, mask, learning_rate=LEARNING_RATE, toward=toward
         ),
         lambda u, w, rate, a: a + prox(w + u - a, LEARNING_RATE * rate) - w,
         core=name == "L1",  # Its rule uses weights and updates.
-        is_elementwise=name != "GroupLasso",
-        has_norm=name == "GroupLasso",
+        is_elementwise=kind.is_elementwise,
+        has_norm=not kind.is_elementwise,
     )
+
+
+def _of_all(kind: Kind) -> Any:
+    """The penalty. One for matrices also takes vectors, because the suite's trees hold biases."""
+    if not kind.is_of_matrices:
+        return kind.penalty
+    base = type(kind.penalty)
+
+    def with_rows(method: str) -> Any:
+        def call(self: Any, w: Any, *step: Any) -> Any:
+            result = getattr(base, method)(self, w[None] if w.ndim == 1 else w, *step)
+            return result[0] if w.ndim == 1 and np.ndim(result) else result
+
+        return call
+
+    methods = {name: with_rows(name) for name in ("value", "gradient", "prox") if hasattr(base, name)}
+    of_all = type(base.__name__, (base,), {**methods, "__module__": base.__module__})
+    return of_all(**{field.name: getattr(kind.penalty, field.name) for field in dataclasses.fields(base) if field.init})
 
 
 def _constrained(name: str) -> Row:
@@ -213,7 +263,7 @@ ROWS = [
         ),
         lambda u, w, rate, a: agreeing(u, -(1 - np.exp(-LEARNING_RATE * rate)) * (w - a)),
     ),
-    *map(_on_weights, KINDS),
+    *map(_on_weights, [name for name, kind in KINDS.items() if kind.prox]),
     Row(
         "with_decoupled_decay[identity]",
         lambda rate, mask=None, toward=None: wdjax.with_decoupled_decay(

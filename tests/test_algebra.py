@@ -52,8 +52,8 @@ def noise(params: Any, step: Any) -> Any:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gradient_of_the_penalty_is_what_is_added_to_grads(name: str) -> None:
-    kind = KINDS[name][0]
-    params, anchor = tree((4, 3), (3,)), tree((4, 3), (3,), seed=1)
+    kind = KINDS[name].penalty
+    params, anchor = tree((4, 3), (3, 2)), tree((4, 3), (3, 2), seed=1)
     rates = wdjax.by_path({"w0": 0.3, "w1": jnp.array(0.7)})
     in_loss = jax.grad(lambda p: wdjax.penalty(p, kind, rates, toward=anchor))(params)
     in_gradient = wdjax.add_penalty_to_grads(kind, rates, toward=anchor)

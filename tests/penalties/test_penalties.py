@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import KINDS
+from registry import KINDS, Kind
 from slow import slow_but
 
 import wdjax
@@ -20,43 +20,39 @@ from wdjax import testing
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-every_kind = pytest.mark.parametrize("name", KINDS)
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 RNG = np.random.default_rng(0)
-VALUES = {
-    "L2": lambda w: 0.5 * np.sum(w**2),
-    "L1": lambda w: np.sum(np.abs(w)),
-    "ElasticNet": lambda w: 0.3 * np.sum(np.abs(w)) + 0.35 * np.sum(w**2),
-    "GroupLasso": np.linalg.norm,
-    "Huber": lambda w: np.sum(np.where(np.abs(w) <= 0.5, 0.5 * w**2, 0.5 * (np.abs(w) - 0.25))),
-}
 
 
 @every_kind
-def test_value_is_the_definition_and_gradient_its_derivative(name: str) -> None:
-    kind = KINDS[name][0]
+def test_value_is_the_definition_and_gradient_its_derivative(kind: Kind) -> None:
     w = RNG.normal(size=(4, 3))
-    np.testing.assert_allclose(kind.value(jnp.asarray(w)), VALUES[name](w), rtol=1e-14)
-    np.testing.assert_allclose(kind.gradient(jnp.asarray(w)), KINDS[name][1](w), rtol=1e-14)
-    chex.assert_trees_all_close(jax.grad(kind.value)(jnp.asarray(w)), kind.gradient(jnp.asarray(w)), rtol=1e-14)
+    found = kind.penalty.gradient(jnp.asarray(w))
+    np.testing.assert_allclose(kind.penalty.value(jnp.asarray(w)), kind.value(w), rtol=1e-14)
+    np.testing.assert_allclose(found, kind.gradient(w), rtol=1e-14)
+    chex.assert_trees_all_close(jax.grad(kind.penalty.value)(jnp.asarray(w)), found, rtol=1e-14)
+    testing.assert_gradient(kind.penalty)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.prox], ids=lambda kind: repr(kind.penalty))
 @pytest.mark.parametrize("step", [0.01, 0.4, 5.0])
-def test_prox_minimizes_what_it_says(name: str, step: float) -> None:
-    kind = KINDS[name][0]
-    w = RNG.normal(size=5)
-    found = np.asarray(kind.prox(jnp.asarray(w), jnp.asarray(step)))
-    np.testing.assert_allclose(found, KINDS[name][2](w, step), rtol=1e-14, atol=1e-16)
-    testing.assert_prox(kind, w, steps=step)
+def test_prox_minimizes_what_it_says(kind: Kind, step: float) -> None:
+    assert kind.prox is not None
+    w = RNG.normal(size=(4, 3) if kind.is_of_matrices else 5)
+    found = np.asarray(kind.penalty.prox(jnp.asarray(w), jnp.asarray(step)))
+    np.testing.assert_allclose(found, kind.prox(w, step), rtol=1e-13 if kind.is_of_matrices else 1e-14, atol=1e-16)
+    testing.assert_prox(kind.penalty, w, steps=step)
 
 
 @every_kind
-def test_zero_is_a_fixed_point_without_nan(name: str) -> None:
-    kind = KINDS[name][0]
+def test_zero_is_a_fixed_point_without_nan(kind: Kind) -> None:
     zeros = jnp.zeros((3, 2))
-    for result in (kind.gradient(zeros), jax.grad(kind.value)(zeros), kind.prox(zeros, jnp.asarray(0.5))):
+    found = [kind.penalty.gradient(zeros), jax.grad(kind.penalty.value)(zeros)]
+    if kind.prox:
+        found.append(kind.penalty.prox(zeros, jnp.asarray(0.5)))
+    for result in found:
         np.testing.assert_array_equal(result, zeros)
-    assert kind.value(zeros) == 0
+    np.testing.assert_allclose(kind.penalty.value(zeros), kind.value(np.zeros((3, 2))), rtol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
@@ -139,15 +135,14 @@ def test_elastic_net_ends_at_l2_and_l1() -> None:
 
 @pytest.mark.peers
 @every_kind
-def test_complex_weights_are_shrunk_along_their_phase(name: str) -> None:
-    kind = KINDS[name][0]
-    w = jnp.asarray([3 + 4j, 0.1 - 0.2j, -1j])
-    for result in (kind.gradient(w), kind.prox(w, jnp.asarray(0.05))):
+def test_complex_weights_are_shrunk_along_their_phase(kind: Kind) -> None:
+    w, penalty = jnp.asarray([[3 + 4j, 0.1 - 0.2j, -1j]]), kind.penalty
+    for result in (penalty.gradient(w), penalty.prox(w, jnp.asarray(0.05)) if kind.prox else w):
         ratio = np.asarray(result / w)
         np.testing.assert_allclose(ratio.imag, 0, atol=1e-15)
         assert np.all(ratio.real > 0)
     # jax.grad gives the conjugate of the direction of steepest ascent.
-    np.testing.assert_allclose(np.conj(jax.grad(kind.value)(w)), kind.gradient(w), rtol=1e-13)
+    np.testing.assert_allclose(np.conj(jax.grad(penalty.value)(w)), penalty.gradient(w), rtol=1e-13)
 
 
 def test_a_penalty_of_your_own_works_in_every_place() -> None:
