@@ -198,15 +198,6 @@ ROWS = [
         has_norm=True,
     ),
     Row(
-        "weight_norm_control[init]",
-        lambda rate, mask=None, toward=None: wdjax.in_update.weight_norm_control(rate, "init", mask, ratio=0.5),
-        lambda u, w, rate, a: u - rate * (w - onto_sphere(w, 0.5 * np.linalg.norm(w))),  # From w = the weights at init.
-        has_anchor=False,
-        is_elementwise=False,
-        has_norm=True,
-        is_stateful=True,
-    ),
-    Row(
         "continuous_decay",
         lambda rate, mask=None, toward=None: wdjax.continuous_decay(
             rate, mask, learning_rate=LEARNING_RATE, toward=toward

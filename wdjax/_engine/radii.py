@@ -62,7 +62,8 @@ def check_kept(where: str, kind: Any, kept: Any, p: jax.Array) -> None:
 def warn_of_zeros(action: Action, params: PyTree, state: Any, so: str) -> None:
     """Warns of radii of "init" that are zero. `so` says what becomes of the weights."""
     leaves = trees.flatten_with_paths(params)
-    acting = {path for (path, _), acts in zip(leaves, action.acts_on(params, leaves), strict=True) if acts}
+    acts_on = zip(leaves, action.acts_on(params, leaves), strict=True)
+    acting = {path for (path, leaf), acts in acts_on if acts and np.size(leaf)}
     norms = [(path, x) for path, x in trees.flatten_with_paths(state.leaf) if path in acting]
     is_known = lambda x: not is_traced(x) and getattr(x, "is_fully_addressable", True)  # noqa: E731
     zeros = [path for path, x in norms if is_known(x) and not np.all(x)]

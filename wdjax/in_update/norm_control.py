@@ -7,7 +7,7 @@ import jax
 import optax
 
 from .._engine import checks, trees
-from .._engine.arithmetic import LeafRule, Strength, cast, compute_dtype, narrowed, plus, stateless, subtracted
+from .._engine.arithmetic import LeafRule, Strength, cast, compute_dtype, minus, narrowed, stateless, subtracted
 from .._engine.groups import SplitGroups, check_even
 from .._engine.loop import Action, DecayState
 from .._engine.norms import direction
@@ -124,8 +124,8 @@ class _Grown:
         check_even("weight_norm_control", "weight_decay or radius", self.groups, rate.value)
         if self.is_init:
             check_kept("weight_norm_control", self.groups, kept, p)
-        outward = direction(p, self.groups.norm(p))
-        return plus(update, rate, outward * kept if self.is_init else outward), kept
+        inward = direction(-p, self.groups.norm(p))
+        return minus(update, rate, inward * kept if self.is_init else inward), kept
 
 
 _DECAYED = stateless(subtracted)
