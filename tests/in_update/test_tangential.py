@@ -108,6 +108,7 @@ def test_weights_of_zero_keep_their_update_and_no_derivative_is_nan() -> None:
     zeros, ones = jnp.zeros(3), jnp.ones(3)
     assert_same_bits(new_updates(tangential_update(), ones, zeros), ones)
     assert_same_bits(new_updates(tangential_update(), -zeros, zeros), -zeros)
+    assert_same_bits(new_updates(tangential_update(), jnp.inf * ones, zeros), jnp.inf * ones)
 
     def total(u: Any, p: Any) -> Any:
         return jnp.sum(jnp.sin(tangential_update().update(u, tangential_update().init(p), p)[0]))
