@@ -332,3 +332,17 @@ def test_errors_in_the_update() -> None:
     with pytest.raises(ValueError, match=r"first axis does: weight_norm_control\(\.\.\., stacked_axes=1\)"):
         weight_norm_control(0.1 * by_layer).init(params)
     new_updates(weight_norm_control(0.1, 2.0 * by_layer), params, params)
+
+
+def test_under_inject_hyperparams_and_axes_are_static() -> None:
+    params, updates = make(0, np.float32), make(1, np.float32)
+    for radius in (3.0, lambda count: 3.0, "init"):
+        plain = weight_norm_control(0.1, radius, ratio=0.5)
+        injected = optax.inject_hyperparams(weight_norm_control)(0.1, radius, ratio=0.5)
+        want, _ = plain.update(updates, plain.init(params), params)
+        got, _ = jax.jit(injected.update)(updates, injected.init(params), params)
+        chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-7)
+    for name in ("axis", "per", "stacked_axes"):
+        with pytest.raises(TypeError, match=rf"inject_hyperparams, name it in static_args=\('{name}',\)"):
+            jax.jit(optax.inject_hyperparams(weight_norm_control)(0.1, **{name: 0}).init)(params)
+        optax.inject_hyperparams(weight_norm_control, static_args=(name,))(0.1, **{name: 0}).init(params)
