@@ -39,9 +39,9 @@ def weight_norm_control(
     Units:  weight_decay is per step: with zero gradient, ||p|| - ratio * radius is multiplied by 1 - weight_decay each
             step, and the direction of the weights stays. To follow the shape of the learning rate, pass
             `rates.relative(weight_decay, learning_rate, peak=...)`. The radius is in units of the weights.
-    Source: Loshchilov 2023, arXiv 2311.11446, equation 3 (its algorithm and experiments were not read): weight_decay is
-            its k, ratio its r, radius the norm at init. Deviation: the equation has one norm, of all weights together.
-            Here each parameter or group has its own.
+    Source: AdamWN, Loshchilov 2023, arXiv 2311.11446 (abstract and the definition in section 2 only): weight_decay is
+            its update rate, ratio the ratio of target and initial norm, both for each step. Deviation: the definition
+            has one norm, of all weights together. Here each parameter or group has its own.
 
     The term is the gradient of weight_decay / 2 * (||p|| - ratio * radius)^2: L2 toward the nearest point of the
     sphere. A radius of 0 is `independent_decay`. A weight_decay of 1 moves the weights of each step onto the sphere,

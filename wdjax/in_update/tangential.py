@@ -33,8 +33,8 @@ def tangential_update(
     Rule:   u <- u - <u, p> / ||p||^2 * p, for each parameter or group. Where the weights are all zero, u stays as it
             is. For complex weights, <u, p> is the real inner product: the part along p changes the norm and is removed,
             and the part along i p turns the phase and stays.
-    Place:  after `scale_by_*`, before the decay. A decay toward zero is radial, so before it nothing of the decay is
-            left.
+    Place:  after `scale_by_*`, with the decay behind it. A decay toward zero is radial: in front, all of it would be
+            removed.
     Units:  the learning rate scales the result as it scales u. Then ||p + u||^2 = ||p||^2 + ||u||^2: the norm grows,
             but only by second order.
     Source: AdamP, arXiv 2006.08217, and its code; the rotational optimizers of arXiv 2305.17212, which then also keep
