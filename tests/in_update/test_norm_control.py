@@ -106,7 +106,7 @@ def test_the_term_is_a_gradient_and_l2_toward_the_nearest_point_of_the_sphere() 
     np.testing.assert_allclose(new, new_updates(independent_decay(k, toward=nearest), u, w), rtol=1e-13)
 
 
-def half_at(dtype: Any) -> Any:
+def with_zeros(dtype: Any) -> Any:
     params = jax.tree.map(lambda p: p.at[0].set(-0.0), make(0, dtype))
     return params, jax.tree.map(lambda p: p.at[1].set(-0.0), make(1, dtype))
 
@@ -119,7 +119,7 @@ def half_at(dtype: Any) -> Any:
     ids=["radius", "ratio", "scheduled radius", "array"],
 )
 def test_a_radius_of_zero_is_independent_decay_bit_for_bit(dtype: Any, run: Any, target: Any) -> None:
-    params, updates = half_at(dtype)
+    params, updates = with_zeros(dtype)
     for rate in (0.1, lambda count: jnp.asarray(0.1, jnp.float32), {"conv": np.full((3, 1, 1), 0.1), "bias": 0.0}):
         if isinstance(rate, dict) and not any(isinstance(value, float) for value in target.values()):
             continue  # A target that may move must not differ within a group.
