@@ -17,6 +17,7 @@ import wdjax
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
+RADIUS = 2.0  # Of the norms that are controlled.
 
 
 class Row(NamedTuple):
@@ -238,6 +239,15 @@ ROWS = [
         lambda u, w, rate, a: u - rate * (w - a),
     ),
     Row(
+        "weight_norm_control",
+        lambda rate, mask=None, toward=None: wdjax.in_update.weight_norm_control(rate, RADIUS, mask),
+        lambda u, w, rate, a: u - rate * (w - onto_sphere(w, RADIUS)),
+        core=True,  # It runs two rules.
+        has_anchor=False,
+        is_elementwise=False,
+        has_norm=True,
+    ),
+    Row(
         "continuous_decay",
         lambda rate, mask=None, toward=None: wdjax.continuous_decay(
             rate, mask, learning_rate=LEARNING_RATE, toward=toward
@@ -302,6 +312,16 @@ ROWS = [
         "normalized_update",
         lambda rate, mask=None, toward=None: wdjax.normalized_update(mask),
         lambda u, w, rate, a: onto_sphere(u, np.linalg.norm(w)),
+        has_anchor=False,
+        off_at=None,
+        is_elementwise=False,
+        has_norm=True,
+        has_rate=False,
+    ),
+    Row(
+        "tangential_update",
+        lambda rate, mask=None, toward=None: wdjax.in_update.tangential_update(mask),
+        lambda u, w, rate, a: u - np.sum(u * w) / np.sum(w * w) * w,
         has_anchor=False,
         off_at=None,
         is_elementwise=False,

@@ -168,6 +168,12 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
         optax.scale_by_learning_rate(STEPS),
         wdjax.constrain(wdjax.L2Sphere(), "init", only("kernel")),
     ),
+    "norm control": lambda: optax.chain(
+        optax.scale_by_adam(),
+        wdjax.in_update.tangential_update(only("kernel"), per=-1),
+        optax.scale_by_learning_rate(STEPS),
+        wdjax.in_update.weight_norm_control(RATES, "init", only("kernel"), ratio=STEPS, per=-1),
+    ),
     "two decays": lambda: optax.chain(
         optax.scale_by_adam(),
         wdjax.decoupled_decay(RATES, only("kernel")),

@@ -333,6 +333,34 @@ def fixed(direction: Callable[[], Any]) -> Build:
     return lambda run: optax.chain(direction(), optax.scale_by_learning_rate(run.lr), wdjax.independent_decay(run.wd))
 
 
+def kozistr_adamp(run: Run) -> Any:
+    """AdamP: where gradient and weights are almost perpendicular, the update is tangential and the decay smaller."""
+    adam, matrices = keras_adam(1e-8), wdjax.only("w*")
+    delta, wd_ratio, eps = 0.1, 0.1, 1e-8  # The defaults. The norm of the weights, too, has the eps added.
+    # It tries rows as groups, then whole matrices.
+    views = [(wdjax.in_update.tangential_update(matrices, per=0), (1,))]
+    views += [(wdjax.in_update.tangential_update(matrices), (0, 1))]
+
+    def update_fn(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = adam.update(grads, state, params)
+        ratios = dict.fromkeys(("w1", "w2"), jnp.ones([], run.dtype))
+        for tangential, axes in views:
+            projected, _ = tangential.update(updates, tangential.init(params), params)
+            for key, ratio in ratios.items():
+                g, p, u = grads[key], params[key], updates[key]
+                size, of_grad = (jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (p, g))
+                cosines = jnp.abs(jnp.sum(g * p, axes, keepdims=True)) / (size * of_grad)
+                limit = delta / np.sqrt(np.prod([p.shape[axis] for axis in axes]))
+                does = (jnp.max(cosines) < limit) & (ratio == 1)
+                radial = (u - projected[key]) * (size / (size + eps)) ** 2
+                updates = {**updates, key: jnp.where(does, u - radial, u)}
+                ratios[key] = jnp.where(does, wd_ratio, ratio).astype(run.dtype)
+        decay = wdjax.decoupled_decay(run.wd * wdjax.by_path(ratios, default=1.0))
+        return decay.update(updates, decay.init(params), params)[0], state
+
+    return optax.chain(optax.GradientTransformation(adam.init, update_fn), optax.scale_by_learning_rate(run.lr))
+
+
 # heavyball, whose cautious weight decay is the paper's, except for ties.
 
 
@@ -384,6 +412,8 @@ ROWS: dict[str, Build] = {
     "koz_lion_dec": decoupled(lambda lr: optax.lion(lr, b1=0.9, b2=0.99, weight_decay=0.0)),
     "koz_adamax_dec": decoupled(optax.adamax),
     "koz_yogi_dec": decoupled(optax.yogi),
+    # tangential_update
+    "koz_adamp": kozistr_adamp,
     # cautious
     "hb_sgd_cautious": heavyball_sgd,
     # independent_decay

@@ -14,12 +14,14 @@ from slow import slow_but
 import wdjax
 from wdjax import L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall, constrain, normalized_update
 from wdjax.constraints import Constraint
+from wdjax.in_update import tangential_update, weight_norm_control
 
 pytestmark = pytest.mark.peers
 
 LR, WD = 0.1, 0.1
 RATE = LR * WD
 WEIGHTS = wdjax.weights_only()
+DECAY = wdjax.decoupled_decay(WD, WEIGHTS)
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, LR, 100, 1000)
 
 
@@ -190,6 +192,40 @@ def test_a_step_that_depends_on_the_weights_is_no_decay(name: str) -> None:
     audit = wdjax.audit(WITHOUT[name], make_params())
     assert not audit["embedding"].decays
     assert audit["embedding"].rate == 0.0
+
+
+def controlled(k: float, *radius: Any) -> Any:
+    return optax.chain(optax.adam(0.01), weight_norm_control(k, *radius, WEIGHTS))
+
+
+ABOUT_NORMS: dict[str, tuple[Any, tuple[Any, ...], set[str]]] = {
+    "toward the norm at init": (controlled(0.01, "init"), ("update", "other", "init", False), set()),
+    "toward a small norm": (controlled(0.01, 2.0), ("update", "other", "zero", False), set()),
+    "toward a large norm": (controlled(0.01, 100.0), ("update", "other", "zero", False), {"grows"}),
+    "toward zero": (controlled(0.01, 0.0), ("update", "L2", "zero", False), set()),
+    "onto the sphere": (controlled(1.0, "init"), ("weights", "constraint", "", False), {"constrained"}),
+    "tangential, then decay": (
+        optax.chain(optax.scale_by_adam(), tangential_update(WEIGHTS), DECAY, optax.scale(-LR)),
+        ("update", "L2", "zero", False),
+        set(),
+    ),
+    "decay, then tangential": (
+        optax.chain(optax.scale_by_adam(), DECAY, tangential_update(WEIGHTS), optax.scale(-LR)),
+        ("none", "none", "", False),
+        {"no decay"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(ABOUT_NORMS, "toward the norm at init", "decay, then tangential"))
+def test_a_decay_of_norms_and_decays_beside_a_tangential_update(name: str) -> None:
+    optimizer, want, found = ABOUT_NORMS[name]
+    audit = wdjax.audit(optimizer, make_params())
+    row = audit["embedding"]
+    assert shown(row) == want
+    assert names(audit) == found
+    if row.kind == "L2":
+        np.testing.assert_allclose(row.rate, RATE, rtol=1e-5)
 
 
 AVERAGES: dict[str, tuple[Any, str]] = {

@@ -29,6 +29,7 @@ STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/t
 RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
 METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
+NORM_CONTROL, TANGENTIAL = "in_update/test_norm_control.py", "in_update/test_tangential.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -138,6 +139,49 @@ MUTATIONS = [
         "jnp.where(wanted == 0, update, direction(update, size) * wanted)",
         "direction(update, size) * wanted",
         ("in_update/test_normalizing.py",),
+    ),
+    # Weight norm control and tangential updates.
+    Mutation(
+        "the norm is controlled away from its target",
+        "in_update/norm_control.py",
+        "inward = direction(-p, self.groups.norm(p))",
+        "inward = direction(p, self.groups.norm(p))",
+        (CONTRACT, NORM_CONTROL),
+    ),
+    Mutation(
+        "the target at init is the present norm",
+        "in_update/norm_control.py",
+        "inward * kept if self.is_init else inward",
+        "inward * self.groups.norm(p) if self.is_init else inward",
+        (NORM_CONTROL,),
+    ),
+    Mutation(
+        "the controlled update is rounded between its two terms",
+        "in_update/norm_control.py",
+        "return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update",
+        "return update",
+        (NORM_CONTROL,),
+    ),
+    Mutation(
+        "a tangential update keeps half of the radial part",
+        "in_update/tangential.py",
+        "self.groups.inner(outward, update) * outward",
+        "self.groups.inner(outward, update) * outward / 2",
+        (CONTRACT, TANGENTIAL),
+    ),
+    Mutation(
+        "an infinite update of zero weights becomes NaN",
+        "in_update/tangential.py",
+        "jnp.where(size == 0, update, update - self.groups.inner(outward, update) * outward)",
+        "update - self.groups.inner(outward, update) * outward",
+        (TANGENTIAL,),
+    ),
+    Mutation(
+        "the radial part is that of one device",
+        "_engine/groups.py",
+        "return mesh_axes.total(products, self._split(w))",
+        "return products",
+        (TANGENTIAL,),
     ),
     Mutation(
         "a mask of parts multiplies a multiplier by zero",

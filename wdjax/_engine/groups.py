@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import checks, mesh_axes
@@ -97,8 +98,15 @@ class SplitGroups(Groups):
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The norm of each group. The axes of the norm are kept, with size 1."""
-        split = mesh_axes.split_over(self.called, w, mesh_axes.names(self.called, self.axis_name))
-        return norm(w, self.axes(w.ndim), split)
+        return norm(w, self.axes(w.ndim), self._split(w))
+
+    def inner(self, w: jax.Array, v: jax.Array) -> jax.Array:
+        """The real inner product of each group. The axes of the sum are kept, with size 1."""
+        products = jnp.sum(jnp.real(jnp.conj(w) * v), self.axes(w.ndim), keepdims=True)
+        return mesh_axes.total(products, self._split(w))
+
+    def _split(self, w: jax.Array) -> mesh_axes.Names:
+        return mesh_axes.split_over(self.called, w, mesh_axes.names(self.called, self.axis_name))
 
 
 def uneven(number: Any) -> list[int]:

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._engine import checks, trees
-from .._engine.arithmetic import LeafRule, Strength, compute_dtype
-from .._engine.groups import UnfitShapeError, check_even
+from .._engine import checks
+from .._engine.arithmetic import LeafRule, Strength
+from .._engine.groups import check_even
 from .._engine.loop import Action, transformation
-from .._engine.per_leaf import stacks as stacks_of
-from .._engine.rules import Rules, check_no_mask, possible_values
-from .._engine.text import listed, shown
+from .._engine.radii import InitialNorm, check_kept, check_radius, warn_of_single_weights, warn_of_zeros
+from .._engine.text import shown
 from .._engine.types import Mask, Rate, StackedAxes
-from .._engine.unstable import automatic, is_traced
 from ..constraints import Constraint, L2Sphere, is_ours
 from ..paths import stacks
 
@@ -76,7 +74,7 @@ def constrain(
     action = Action(where, rates, mask, off_at=None, stacked_axes=stacks(where, stacked_axes))
     rule = LeafRule(
         _Projected(kind, is_init),
-        _InitialNorm(kind) if is_init else None,
+        InitialNorm(kind) if is_init else None,
         is_elementwise=getattr(kind, "is_elementwise", False) and not is_init,
         is_kept=is_ours(kind),
     )
@@ -85,9 +83,9 @@ def constrain(
     def init_fn(params: PyTree) -> Any:
         state = plain.init(params)
         if is_init:
-            _warn_of_zeros(action, params, state)
+            warn_of_zeros(action, params, state, "stay zero")
         if isinstance(kind, L2Sphere):
-            _warn_of_single_weights(action, kind, params)
+            warn_of_single_weights(action, kind, params, "can only be the radius or minus the radius")
         return state
 
     return optax.GradientTransformationExtraArgs(init_fn, plain.update)
@@ -111,16 +109,8 @@ def _check_kind(where: str, kind: Any, radius: Any) -> None:
             f"{where}: {shown(kind)} has no radius, but radius={shown(radius)} was given. Write "
             f"{where}({shown(kind)}, mask=...)."
         )
-    check_no_mask(where, "radius", radius, f"{where}({shown(kind)}, radius=1.0, mask=...)")
-    given = possible_values(radius) if isinstance(radius, Rules) else [radius]
-    words = [value for value in given if isinstance(value, str)]
-    if words and (isinstance(radius, Rules) or radius != "init"):
-        raise TypeError(
-            f"{where}: radius must be a number, a 0-d array, a schedule (a function of the step) or a by_path table of "
-            f"these, or 'init' for the whole mask, got {shown(radius)}. Write {where}({shown(kind)}, 'init', "
-            "only('kernel')), and another one for the other parameters."
-        )
-    if words and not callable(getattr(kind, "norm", None)):
+    is_init = check_radius(where, radius, shown(kind))
+    if is_init and not callable(getattr(kind, "norm", None)):
         raise TypeError(
             f"{where}: radius='init' needs the method norm, which {shown(kind)} lacks. Give the radius as a number, or "
             "add norm(w): the smallest radius that w obeys."
@@ -138,11 +128,8 @@ class _Projected:
         radius: Any = None
         if getattr(self.kind, "has_radius", True):
             radius = state if self.is_init else given.value
-            if self.is_init and np.shape(state) != (needed := jax.eval_shape(_InitialNorm(self.kind), p).shape):
-                raise ValueError(
-                    f"constrain: the state has radii of shape {np.shape(state)}, but {shown(self.kind)} needs {needed}"
-                    ". It was made for other groups or parameters. Make a new one: optimizer.init(params)."
-                )
+            if self.is_init:
+                check_kept("constrain", self.kind, state, p)
             check_even("constrain", "radius", self.kind, radius)
         landed = p + update
         new = self.kind.project(landed, radius)
@@ -156,42 +143,3 @@ class _Projected:
         same = jax.lax.stop_gradient(update) - (jax.lax.stop_gradient(moved) - moved)
         moved = jnp.where((new == landed) & jnp.isfinite(moved), same, moved)
         return jnp.where(jnp.isfinite(landed), moved, update), state  # No projection hides a fault.
-
-
-@dataclasses.dataclass(frozen=True)
-class _InitialNorm:
-    kind: Any
-
-    def __call__(self, p: jax.Array) -> jax.Array:
-        try:
-            # A decomposition refuses a matrix whose axes are split explicitly.
-            return automatic(lambda p: self.kind.norm(jnp.asarray(p, compute_dtype(p))), (p,), like=None)
-        except UnfitShapeError:  # The mask leaves it out, or `update` raises the error.
-            return jnp.zeros((1,) * jnp.ndim(p), jnp.finfo(compute_dtype(p)).dtype)
-
-
-def _warn_of_single_weights(action: Action, kind: L2Sphere, params: PyTree) -> None:
-    leaves = trees.flatten_with_paths(params)
-    in_stacks, acting = stacks_of(action.where, action.stacked_axes, leaves), action.acts_on(params, leaves)
-    each = zip(leaves, in_stacks, acting, strict=True)
-    shapes = [(path, np.shape(leaf)[len(stack) :]) for (path, leaf), stack, acts in each if acts]
-    # A shape that does not fit is an error in `update`.
-    single = [path for path, shape in shapes if kind.fits(len(shape)) and kind.groups(shape)[1] == 1]
-    if single:
-        checks.warn(
-            f"constrain: each weight is a group of its own at {listed(single)}, so it can only be the radius or minus "
-            "the radius. Select the matrices: mask=only('kernel')."
-        )
-
-
-def _warn_of_zeros(action: Action, params: PyTree, state: Any) -> None:
-    leaves = trees.flatten_with_paths(params)
-    acting = {path for (path, _), acts in zip(leaves, action.acts_on(params, leaves), strict=True) if acts}
-    norms = [(path, x) for path, x in trees.flatten_with_paths(state.leaf) if path in acting]
-    is_known = lambda x: not is_traced(x) and getattr(x, "is_fully_addressable", True)  # noqa: E731
-    zeros = [path for path, x in norms if is_known(x) and not np.all(x)]
-    if zeros:
-        checks.warn(
-            f"constrain: radius='init' is 0 at {listed(zeros)}, because weights are zero, and they will stay zero. "
-            "Leave them out with a mask, initialize them otherwise, or give their radius by path."
-        )
