@@ -188,9 +188,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 def draw(grids: dict[str, wdjax.sweeps.Sweep], rows: dict[str, dict[str, float]], quick: bool, path: Path) -> None:
     """Draws all grids with one scale of colors. Dots are on the good decays, and stars on the best ones."""
-    figure, axes = plt.subplots(len(NETWORKS), len(METHODS), figsize=(12, 10), layout="constrained", sharex=True)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    image = None
+    figure, axes = plt.subplots(len(NETWORKS), len(METHODS), figsize=(13, 10), layout="constrained", sharex=True)
+    image: Any = None
     for axis, (name, found) in zip(axes.flat, grids.items(), strict=True):
         learning_rates, decays = found.values.values()
         errors = found.results["loss"].mean(axis=-1)
@@ -213,7 +212,8 @@ def draw(grids: dict[str, wdjax.sweeps.Sweep], rows: dict[str, dict[str, float]]
             one.set_ylabel(f"{unit} (log scale)", fontsize=12)
     figure.colorbar(image, ax=axes, label="test error (%)", extend="both", shrink=0.6)
     note = f"Star: the best decay for the learning rate. Dots: at most {GOOD:g} percentage points above it."
-    figure.supxlabel(f"{note} Means of {len(found.seeds)} seeds.", fontsize=13)
+    seeds = len(next(iter(grids.values())).seeds)
+    figure.supxlabel(f"{note} Means of {seeds} seeds." if seeds > 1 else note, fontsize=13)
     message = "Learning rates share a decay, or need their own:\nit depends on the method and on the network"
     save(figure, "This quick run is too short to learn" if quick else message, path, size=16)
 
