@@ -26,6 +26,11 @@ ROWS = {
         for group in ("hidden", "head")
         for run in ("learns, small start", "learns, large start", "random gradients")
     ),
+    "decoupling": tuple(
+        f"{network}, {method}"
+        for network in ("plain", "normalized")
+        for method in ("L2 in Adam", "independent decay", "decoupled decay")
+    ),
     "sweep_weight_decay": ("the book's 3", "best on validation data, all seeds", "each seed's own choice"),
     "tune_weight_decay_by_gradient": ("sweep", "from 0.1", "from 0.0001", "each layer its own"),
     "high_dimensional_regression": tuple(
