@@ -20,6 +20,7 @@ from .kinds import L1 as L1
 from .kinds import L2 as L2
 from .kinds import ElasticNet as ElasticNet
 from .kinds import Huber as Huber
+from .powers import Lp as Lp
 from .protocol import Penalty as Penalty
 from .protocol import ProximalPenalty as ProximalPenalty
 from .protocol import check_kind as check_kind
