@@ -97,8 +97,11 @@ class SplitGroups(Groups):
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The norm of each group. The axes of the norm are kept, with size 1."""
-        split = mesh_axes.split_over(self.called, w, mesh_axes.names(self.called, self.axis_name))
-        return norm(w, self.axes(w.ndim), split)
+        return norm(w, self.axes(w.ndim), self.split_over(w))
+
+    def split_over(self, w: jax.Array) -> mesh_axes.Names:
+        """The mesh axes that split the groups."""
+        return mesh_axes.split_over(self.called, w, mesh_axes.names(self.called, self.axis_name))
 
 
 def uneven(number: Any) -> list[int]:

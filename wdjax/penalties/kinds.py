@@ -98,11 +98,7 @@ class ElasticNet:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
-            raise ValueError(
-                f"ElasticNet: l1_ratio must be a number from 0 to 1, got {shown(self.l1_ratio)}. "
-                "It splits one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
-            )
+        check_ratio("ElasticNet", "L2", self.l1_ratio)
 
     def value(self, w: jax.Array) -> jax.Array:
         return self.l1_ratio * L1().value(w) + (1 - self.l1_ratio) * L2().value(w)
@@ -164,3 +160,12 @@ def modulus(w: jax.Array) -> jax.Array:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_ratio(name: str, other: str, ratio: Any) -> None:
+    """Raises an error if the share of L1 in a mixture with another penalty is not a share."""
+    if not is_number(ratio) or not 0 <= ratio <= 1:
+        raise ValueError(
+            f"{name}: l1_ratio must be a number from 0 to 1, got {shown(ratio)}. "
+            f"It splits one strength between L1 and {other}: write {name}(l1_ratio=0.5)."
+        )
