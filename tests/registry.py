@@ -76,6 +76,8 @@ def of_power_three_halves(w: np.ndarray, k: float) -> np.ndarray:
 
 def of_power_one_half(w: np.ndarray, k: float) -> np.ndarray:
     """Half thresholding (Xu et al. 2012): a root of a cubic equation, or zero."""
+    if k == 0:
+        return w
     threshold = 1.5 * (2 * k) ** (2 / 3)
     size = np.maximum(np.abs(w), threshold)
     root = 2 / 3 * size * (1 + np.cos(2 / 3 * np.arccos(-k / 2 * (3 / size) ** 1.5)))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._engine.text import shown
-from .kinds import is_number, modulus
+from .kinds import L1, is_number, modulus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Lp:
         return jnp.sign(w) * _of_nonzero(jnp.abs(w), self.p - 1)
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
+        if self.p == 1:
+            return L1().prox(w, step)
         return _prox(w, jnp.asarray(step, jnp.finfo(w.dtype).dtype), self.p)
 
 
@@ -71,7 +73,7 @@ def _prox_jvp(p: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arr
     t, sign = _fraction(w, step, p), jnp.sign(w)
     new = w * t
     # d new / d |w| = 1 / (1 + (p - 1) c t^(p - 2)), where c t^(p - 2) = (1 - t) / t.
-    slope = t / jnp.where(t == 0, 1, (2 - p) * t + (p - 1))
+    slope = t / ((2 - p) * t + (p - 1))
     along = (slope - t) * jnp.real(jnp.conj(sign) * dw) - slope * _of_nonzero(jnp.abs(new), p - 1) * dstep
     return new, t * dw + sign * along
 
@@ -96,7 +98,7 @@ def _fraction(w: jax.Array, step: jax.Array, p: float) -> jax.Array:
     least = (2 - 2 * p) / (2 - p)
     most = p / (2 - p) * least ** (1 - p)
     within, t = jnp.minimum(c, most), 1.0
-    for _ in range(8 if p < 1 else 1):
+    for _ in range(8):
         pull = within * _power(t, p - 1)
         t = jnp.maximum((1 - (2 - p) * pull) / (1 - (1 - p) * pull / t), least)
     return jnp.where(c >= most, 0, t)
