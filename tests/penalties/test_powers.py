@@ -308,7 +308,6 @@ def test_a_proximal_step_is_near_padam_and_equal_for_the_power_two(p: float, lar
     theirs = recorded[f"padam/{p}"]
     is_large = np.min(np.abs(theirs), axis=0) > 0.1
     error = np.max(np.abs(np.array(found) - theirs), axis=0)
-    print(p, error[is_large].max(), error.max(), is_large.sum())
     assert np.max(error[is_large]) < largest
     # A weight that starts at zero stays there in PAdam, except for the power two.
     assert np.all(theirs[:, 0, 0] == 0) == (p < 2)
