@@ -163,7 +163,10 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
             facts += ["Rule", "Place", "Units", "Source"]
         elif name.startswith("rates."):
             facts += ["Rule", "Units", "Source"]
-    elif value.__module__ in ("wdjax.constraints", "wdjax.penalties.kinds", "wdjax.penalties.groups"):
+    elif value.__module__ in (
+        *("wdjax.constraints", "wdjax.penalties.kinds", "wdjax.penalties.groups"),
+        "wdjax.penalties.powers",
+    ):
         facts += ["Place"] if value is wdjax.constraints.Constraint else ["Rule", "Place", "Units", "Source"]
         facts += ["Args", "Raises"] if fields_of(value) else []
     elif fields_of(value) and value not in (wdjax.EMA, wdjax.Rules):

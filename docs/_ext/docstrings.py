@@ -19,7 +19,10 @@ ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
 ROW = re.compile(r"(?<!.)(\w+)  +")
 CODE = re.compile(r"(`[^`]+`)")
 # What people make: their signatures have the arguments. All other classes are results, protocols and states.
-MADE = ("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.groups", "wdjax.penalties.kinds")
+MADE = (
+    *("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.groups", "wdjax.penalties.kinds"),
+    "wdjax.penalties.powers",
+)
 
 
 def inline(text: str) -> str:
