@@ -46,7 +46,7 @@ class Lp:
 
     def __post_init__(self) -> None:
         if not is_number(self.p) or not 0 < self.p < math.inf:
-            raise ValueError(f"Lp: p must be positive and finite, got {shown(self.p)}. Write Lp(p=1.5).")
+            raise ValueError(f"Lp: p must be a positive finite number, got {shown(self.p)}. Write Lp(p=1.5).")
         object.__setattr__(self, "p", float(self.p))
 
     def value(self, w: jax.Array) -> jax.Array:
