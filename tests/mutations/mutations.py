@@ -513,8 +513,8 @@ MUTATIONS = [
     Mutation(
         "below the power 1, the proximal map is a local minimum",
         "penalties/powers.py",
-        "    return jnp.where(c >= most, 0, t)",
-        "    return jnp.where(c >= 1.2 * most, 0, t)",
+        "    return jnp.where(c >= bound, 0, t)",
+        "    return jnp.where(c >= 1.2 * bound, 0, t)",
         ("penalties/test_powers.py",),
     ),
     Mutation(

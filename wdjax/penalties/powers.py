@@ -85,31 +85,31 @@ def _fraction(w: jax.Array, step: jax.Array, p: float) -> jax.Array:
     never passes it. The number of steps is enough for float64.
     """
     size = jnp.abs(w)
-    if p >= 2:  # The root of c is finite if c is not.
+    if p >= 2:  # (b t)^m = c t^m, and b is finite where c overflows.
         m = p - 1
-        return _root(1.0, jnp.where(step == 0, 0, _power(step, 1 / m) * _power(size, (p - 2) / m)), m)
+        return _root(jnp.where(step == 0, 0, _power(step, 1 / m) * _power(size, (p - 2) / m)), m)
+    if p > 1:  # With x = c t^(p - 1), which is 1 - t: x + (x / c)^q = 1.
+        q, most = 1 / (p - 1), jnp.finfo(w.dtype).eps ** -2  # If 1 / c is that large, t is 1.
+        b = jnp.minimum(jnp.where(step == 0, most, _power(size, 2 - p) / step), most)
+        x = _root(b, q)
+        return jnp.where(x < 0.5, 1 - x, _power(b * x, q))
     c = jnp.where(step == 0, 0, step * _power(size, p - 2))
-    if p > 1:  # With s = t^(p - 1): c s + s^q = 1.
-        q = 1 / (p - 1)
-        c = jnp.minimum(c, jnp.finfo(c.dtype).max / 8)  # 1 / c is still a normal number.
-        s = _root(c, 1.0, q)
-        return jnp.where(c * s < 0.5, 1 - c * s, _power(s, q))
     # Where 0 and the larger solution are equally low, t is `least`. That is the smallest t, except 0.
     least = (2 - 2 * p) / (2 - p)
-    most = p / (2 - p) * least ** (1 - p)
-    within, t = jnp.minimum(c, most), 1.0
+    bound = p / (2 - p) * least ** (1 - p)
+    within, t = jnp.minimum(c, bound), 1.0
     for _ in range(8):
         pull = within * _power(t, p - 1)
         t = jnp.maximum((1 - (2 - p) * pull) / (1 - (1 - p) * pull / t), least)
-    return jnp.where(c >= most, 0, t)
+    return jnp.where(c >= bound, 0, t)
 
 
-def _root(a: Any, b: Any, m: float) -> jax.Array:
-    """The positive solution of a x + (b x)^m = 1, for m >= 1."""
-    x = jnp.minimum(1 / a, 1 / b)
+def _root(b: jax.Array, m: float) -> jax.Array:
+    """The positive solution of x + (b x)^m = 1, for m >= 1."""
+    x = jnp.minimum(1, 1 / b)
     for _ in range(6 + math.ceil(math.log(m) / 2)):
         high = _power(b * x, m)
-        x = (1 + (m - 1) * high) / (a + m * high / x)
+        x = (1 + (m - 1) * high) / (1 + m * high / x)
     return x
 
 
