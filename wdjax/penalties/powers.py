@@ -19,11 +19,12 @@ class Lp:
     Rule:   value(w) = sum |w|^p / p; gradient(w) = sign(w) |w|^(p - 1); prox(w, k) = sign(w) v, where v is the largest
             solution of v + k v^(p - 1) = |w|. For p <= 1, v is zero if |w| <= c k^(1 / (2 - p)), with
             c = (2 - p) / (2 - 2p) ((2 - 2p) / p)^(1 / (2 - p)), and c = 1 for p = 1.
-    Place:  for p < 2 `proximal_step`, with which weights become zero and never overshoot. For p < 1 the gradient grows
-            without bound near zero, so `penalty` and `add_penalty_to_grads` move small weights far to the other side.
+    Place:  for p < 2 `proximal_step`: weights never overshoot, and for p <= 1 they become zero. For p < 1 the gradient
+            grows without bound near zero, so `penalty` and `add_penalty_to_grads` move small weights far beyond it.
     Units:  of a weight to the power p, with the factor 1/p. PAdam lacks it: its lambda_p is the strength
             p * lambda_p here. With zero gradient and small steps, |w|^(2 - p) falls by learning_rate * strength *
-            (2 - p) per step: for p < 2 a weight is zero after finitely many steps, for p > 2 never.
+            (2 - p) per step: for p < 2 a weight is zero after finitely many steps (for p > 1 because it underflows), for
+            p > 2 never.
     Source: Frank & Friedman 1993 (bridge regression). As a decay: pWD (arXiv 2404.10824, by its abstract and code).
             Deviation: pWD divides by 1 + k |w|^(p - 2), with w before the step. `proximal_step` solves the equation.
             They agree to first order in k. A weight of zero can move here; in pWD it is zero forever.
