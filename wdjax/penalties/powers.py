@@ -23,8 +23,8 @@ class Lp:
             grows without bound near zero, so `penalty` and `add_penalty_to_grads` move small weights far beyond it.
     Units:  of a weight to the power p, with the factor 1/p. PAdam lacks it: its lambda_p is the strength
             p * lambda_p here. With zero gradient and small steps, |w|^(2 - p) falls by learning_rate * strength *
-            (2 - p) per step: for p < 2 a weight is zero after finitely many steps (for p > 1 because it underflows), for
-            p > 2 never.
+            (2 - p) per step: for p < 2 a weight is zero after finitely many steps (for p > 1 because it underflows),
+            for p > 2 never.
     Source: Frank & Friedman 1993 (bridge regression). As a decay: pWD (arXiv 2404.10824, by its abstract and code).
             Deviation: pWD divides by 1 + k |w|^(p - 2), with w before the step. `proximal_step` solves the equation.
             They agree to first order in k. A weight of zero can move here; in pWD it is zero forever.
