@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import wdjax
+from wdjax import penalties
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
@@ -67,6 +68,27 @@ def group(w: np.ndarray, k: float) -> np.ndarray:
 
 def huber(w: np.ndarray, k: float, delta: float) -> np.ndarray:
     return np.where(np.abs(w) <= (1 + k) * delta, w / (1 + k), w - k * delta * np.sign(w))
+
+
+def of_power_three_halves(w: np.ndarray, k: float) -> np.ndarray:
+    """The root of v + k sqrt(v) = |w| (Chaux et al. 2007)."""
+    return np.sign(w) * (np.sqrt(k**2 / 4 + np.abs(w)) - k / 2) ** 2
+
+
+def of_power_one_half(w: np.ndarray, k: float) -> np.ndarray:
+    """Half thresholding (Xu et al. 2012): a root of a cubic equation, or zero."""
+    if k == 0:
+        return w
+    threshold = 1.5 * (2 * k) ** (2 / 3)
+    size = np.maximum(np.abs(w), threshold)
+    root = 2 / 3 * size * (1 + np.cos(2 / 3 * np.arccos(-k / 2 * (3 / size) ** 1.5)))
+    return np.where(np.abs(w) > threshold, np.sign(w) * root, 0)
+
+
+def both(w: np.ndarray, k: float) -> np.ndarray:
+    """Soft thresholding, and then that of a group."""
+    thin = soft(w, 0.3 * k)
+    return group(thin, 0.7 * k) if np.any(thin) else thin
 
 
 def agreeing(u: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -135,11 +157,30 @@ KINDS = {
     "GroupLasso": Kind(
         wdjax.GroupLasso(), np.linalg.norm, lambda w: w / np.linalg.norm(w), group, is_elementwise=False
     ),
+    "SparseGroupLasso": Kind(
+        penalties.SparseGroupLasso(l1_ratio=0.3),
+        lambda w: 0.3 * np.sum(np.abs(w)) + 0.7 * np.linalg.norm(w),
+        lambda w: 0.3 * np.sign(w) + 0.7 * w / np.linalg.norm(w),
+        both,
+        is_elementwise=False,
+    ),
     "Huber": Kind(
         wdjax.Huber(0.5),
         lambda w: np.sum(np.where(np.abs(w) <= 0.5, 0.5 * w**2, 0.5 * (np.abs(w) - 0.25))),
         lambda w: np.clip(w, -0.5, 0.5),
         lambda w, k: huber(w, k, 0.5),
+    ),
+    "Lp(1.5)": Kind(
+        penalties.Lp(1.5),
+        lambda w: np.sum(np.abs(w) ** 1.5) / 1.5,
+        lambda w: np.sign(w) * np.sqrt(np.abs(w)),
+        of_power_three_halves,
+    ),
+    "Lp(0.5)": Kind(
+        penalties.Lp(0.5),
+        lambda w: 2 * np.sum(np.sqrt(np.abs(w))),
+        lambda w: np.sign(w) / np.sqrt(np.where(w == 0, 1, np.abs(w))),
+        of_power_one_half,
     ),
 }
 

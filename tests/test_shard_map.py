@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from slow import slow, slow_but
 
 import wdjax
+from wdjax.penalties import SparseGroupLasso
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -237,6 +238,25 @@ def test_group_lasso_over_the_devices_of_an_axis(split: str, check_vma: bool) ->
         chex.assert_trees_all_close(jax.device_get(found[:2]), (gradient, gradient), rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(found[2], prox, rtol=1e-12, atol=1e-13 * size)
         np.testing.assert_allclose(found[3], norm.sum(), rtol=1e-12)
+
+
+@every_check
+def test_sparse_group_lasso_over_the_devices_of_an_axis(check_vma: bool) -> None:
+    kind = SparseGroupLasso(axis=0, axis_name="data", l1_ratio=0.3)
+    w = np.random.default_rng(0).normal(size=(8, 4))
+
+    def act(w: Any) -> Any:
+        # Without check_vma, each of the eight devices adds its own share of the sum over all of them.
+        return kind.value(w), jax.grad(kind.value)(w) / (1 if check_vma else 8), kind.gradient(w), kind.prox(w, 1.0)
+
+    spec = P("data")
+    found = sharded(act, mesh_of(8), spec, (P(), spec, spec, spec), check_vma)(w)
+    norm = norms(w, 0)
+    thin = np.sign(w) * np.maximum(np.abs(w) - 0.3, 0)
+    shrunk = thin * np.maximum(1 - 0.7 / norms(thin, 0), 0)
+    gradient = 0.3 * np.sign(w) + 0.7 * w / norm
+    want = (0.3 * np.sum(np.abs(w)) + 0.7 * np.sum(norm), gradient, gradient, shrunk)
+    chex.assert_trees_all_close(jax.device_get(found), want, rtol=1e-13, atol=1e-15)
 
 
 def test_norms_of_all_arrays_take_one_all_reduce() -> None:

@@ -19,7 +19,7 @@ ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
 ROW = re.compile(r"(?<!.)(\w+)  +")
 CODE = re.compile(r"(`[^`]+`)")
 # What people make: their signatures have the arguments. All other classes are results, protocols and states.
-MADE = ("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.groups", "wdjax.penalties.kinds")
+MADE = ("wdjax._engine.anchors", "wdjax.constraints", "wdjax.penalties.", "wdjax.on_weights.bounds")
 
 
 def inline(text: str) -> str:
@@ -126,7 +126,8 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
 def on_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
     """The signature as it is written in the source, where `Rate` is called Rate."""
     if what == "class":
-        shown = str(inspect.signature(obj)).removesuffix(" -> None") if obj.__module__ in MADE else ""
+        is_made = obj.__module__.startswith(MADE) and not getattr(obj, "_is_protocol", False)
+        shown = str(inspect.signature(obj)).removesuffix(" -> None") if is_made else ""
         return shown.replace("typing.", ""), None
     if what not in ("function", "method"):
         return None

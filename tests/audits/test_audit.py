@@ -21,6 +21,7 @@ import wdjax
 from wdjax import testing
 from wdjax.audits import _progress
 from wdjax.audits._probes import Probes
+from wdjax.penalties import Lp, SparseGroupLasso
 
 pytestmark = pytest.mark.peers
 
@@ -109,6 +110,8 @@ OTHERS: dict[str, tuple[Any, tuple[str, str]]] = {
     "L1": (in_chain(wdjax.add_penalty_to_grads(wdjax.L1(), WD, WEIGHTS), SGD), ("update", "L1")),
     "Huber": (in_chain(wdjax.add_penalty_to_grads(wdjax.Huber(0.5), WD, WEIGHTS), SGD), ("update", "Huber")),
     "group": (in_chain(wdjax.add_penalty_to_grads(wdjax.GroupLasso(), WD, WEIGHTS), SGD), ("update", "norm")),
+    "sparse group": (in_chain(wdjax.add_penalty_to_grads(SparseGroupLasso(), WD, WEIGHTS), SGD), ("update", "norm")),
+    "power": (in_chain(wdjax.add_penalty_to_grads(Lp(1.5), WD, WEIGHTS), SGD), ("update", "other")),
     "elastic net": (in_chain(wdjax.add_penalty_to_grads(wdjax.ElasticNet(0.5), WD, WEIGHTS), SGD), ("update", "other")),
     "L1, adapted": (in_chain(wdjax.add_penalty_to_grads(wdjax.L1(), WD, WEIGHTS), optax.adam(LR)), ("gradient", "L1")),
     "proximal L1": (
@@ -182,6 +185,9 @@ PROXIMAL: dict[str, tuple[Any, str]] = {
     "Huber(0.5)": (wdjax.Huber(0.5), "Huber"),
     "Huber(1.0)": (wdjax.Huber(1.0), "Huber"),
     "Huber, all weights beyond delta": (wdjax.Huber(0.05), "L1"),
+    "SparseGroupLasso": (SparseGroupLasso(per=-1), "norm"),
+    "Lp(1.5)": (Lp(1.5), "other"),
+    "Lp(0.5)": (Lp(0.5), "other"),
     "LogCosh": (LogCosh(), "other"),
     "SoftNonNegative": (SoftNonNegative(), "other"),
 }
@@ -195,7 +201,7 @@ BEFORE = {
 
 
 @pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("name", slow_but(PROXIMAL, "ElasticNet", "Huber(0.5)", "LogCosh"))
+@pytest.mark.parametrize("name", slow_but(PROXIMAL, "ElasticNet", "Lp(0.5)", "Huber(0.5)", "LogCosh"))
 def test_every_proximal_step_is_a_rule_for_the_weights(name: str, before: str) -> None:
     kind, want = PROXIMAL[name]
     audit = wdjax.audit(

@@ -11,6 +11,7 @@ import pytest
 from peer import peer
 
 import wdjax
+from wdjax.penalties import SparseGroupLasso
 
 prox = peer("jaxopt").prox
 
@@ -35,6 +36,11 @@ def group_lasso(axis: int | None) -> Prox:
     return lambda w, strength, step: jax.vmap(lambda row: prox.prox_group_lasso(row, strength, step), axis, axis)(w)
 
 
+def sparse_group_lasso(ratio: float) -> Prox:
+    groups = group_lasso(1)
+    return lambda w, strength, step: groups(prox.prox_lasso(w, strength * ratio, step), strength * (1 - ratio), step)
+
+
 # For each of wdjax's penalties, jaxopt's operator.
 PAIRS: dict[str, tuple[Any, Prox]] = {
     "L1": (wdjax.L1(), prox.prox_lasso),
@@ -43,6 +49,7 @@ PAIRS: dict[str, tuple[Any, Prox]] = {
     "GroupLasso": (wdjax.GroupLasso(), group_lasso(None)),
     "GroupLasso of columns": (wdjax.GroupLasso(per=-1), group_lasso(1)),
     "GroupLasso of rows": (wdjax.GroupLasso(per=0), group_lasso(0)),
+    "SparseGroupLasso of columns": (SparseGroupLasso(per=-1, l1_ratio=0.3), sparse_group_lasso(0.3)),
 }
 every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 

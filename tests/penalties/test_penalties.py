@@ -136,7 +136,7 @@ def test_elastic_net_ends_at_l2_and_l1() -> None:
 @pytest.mark.peers
 @every_kind
 def test_complex_weights_are_shrunk_along_their_phase(kind: Kind) -> None:
-    w, penalty = jnp.asarray([[3 + 4j, 0.1 - 0.2j, -1j]]), kind.penalty
+    w, penalty = jnp.asarray([[3 + 4j, 0.3 - 0.4j, -1j]]), kind.penalty
     for result in (penalty.gradient(w), penalty.prox(w, jnp.asarray(0.05)) if kind.prox else w):
         ratio = np.asarray(result / w)
         np.testing.assert_allclose(ratio.imag, 0, atol=1e-15)

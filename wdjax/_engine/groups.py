@@ -98,14 +98,15 @@ class SplitGroups(Groups):
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The norm of each group. The axes of the norm are kept, with size 1."""
-        return norm(w, self.axes(w.ndim), self._split(w))
+        return norm(w, self.axes(w.ndim), self.split_over(w))
 
     def inner(self, w: jax.Array, v: jax.Array) -> jax.Array:
         """The real inner product of each group. The axes of the sum are kept, with size 1."""
         products = jnp.sum(jnp.real(jnp.conj(w) * v), self.axes(w.ndim), keepdims=True)
-        return mesh_axes.total(products, self._split(w))
+        return mesh_axes.total(products, self.split_over(w))
 
-    def _split(self, w: jax.Array) -> mesh_axes.Names:
+    def split_over(self, w: jax.Array) -> mesh_axes.Names:
+        """The mesh axes that split the groups."""
         return mesh_axes.split_over(self.called, w, mesh_axes.names(self.called, self.axis_name))
 
 

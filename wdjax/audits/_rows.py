@@ -31,9 +31,9 @@ class Audited(NamedTuple):
         place: "update": added to the finished update; "gradient": it enters the moments, or is scaled with the
             gradient; "weights": a rule for the weights after the step; "gradient and update": two decays; "none".
         kind: "L2": proportional to the weight; "L1": the same size for all weights; "norm": proportional to the weight
-            divided by a norm; "Huber": L2 for small and L1 for large weights; "cautious ..."; "other"; "unknown":
-            the moments or a constraint hide it; "constraint": weights outside a set are put back onto it, which is not
-            a decay; "none".
+            divided by a norm, also in a sum with L1; "Huber": L2 for small and L1 for large weights; "cautious ...";
+            "other"; "unknown": the moments or a constraint hide it; "constraint": weights outside a set are put back
+            onto it, which is not a decay; "none".
         toward: "zero"; "init": the weights at the optimizer's `init`; "a moving average" of past weights; "a tree":
             others; "" for no decay.
         scales_with_learning_rate: whether the rate changes with the learning rate; None if the audit can't tell.

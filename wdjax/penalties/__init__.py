@@ -10,16 +10,21 @@ array and compute in its dtype. `gradient` and `prox` keep its shape.
 | `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
 | `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
 | `GroupLasso(per=-1)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
+| `SparseGroupLasso(l1_ratio=r)` | r L1 + (1 - r) GroupLasso | the same of gradients | prox of L1 at k r, then that of \
+GroupLasso at k (1 - r) |
 | `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
+| `Lp(p)` | sum \\|w\\|^p / p | sign(w) \\|w\\|^(p - 1) | sign(w) v with v + k v^(p - 1) = \\|w\\|, or 0 |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
 """
 
 from .groups import GroupLasso as GroupLasso
+from .groups import SparseGroupLasso as SparseGroupLasso
 from .kinds import L1 as L1
 from .kinds import L2 as L2
 from .kinds import ElasticNet as ElasticNet
 from .kinds import Huber as Huber
+from .powers import Lp as Lp
 from .protocol import Penalty as Penalty
 from .protocol import ProximalPenalty as ProximalPenalty
 from .protocol import check_kind as check_kind

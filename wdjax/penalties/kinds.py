@@ -63,7 +63,7 @@ class L1:
     is_elementwise: ClassVar[bool] = True
 
     def value(self, w: jax.Array) -> jax.Array:
-        return jnp.sum(_modulus(w))
+        return jnp.sum(modulus(w))
 
     def gradient(self, w: jax.Array) -> jax.Array:
         return jnp.sign(w)
@@ -98,11 +98,7 @@ class ElasticNet:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not _is_number(self.l1_ratio) or not 0 <= self.l1_ratio <= 1:
-            raise ValueError(
-                f"ElasticNet: l1_ratio must be a number from 0 to 1, got {shown(self.l1_ratio)}. "
-                "It splits one strength between L1 and L2: write ElasticNet(l1_ratio=0.5)."
-            )
+        check_ratio("ElasticNet", "L2", self.l1_ratio)
 
     def value(self, w: jax.Array) -> jax.Array:
         return self.l1_ratio * L1().value(w) + (1 - self.l1_ratio) * L2().value(w)
@@ -140,13 +136,13 @@ class Huber:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not _is_number(self.delta) or not 0 < self.delta < math.inf:
+        if not is_number(self.delta) or not 0 < self.delta < math.inf:
             raise ValueError(
                 f"Huber: delta must be positive and finite, got {shown(self.delta)}. Write Huber(delta=1.0)."
             )
 
     def value(self, w: jax.Array) -> jax.Array:
-        size = _modulus(w)
+        size = modulus(w)
         return jnp.sum(jnp.where(size <= self.delta, 0.5 * square(w), self.delta * (size - 0.5 * self.delta)))
 
     def gradient(self, w: jax.Array) -> jax.Array:
@@ -157,10 +153,19 @@ class Huber:
         return jnp.where(inside, w / (1 + step), w - step * self.delta * jnp.sign(w))
 
 
-def _modulus(w: jax.Array) -> jax.Array:
+def modulus(w: jax.Array) -> jax.Array:
     # JAX's derivative of |w| at zero is 1. We want 0, as for sign(w).
     return jnp.real(w * jnp.conj(jax.lax.stop_gradient(jnp.sign(w))))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_ratio(name: str, other: str, ratio: Any) -> None:
+    """Raises an error if the share of L1 in a mixture with another penalty is not a share."""
+    if not is_number(ratio) or not 0 <= ratio <= 1:
+        raise ValueError(
+            f"{name}: l1_ratio must be a number from 0 to 1, got {shown(ratio)}. "
+            f"It splits one strength between L1 and {other}: write {name}(l1_ratio=0.5)."
+        )
