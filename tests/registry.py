@@ -8,11 +8,14 @@ default, and on the others only with the slow tests (`core_row`).
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import wdjax
+from wdjax import wrappers
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
@@ -168,6 +171,27 @@ def _of_rows(wrapper: Any) -> Row:
     )
 
 
+def keeps_moments(value: float) -> Any:
+    """An optimizer that changes nothing, with second moments that are always `value`."""
+
+    def init_fn(params: Any) -> Any:
+        moments = jax.tree.map(lambda p: jnp.full_like(jnp.real(p), value) if is_number(p) else None, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), (), moments)
+
+    def is_number(p: Any) -> bool:
+        return hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)
+
+    return optax.GradientTransformation(init_fn, lambda updates, state, params=None: (updates, state))
+
+
+def held_back(u: np.ndarray, w: np.ndarray, rate: float, anchor: float) -> np.ndarray:
+    """A step that increases the distance to the anchor against the gradient is shortened. Here the step is u = g."""
+    distance, landed = np.linalg.norm(w - anchor), np.linalg.norm(w + u - anchor)
+    if np.sum(u * (w - anchor)) <= 0 or landed <= distance:
+        return u
+    return u - rate * (landed - distance) / landed * (w + u - anchor)
+
+
 ROWS = [
     Row(
         "add_l2_to_grads",
@@ -231,6 +255,23 @@ ROWS = [
         keeps_bits=False,  # SGD itself changes updates.
     ),
     *map(_of_rows, (wdjax.with_sparse_decay, wdjax.with_lazy_decay)),
+    Row(
+        "with_stable_decay[second moments of 4]",
+        lambda rate, mask=None, toward=None: wrappers.with_stable_decay(
+            keeps_moments(4.0), rate, mask, learning_rate=LEARNING_RATE, toward=toward, b2=0.0
+        ),
+        lambda u, w, rate, a: u - LEARNING_RATE * rate / 2 * (w - a),
+        core=True,  # Its rate has a factor from another state.
+        is_elementwise=False,  # The mean is one of all parameters.
+    ),
+    Row(
+        "with_selective_decay[identity]",
+        lambda rate, mask=None, toward=None: wrappers.with_selective_decay(optax.identity(), rate, mask, toward=toward),
+        held_back,
+        core=True,  # Its rule runs on gradients and on updates.
+        is_elementwise=False,
+        has_norm=True,
+    ),
     Row(
         "scale_by_path",
         lambda rate, mask=None, toward=None: wdjax.scale_by_path(rate, mask),

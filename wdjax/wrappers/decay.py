@@ -95,7 +95,10 @@ class Factor(NamedTuple):
     of: Callable[[Any], tuple[jax.Array, ...]] = lambda state: ()
 
 
-def around(optimizer: Optimizer, action: Action, factor: Factor = Factor()) -> optax.GradientTransformationExtraArgs:
+_NO_FACTOR = Factor()
+
+
+def around(optimizer: Optimizer, action: Action, factor: Factor = _NO_FACTOR) -> optax.GradientTransformationExtraArgs:
     """Subtracts a decay from the updates of a finished optimizer, in its real steps and with its learning rate."""
     where, toward = action.where, action.toward
     inner = checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")

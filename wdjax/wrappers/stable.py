@@ -22,8 +22,8 @@ from .decay import Factor, around
 
 PyTree = Any
 
-# The states that hold second moments, by name, as Optax does not export all of them: the field that the step is divided
-# by the root of, and whether it is divided by 1 - b2**count before that. The maximum of AMSGrad is one of such quotients.
+# The states that hold second moments, by name, as Optax does not export all of them: the field whose root divides the
+# step, and whether it is first divided by 1 - b2**count. The maximum of AMSGrad is one of such quotients.
 _MOMENTS = {
     "ScaleByAdamState": ("nu", True),
     "ScaleByRmsWithCountState": ("nu", True),
@@ -79,7 +79,7 @@ def with_stable_decay(
     Example:
 
         >>> import jax.numpy as jnp, optax, wdjax.wrappers
-        >>> optimizer = wdjax.wrappers.with_stable_decay(optax.adam(0.5), 0.2, only := wdjax.only("w"), learning_rate=0.5)
+        >>> optimizer = wdjax.wrappers.with_stable_decay(optax.adam(0.5), 0.2, learning_rate=0.5)
         >>> params = {"w": jnp.array([10.0]), "b": jnp.array([0.0])}
         >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([7.0])}  # Their mean square is 25.
         >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
