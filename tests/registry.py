@@ -175,11 +175,11 @@ def keeps_moments(value: float) -> Any:
     """An optimizer that changes nothing, with second moments that are always `value`."""
 
     def init_fn(params: Any) -> Any:
-        moments = jax.tree.map(lambda p: jnp.full_like(jnp.real(p), value) if is_number(p) else None, params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), (), moments)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), (), jax.tree.map(moment, params))
 
-    def is_number(p: Any) -> bool:
-        return hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)
+    def moment(p: Any) -> Any:  # One number stands for those of a parameter.
+        dtype = jnp.result_type(p)
+        return jnp.full([], value, jnp.finfo(dtype).dtype) if jnp.issubdtype(dtype, jnp.inexact) else None
 
     return optax.GradientTransformation(init_fn, lambda updates, state, params=None: (updates, state))
 
