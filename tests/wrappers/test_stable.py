@@ -227,7 +227,7 @@ def test_steps_that_are_skipped_do_not_decay() -> None:
     found, state = decays(optax.MultiSteps(optax.adam(LR), 3).gradient_transformation(), grads)
     rms = rms_of(accumulated, 0.999, corrected=True)
     for part in jax.tree.leaves(found):
-        np.testing.assert_allclose(part, LR * WD / rms, rtol=1e-6)  # MultiSteps divides in float32.
+        np.testing.assert_allclose(part, LR * WD / rms, rtol=1e-6)  # MultiSteps accumulates in float32.
     assert state.decay.count == 2
     for optimizer, steps in ((optax.MultiSteps(optax.adam(LR), 3).gradient_transformation(), 2), (broken(), 3)):
         found, _ = decays(optimizer, {key: g[:steps] * [1, 1, np.inf][steps - 1] for key, g in grads.items()})

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._engine import anchors, checks, mesh_axes, trees
 from .._engine.arithmetic import LeafRule, Strength, away, minus, stateless
-from .._engine.groups import SplitGroups, check_even
+from .._engine.groups import SplitGroups, uneven
 from .._engine.loop import Action
 from .._engine.norms import direction
 from .._engine.types import Anchor, Mask, Optimizer, Rate, StackedAxes
@@ -138,9 +139,14 @@ class _Projected:
     groups: _Groups
 
     def __call__(self, update: jax.Array, p: jax.Array, a: jax.Array | None, rate: Strength) -> jax.Array:
-        check_even(_WHERE, "strength", self.groups, rate.value)
+        if uneven(rate.value):
+            raise ValueError(
+                f"{_WHERE}: a strength or mask of shape {np.shape(rate.value)} differs within an array, which is held "
+                "back as a whole. Give one strength for each array or layer, and select whole arrays: mask=only('w')."
+            )
         landed = away(p + update, a)
         before, after = self.groups.norm(away(p, a)), self.groups.norm(landed)
-        # NaN fails the comparison: no projection hides a fault, or spreads one.
-        excess = jnp.where(after > before, direction(after - before, after), 0)
+        # A step with a NaN or an infinity stays as it is: no projection hides a fault, or spreads one.
+        acts = (after > before) & (after < jnp.inf)
+        excess = jnp.where(acts, direction(after - before, after), 0)
         return minus(update, Strength(rate.value * excess), landed)
