@@ -186,6 +186,17 @@ def test_within_shard_map_norms_and_products_are_those_of_whole_arrays(check_vma
     chex.assert_trees_all_close(got["w"], want["w"], rtol=1e-11, atol=1e-12)
 
 
+def test_sharded_arrays_take_one_all_reduce_together() -> None:
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, P("data"))
+    params = {key: jax.device_put(jnp.ones((4, 3)), split) for key in "abc"}
+    optimizer = with_selective_decay(optax.adam(LR), 1.0)
+    state = optimizer.init(params)
+    text = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
+    assert text.count(" all-reduce(") == 1
+    assert "all-gather" not in text
+
+
 @pytest.mark.usefixtures("x64")
 def test_multi_steps_around_it_gives_it_the_gradient_of_the_whole_step() -> None:
     halves = {key: np.repeat(g, 2, axis=0) for key, g in make_grads().items()}

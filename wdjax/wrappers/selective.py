@@ -118,10 +118,18 @@ class _Groups(SplitGroups, called=_WHERE):
     """Whole arrays."""
 
     def has_positive_product(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Whether the inner product of two arrays is positive. That of their directions can't overflow."""
-        x, y = (direction(array, self.norm(array)) for array in (x, y))
+        """Whether the inner product of two arrays is positive.
+
+        As in `norm`, it is summed at three scales. The product of their directions would be simpler, but would have to
+        wait for the norms, with a second communication for each array.
+        """
         split = mesh_axes.split_over(self.called, x, mesh_axes.names(self.called, self.axis_name))
-        return mesh_axes.total(jnp.sum(jnp.real(jnp.conj(x) * y)), split) > 0
+        maxexp = jnp.finfo(x.dtype).maxexp
+        powers = (2.0 ** -int(0.7 * maxexp), 1.0, 2.0 ** int(0.7 * maxexp))
+        sums = jnp.stack([jnp.sum(jnp.real(jnp.conj(x * power) * (y * power))) for power in powers])
+        large, plain, small = mesh_axes.total(sums, split)
+        is_small = (jnp.abs(plain) < 2.0 ** (-maxexp // 2)) & jnp.isfinite(small)
+        return jnp.where(jnp.isfinite(plain), jnp.where(is_small, small, plain), large) > 0
 
 
 @dataclasses.dataclass(frozen=True)
