@@ -614,10 +614,10 @@ MUTATIONS = [
         (SELECTIVE,),
     ),
     Mutation(
-        "the condition sees the update and not the gradient",
+        "the condition sees the weights and not the gradient",
         "wrappers/selective.py",
-        "        signs = run(opposed, updates)\n        moved, after = inner.update(updates, state.inner_state, params, **extra_args)\n",
-        "        moved, after = inner.update(updates, state.inner_state, params, **extra_args)\n        signs = run(opposed, moved)\n",
+        "signs = run(opposed, updates)",
+        "signs = run(opposed, params)",
         (SELECTIVE,),
     ),
     Mutation(

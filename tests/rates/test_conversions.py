@@ -105,7 +105,7 @@ def test_from_l2_is_the_asymptotic_rate_of_l2_under_momentum(momentum: float, ne
 
 def test_dampening_scales_the_repeated_pull() -> None:
     eta, l2, momentum, dampening = 0.1, 1e-3, 0.9, 0.4
-    w, buffer = 1.0, l2  # PyTorch's first buffer is not dampened.
+    before, w, buffer = 1.0, 1.0, l2  # PyTorch's first buffer is not dampened.
     for _ in range(2000):
         before = w
         w -= eta * buffer
