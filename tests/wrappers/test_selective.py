@@ -270,3 +270,16 @@ def test_what_is_no_optimizer_or_strength_is_refused() -> None:
         with_selective_decay(optax.adam(LR), -1.0)
     with pytest.raises(TypeError, match=r"Did you mean strength=\.\.\.\?"):
         with_selective_decay(optax.adam(LR), weight_decay=0.1)  # pyright: ignore[reportCallIssue]
+
+
+def test_on_an_explicit_mesh_it_is_the_same() -> None:
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,))
+    params, grads = {"w": jnp.asarray(make_params()["w"])}, {"w": jnp.asarray(make_grads()["w"][:5])}
+    optimizer = with_selective_decay(optax.adam(LR), 1.0)
+    want = walked(optimizer, grads, params)
+    with jax.set_mesh(mesh):
+        split = {"w": jax.device_put(params["w"], jax.sharding.NamedSharding(mesh, P("data")))}
+        of_steps = {"w": jax.device_put(grads["w"], jax.sharding.NamedSharding(mesh, P(None, "data")))}
+        got = walked(optimizer, of_steps, split)
+        assert jax.typeof(got["w"]).sharding.spec == P(None, "data", None)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), rtol=1e-5)

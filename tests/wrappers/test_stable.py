@@ -351,3 +351,16 @@ def test_of_sharded_arrays_the_mean_is_that_of_whole_arrays() -> None:
     split = jax.device_put((grads, params), jax.sharding.NamedSharding(mesh, P("data")))
     got = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])(*split)
     chex.assert_trees_all_close(got, want, rtol=1e-12)
+
+
+def test_on_an_explicit_mesh_it_is_the_same() -> None:
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,))
+    params, grads = {"w": jnp.asarray(make_params()["w"])}, {"w": jnp.asarray(make_grads()["w"][:5])}
+    optimizer = with_stable_decay(optax.adam(LR), WD, learning_rate=LR)
+    want = walked(optimizer, grads, params)
+    with jax.set_mesh(mesh):
+        split = {"w": jax.device_put(params["w"], jax.sharding.NamedSharding(mesh, P("data")))}
+        of_steps = {"w": jax.device_put(grads["w"], jax.sharding.NamedSharding(mesh, P(None, "data")))}
+        got = walked(optimizer, of_steps, split)
+        assert jax.typeof(got["w"]).sharding.spec == P(None, "data", None)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), rtol=1e-12)

@@ -60,13 +60,13 @@ def with_stable_decay(
 
     Args:
         optimizer: an optimizer that keeps second moments: `optax.adam`, `nadam`, `yogi`, `radam`, `amsgrad`, `rmsprop`,
-            also in chains and wrappers. (The state of `adamax` looks like that of `adam`, but holds no second moments,
-            so do not wrap it.)
+            also in chains and wrappers. Do not wrap `adamax` or `contrib.adopt`: their states look like that of `adam`,
+            but hold something else.
         weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: as `with_decoupled_decay`.
         b2: the optimizer's b2, for the bias correction of v, which the state does not hold. If `inject_hyperparams`
-            keeps one b2 in the state, the decay takes that one. A wrong b2 matters only in the first steps: after t
-            steps, the factor is sqrt((1 - b2**t) / (1 - wrong**t)).
+            keeps one b2 in the state, the decay takes that one. A wrong b2 matters only in the first steps: in step
+            t it multiplies the decay by sqrt((1 - wrong**t) / (1 - b2**t)).
         axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters.
 
     Returns:
