@@ -1081,7 +1081,7 @@ MUTATIONS = [
     Mutation(
         "an audit overlooks that a decay catches up",
         "audits/_beside.py",
-        "late[i] if late[i] > 1.2 * usual[i] else 0.0",
+        "late[i] if catches_up else 0.0",
         "0.0",
         (METHODS,),
     ),
