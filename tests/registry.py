@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import wdjax
-from wdjax import penalties
+from wdjax import penalties, wrappers
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
@@ -260,6 +262,27 @@ def _of_rows(wrapper: Any) -> Row:
     )
 
 
+def keeps_moments(value: float) -> Any:
+    """An optimizer that changes nothing, with second moments that are always `value`."""
+
+    def init_fn(params: Any) -> Any:
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), (), jax.tree.map(moment, params))
+
+    def moment(p: Any) -> Any:  # One number stands for those of a parameter.
+        dtype = jnp.result_type(p)
+        return jnp.full([], value, jnp.finfo(dtype).dtype) if jnp.issubdtype(dtype, jnp.inexact) else None
+
+    return optax.GradientTransformation(init_fn, lambda updates, state, params=None: (updates, state))
+
+
+def held_back(u: np.ndarray, w: np.ndarray, rate: float, anchor: float) -> np.ndarray:
+    """A step that increases the distance to the anchor against the gradient is shortened. Here the step is u = g."""
+    distance, landed = np.linalg.norm(w - anchor), np.linalg.norm(w + u - anchor)
+    if np.sum(u * (w - anchor)) <= 0 or landed <= distance:
+        return u
+    return u - rate * (landed - distance) / landed * (w + u - anchor)
+
+
 ROWS = [
     Row(
         "add_l2_to_grads",
@@ -332,6 +355,23 @@ ROWS = [
         keeps_bits=False,  # SGD itself changes updates.
     ),
     *map(_of_rows, (wdjax.with_sparse_decay, wdjax.with_lazy_decay)),
+    Row(
+        "with_stable_decay[second moments of 4]",
+        lambda rate, mask=None, toward=None: wrappers.with_stable_decay(
+            keeps_moments(4.0), rate, mask, learning_rate=LEARNING_RATE, toward=toward, b2=0.0
+        ),
+        lambda u, w, rate, a: u - LEARNING_RATE * rate / 2 * (w - a),
+        core=True,  # Its rate has a factor from another state.
+        is_elementwise=False,  # The mean is one of all parameters.
+    ),
+    Row(
+        "with_selective_decay[identity]",
+        lambda rate, mask=None, toward=None: wrappers.with_selective_decay(optax.identity(), rate, mask, toward=toward),
+        held_back,
+        core=True,  # Its rule runs on gradients and on updates.
+        is_elementwise=False,
+        has_norm=True,
+    ),
     Row(
         "scale_by_path",
         lambda rate, mask=None, toward=None: wdjax.scale_by_path(rate, mask),

@@ -161,7 +161,16 @@ def test_the_page_of_methods_has_a_row_for_each() -> None:
     rooms = "in_loss in_gradient in_update on_weights low_precision low_rank penalties constraints"
     modules = tuple(f"wdjax.{room}" for room in rooms.split())
     methods = {name for name, value in vars(wdjax).items() if getattr(value, "__module__", "").startswith(modules)}
-    methods |= {"with_decoupled_decay", "with_sparse_decay", "with_lazy_decay", "relative", "corrected", "EMA"}
+    methods |= {
+        "with_decoupled_decay",
+        "with_sparse_decay",
+        "with_lazy_decay",
+        "relative",
+        "from_l2",
+        "corrected",
+        "EMA",
+    }
+    methods |= {"with_stable_decay", "with_selective_decay"}
     assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
     assert len(methods) > 30
 

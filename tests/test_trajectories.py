@@ -374,6 +374,14 @@ def heavyball_sgd(run: Run) -> Any:
     )
 
 
+# The code of stable weight decay: SGDS.
+
+
+def swd_sgds(run: Run) -> Any:
+    momentum = run.options["momentum"]
+    return wdjax.sgdw(run.lr, run.on * rates.from_l2(run.options["weight_decay"], momentum), momentum=momentum)
+
+
 ROWS: dict[str, Build] = {
     # add_l2_to_grads
     "torch_sgd_m0": torch_sgd,
@@ -405,6 +413,7 @@ ROWS: dict[str, Build] = {
     "timm_sgdw_corrected_cosine": timm_sgdw_corrected,
     "timm_adopt_decoupled": timm_adopt,
     "timm_lamb_biasexcl": timm_lamb,
+    "swd_sgds": swd_sgds,
     # with_decoupled_decay
     "keras_sgd_m9": keras_sgd,
     "keras_adamw_cosine": keras_adamw,

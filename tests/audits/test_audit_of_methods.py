@@ -15,6 +15,7 @@ import wdjax
 from wdjax import L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall, constrain, normalized_update
 from wdjax.constraints import Constraint
 from wdjax.in_update import tangential_update, weight_norm_control
+from wdjax.wrappers import with_selective_decay, with_stable_decay
 
 pytestmark = pytest.mark.peers
 
@@ -133,6 +134,35 @@ def test_a_decay_that_catches_up() -> None:
     (finding,) = audit.findings
     # Two steps of 1 %: 1 - 0.99**2.
     assert finding.measured == ("0.01 per step for each row with a gradient, 0.0199 after a step without one",)
+
+
+def test_a_decay_that_is_divided_by_the_size_of_the_gradients() -> None:
+    for toward, to in ((None, "zero"), ("init", "init")):
+        audit = wdjax.audit(
+            lambda lr, toward=toward: with_stable_decay(optax.adam(lr), WD, WEIGHTS, learning_rate=lr, toward=toward),
+            make_params(),
+            learning_rate=LR,
+        )
+        row = audit["embedding"]
+        assert shown(row) == ("update", "L2", to, True)
+        assert row.scales_with_learning_rate
+        assert names(audit) == {"divided by gradients"}
+        # The root mean square of the audit's gradients, of magnitudes from 2 to 4, of the bias too.
+        assert 2.5 < RATE / row.rate < 3.5
+        (finding,) = audit.findings
+        half = f"{row.rate:.6g} per step, and {row.rate / 2:.6g} beside a gradient of twice the size"
+        assert (finding.harm, finding.measured) == ("note", (half,))
+        assert not audit["bias"].decays
+
+
+def test_a_selective_decay_is_not_seen() -> None:
+    for optimizer in (ADAM, MOMENTUM):
+        audit = wdjax.audit(with_selective_decay(optimizer, 1.0, WEIGHTS), make_params())
+        assert not audit["embedding"].decays
+        assert names(audit) == {"no decay"}
+    # A decay inside is seen as it is.
+    row = wdjax.audit(with_selective_decay(wdjax.adamw(LR, WD, WEIGHTS), 1.0), make_params())["embedding"]
+    np.testing.assert_allclose(row.rate, RATE, rtol=1e-5)
 
 
 def test_its_rates_follow_a_schedule() -> None:

@@ -27,6 +27,7 @@ PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/t
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
 STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
+STABLE, SELECTIVE = "wrappers/test_stable.py", "wrappers/test_selective.py"
 METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
 NORM_CONTROL, TANGENTIAL = "in_update/test_norm_control.py", "in_update/test_tangential.py"
@@ -648,6 +649,70 @@ MUTATIONS = [
         "new = prox(self.kind, away(p + update, a), rate.value)",
         "new = prox(self.kind, away(p, a), rate.value)",
     ),
+    # Stable and selective decay.
+    Mutation(
+        "the second moment is not corrected",
+        "wrappers/stable.py",
+        "                if is_corrected:",
+        "                if False:",
+        (STABLE,),
+    ),
+    Mutation(
+        "the decay is divided by the mean second moment and not by its root",
+        "wrappers/stable.py",
+        "jax.lax.rsqrt(jnp.where(is_known, v, 1))",
+        "1 / jnp.where(is_known, v, 1)",
+        (STABLE,),
+    ),
+    Mutation(
+        "a b2 in the state is not seen",
+        "wrappers/stable.py",
+        "kept[0] if len(kept) == 1 else self.b2",
+        "self.b2",
+        (STABLE,),
+    ),
+    Mutation(
+        "a device knows only its own second moments",
+        "wrappers/stable.py",
+        "Action(self.where).total(_SUM, getattr(node, field), self.axes)",
+        "Action(self.where).total(_SUM, getattr(node, field))",
+        (STABLE,),
+    ),
+    Mutation(
+        "the projection acts where the gradient leads away",
+        "wrappers/selective.py",
+        "jnp.where(is_small, small, plain), large) > 0",
+        "jnp.where(is_small, small, plain), large) < 0",
+        (SELECTIVE,),
+    ),
+    Mutation(
+        "the projection is relative to the old distance",
+        "wrappers/selective.py",
+        "direction(after - before, after), 0)",
+        "direction(after - before, before), 0)",
+        (SELECTIVE,),
+    ),
+    Mutation(
+        "the condition sees the weights and not the gradient",
+        "wrappers/selective.py",
+        "signs = run(opposed, updates)",
+        "signs = run(opposed, params)",
+        (SELECTIVE,),
+    ),
+    Mutation(
+        "an audit takes a decay that is divided by gradients for one that catches up",
+        "audits/_beside.py",
+        " and not fact.is_divided",
+        "",
+        (METHODS,),
+    ),
+    Mutation(
+        "dampening is ignored",
+        "rates/conversions.py",
+        "number * (1 - dampening) / (1 - momentum)",
+        "number / (1 - momentum)",
+        (RATES,),
+    ),
     # Recipes and wrappers.
     Mutation(
         "AdamW decays before Adam",
@@ -1095,7 +1160,7 @@ MUTATIONS = [
     Mutation(
         "an audit overlooks that a decay catches up",
         "audits/_beside.py",
-        "late[i] if late[i] > 1.2 * usual[i] else 0.0",
+        "late[i] if catches_up else 0.0",
         "0.0",
         (METHODS,),
     ),

@@ -81,6 +81,46 @@ def test_completeps_rule_for_the_width_is_by_width_and_keeps_the_timescale() -> 
     assert rates.timescale(found["hidden"]["kernel"], eta / multiplier) == pytest.approx(rates.timescale(rate, eta))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_from_l2_is_the_asymptotic_rate_of_l2_under_momentum(momentum: float, nesterov: bool) -> None:
+    eta, l2, steps = 0.1, 1e-5, 3000
+    optimizer = wdjax.sgd_l2(eta, l2, momentum=momentum, nesterov=nesterov)
+
+    def step(carry: Any, _: Any) -> Any:
+        w, state = carry
+        update, state = optimizer.update(jnp.zeros_like(w), state, w)
+        return (w + update, state), w
+
+    with jax.enable_x64(True):
+        w = jnp.ones([])
+        path = np.asarray(jax.lax.scan(step, (w, optimizer.init(w)), length=steps)[1])
+    rate = rates.from_l2(l2, momentum)
+    assert rate == pytest.approx(l2 / (1 - momentum), rel=1e-14)
+    # To first order: the next term is eta * rate / (1 - momentum), at most 1 % here.
+    removed = 1 - path[-1] / path[-2]
+    np.testing.assert_allclose(removed, eta * rate, rtol=1.2 * eta * rate / (1 - momentum) + 1e-6)
+    np.testing.assert_allclose(1 - path[1] / path[0], eta * l2 * (1 + momentum * nesterov), rtol=1e-9)
+
+
+def test_dampening_scales_the_repeated_pull() -> None:
+    eta, l2, momentum, dampening = 0.1, 1e-3, 0.9, 0.4
+    before, w, buffer = 1.0, 1.0, l2  # PyTorch's first buffer is not dampened.
+    for _ in range(2000):
+        before = w
+        w -= eta * buffer
+        buffer = momentum * buffer + (1 - dampening) * l2 * w
+    np.testing.assert_allclose(1 - w / before, eta * rates.from_l2(l2, momentum, dampening), rtol=0.01)
+    assert rates.from_l2(l2, momentum, 1.0) == 0
+    assert rates.from_l2(l2, jnp.array(momentum), dampening) == pytest.approx(l2 * 0.6 / 0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("momentum", "dampening", "words"), [(1.0, 0.0, "momentum"), (0.9, 1.5, "dampening")])
+def test_a_momentum_of_one_or_a_larger_dampening_is_refused(momentum: float, dampening: float, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^from_l2: {words} must be from 0 to .*from_l2\(5e-4, momentum=0\.9\)"):
+        rates.from_l2(0.1, momentum, dampening)
+
+
 # The prior of a Bayesian linear regression: w ~ N(0, scale^2), y ~ N(X w, noise^2).
 
 

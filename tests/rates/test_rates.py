@@ -25,6 +25,7 @@ GIVEN: dict[str, Any] = {
     "from_timescale": rates.from_timescale(10, 0.5),
     "from_tokens": rates.from_tokens(100, 0.5, batch=1, fraction=0.1),
     "from_normalized": rates.from_normalized(0.3, batch=1, examples=2, epochs=2),
+    "from_l2": rates.from_l2(0.03, 0.9),
     "from_prior": rates.from_prior(0.3, 20),
 }
 
@@ -61,8 +62,8 @@ def test_every_place_takes_every_rate(row: Row, dtype: Any) -> None:
 FUNCTIONS = {name: value for name, value in vars(rates).items() if inspect.isfunction(value)}
 
 
-def test_the_room_has_twelve_functions() -> None:
-    assert len(FUNCTIONS) == 12
+def test_the_room_has_thirteen_functions() -> None:
+    assert len(FUNCTIONS) == 13
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

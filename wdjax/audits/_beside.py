@@ -67,18 +67,22 @@ def _decays(
     found = {}
     for i in those:
         fact, row = facts[i], (new := facts_of(probes, runs, i, origin)).row
+        # Beside a gradient of twice the size it is half as large.
+        if is_divided := row.kind == "cautious L2" and row.place == "update":
+            row = row._replace(kind="L2")
         # Moments that are linear remember it, and it is still the same beside other gradients.
         is_even = row.kind == "L2" and np.isclose(row.beside_gradient, row.rate, rtol=probes.tolerance, atol=0)
         is_decay = row.kind in _KINDS and (row.place != "gradient" or (is_even and not new.rescaled))
         if is_decay and (origin is None or row.rate < 0.5):
             row = row._replace(needs_gradient=True)
-            found[i] = new._replace(row=row, is_raw=fact.is_raw, is_touched=fact.is_touched)
+            found[i] = new._replace(row=row, is_raw=fact.is_raw, is_touched=fact.is_touched, is_divided=is_divided)
     if not found:
         return found
     units = _units(probes, origin, steps, list(found))
     usual, late = (_second_rates(probes, origin, share) for share in (1.0, 0.0))
     for i, fact in found.items():
-        fact = fact._replace(needed_by=units[i], late_rate=late[i] if late[i] > 1.2 * usual[i] else 0.0)
+        catches_up = late[i] > 1.2 * usual[i] and not fact.is_divided
+        fact = fact._replace(needed_by=units[i], late_rate=late[i] if catches_up else 0.0)
         plus, minus = (np.abs(up.steps[name].total(i) - up.steps["still"].total(i)) for name in ("plus", "minus"))
         # Where a cautious decay acts on a weight, it does not act on the weight's negative. The mean is half of it.
         is_cautious = fact.row.kind == "L2" and np.all(np.minimum(plus, minus) < 1e-3 * np.maximum(plus, minus))

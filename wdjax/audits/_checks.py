@@ -221,7 +221,7 @@ CHECKS = (
         "needs a gradient",
         "the decay acts only beside a gradient",
         "with_sparse_decay does this. Where every step should decay, write decoupled_decay.",
-        lambda f: f.row.needs_gradient and not f.late_rate,
+        lambda f: f.row.needs_gradient and not f.late_rate and not f.is_divided,
         lambda f: f"{rate_text(f)} for each {f.needed_by} with a gradient, 0 for others",
     ),
     _Check(
@@ -231,6 +231,14 @@ CHECKS = (
         "with_lazy_decay does this. Before weights are evaluated, pay what they still owe.",
         lambda f: f.late_rate,
         lambda f: f"{rate_text(f)} for each {f.needed_by} with a gradient, {f.late_rate:.6g} after a step without one",
+    ),
+    _Check(
+        "note",
+        "divided by gradients",
+        "the decay is divided by the size of the gradients, which were about 3 here",
+        "with_stable_decay does this. Its rate is that of gradients of your size only.",
+        lambda f: f.is_divided,
+        lambda f: f"{rate_text(f)}, and {f.row.beside_gradient:.6g} beside a gradient of twice the size",
     ),
     _Check(
         "note",

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     is_constrained: bool = False  # Whether weights outside a set are put onto it.
     needed_by: str = ""  # "element", "row" or "array": each of these needs a gradient of its own to decay.
     late_rate: float = 0.0  # The rate of the step that makes up for a step without a gradient; 0 if none does.
+    is_divided: bool = False  # Whether the decay is divided by the size of the gradients.
     lapse: str = ""  # In which way the decay pauses while gradients still move the leaf; a finding's name.
     strength: float = 0.0  # The factor of L2 in the gradient, where a decay in the update acts too.
     step_size: str = ""  # A number in the state that scales the step of the gradient, but not the decay.

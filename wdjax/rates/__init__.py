@@ -7,13 +7,14 @@ No function here touches a parameter or a state. Each returns a rate, and every 
 - Schedules of the weight decay that Optax has no name for (`schedules`): `cosine`, which may start at 0, and
   `log_time`.
 - From what you know to a rate, and back (`conversions`): the memory of AdamW in steps or in tokens, the normalized
-  weight decay of the AdamW paper, the standard deviation of a Gaussian prior.
+  weight decay of the AdamW paper, L2 in SGD with momentum, the standard deviation of a Gaussian prior.
 - From a rate to where it leads (`equilibrium`): the size of AdamW's weights, and how far a step turns them.
 
 There are two units. The rate of `decoupled_decay` is per step and per unit of learning rate, and so is that of L2 in
 the gradient. The rate of `independent_decay` is per step. Each docstring says which one it returns.
 """
 
+from .conversions import from_l2 as from_l2
 from .conversions import from_normalized as from_normalized
 from .conversions import from_prior as from_prior
 from .conversions import from_timescale as from_timescale

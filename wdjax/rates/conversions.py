@@ -1,4 +1,5 @@
-"""From what you know to a rate, and back: the memory of AdamW, the AdamW paper's normalization, a Gaussian prior.
+"""From what you know to a rate, and back: the memory of AdamW, the AdamW paper's normalization, L2 under
+momentum, a Gaussian prior.
 
 The arguments are numbers or 0-d arrays, which may be traced, as in `wdjax.sweep`. Of a learning-rate schedule, give the
 peak.
@@ -6,8 +7,9 @@ peak.
 
 from typing import Any
 
+from .._engine.text import shown
 from .._engine.types import Number
-from ._numbers import converting, positive
+from ._numbers import converting, is_known, positive
 
 Converted = Any  # A float; an array if an argument is an array.
 
@@ -120,6 +122,43 @@ def from_normalized(weight_decay: Number, *, batch: Number, examples: Number, ep
     write = "from_normalized(0.05, batch=128, examples=50_000, epochs=100)"
     steps = positive("examples", examples, write) * positive("epochs", epochs, write) / positive("batch", batch, write)
     return positive("weight_decay", weight_decay, write) / steps**0.5
+
+
+@converting
+def from_l2(weight_decay: Number, momentum: Number, dampening: Number = 0.0) -> Converted:
+    """The decoupled weight decay that removes as much, in the long run, as L2 in the gradient of SGD with momentum.
+
+    The momentum repeats the pull of L2 in later steps. A decay after the momentum is not repeated, so it is larger.
+
+    Rule:   weight_decay * (1 - dampening) / (1 - momentum)
+    Place:  the weight_decay of `decoupled_decay` and `sgdw`, instead of that of `add_l2_to_grads` and `sgd_l2`.
+    Units:  per step and per unit of learning rate. With zero gradient, it is the asymptotic rate of L2, to first order
+            in learning_rate * weight_decay. In the first steps L2 is weaker, until the momentum has built up.
+    Source: SGDS, Xie et al., NeurIPS 2023, arXiv 2011.11152, by its code.
+
+    Args:
+        weight_decay: the L2 coefficient, >= 0: PyTorch's `SGD(weight_decay=...)`.
+        momentum: from 0 to less than 1, with or without Nesterov's form.
+        dampening: that of PyTorch's `SGD`, from 0 to 1. Optax has none.
+
+    Returns, Raises: as `from_timescale`.
+
+    Example:
+
+        >>> import wdjax.rates
+        >>> round(wdjax.rates.from_l2(5e-4, momentum=0.9), 6)
+        0.005
+    """
+    write = "from_l2(5e-4, momentum=0.9)"
+    number, momentum, dampening = (
+        positive(name, value, write, or_zero=True)
+        for name, value in (("weight_decay", weight_decay), ("momentum", momentum), ("dampening", dampening))
+    )
+    if is_known(momentum) and momentum >= 1:
+        raise ValueError(f"from_l2: momentum must be from 0 to less than 1, got {shown(momentum)}. Write {write}.")
+    if is_known(dampening) and dampening > 1:
+        raise ValueError(f"from_l2: dampening must be from 0 to 1, got {shown(dampening)}. Write {write}.")
+    return number * (1 - dampening) / (1 - momentum)
 
 
 @converting

@@ -1,5 +1,6 @@
 """Wrappers around a finished optimizer: `with_decoupled_decay` adds weight decay, and `freeze` freezes parameters.
-`with_sparse_decay` and `with_lazy_decay` decay only the rows that have a gradient.
+`with_sparse_decay` and `with_lazy_decay` decay only the rows that have a gradient. `with_stable_decay` divides its
+decay by the size of the gradients. `with_selective_decay` holds an array back where its gradient does.
 
 Around a finished optimizer, there is only one right place for a decay: after it, with the factor of the learning rate
 and the right sign. Two kinds of optimizers need more than that:
@@ -20,3 +21,5 @@ from .decay import with_decoupled_decay as with_decoupled_decay
 from .freezing import freeze as freeze
 from .rows import with_lazy_decay as with_lazy_decay
 from .rows import with_sparse_decay as with_sparse_decay
+from .selective import with_selective_decay as with_selective_decay
+from .stable import with_stable_decay as with_stable_decay

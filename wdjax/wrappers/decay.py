@@ -1,5 +1,6 @@
 """Decay around a finished optimizer."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ _SUBTRACTED = stateless(subtracted)
 
 
 class WithDecoupledDecayState(NamedTuple):
-    """The state of `with_decoupled_decay`, `with_sparse_decay` and `with_lazy_decay`.
+    """The state of every wrapper that decays: `with_decoupled_decay`, `with_sparse_decay` and the others.
 
     Attributes:
         decay: the count of real steps, any anchor, and in `leaf` what rows owe under `with_lazy_decay`.
@@ -78,16 +79,38 @@ def with_decoupled_decay(
         >>> round(float(optax.apply_updates(params, updates)[0]), 6)
         1.9
     """
-    where = "with_decoupled_decay"
+    rates = {"weight_decay": weight_decay, "learning_rate": learning_rate}
+    return around(optimizer, Action("with_decoupled_decay", rates, mask, toward, True))
+
+
+class Factor(NamedTuple):
+    """A further factor of the rate of a decay, which an optimizer's state tells.
+
+    Attributes:
+        check: called at `init` with the action, params and the optimizer's state: raises an error if it is not there.
+        of: the factors of a step that ended with this state of the optimizer.
+    """
+
+    check: Callable[[Action, PyTree, Any], None] = lambda action, params, state: None
+    of: Callable[[Any], tuple[jax.Array, ...]] = lambda state: ()
+
+
+_NO_FACTOR = Factor()
+
+
+def around(optimizer: Optimizer, action: Action, factor: Factor = _NO_FACTOR) -> optax.GradientTransformationExtraArgs:
+    """Subtracts a decay from the updates of a finished optimizer, in its real steps and with its learning rate."""
+    where, toward = action.where, action.toward
     inner = checks.finished(where, optimizer, f"{where}(optax.adam(1e-3), 0.1, learning_rate=1e-3)")
-    action = Action(where, {"weight_decay": weight_decay, "learning_rate": learning_rate}, mask, toward, True)
     scale = Scale(action)
 
     def init_fn(params: PyTree) -> WithDecoupledDecayState:
         trees.parameters(where, params)
         state = inner.init(params)
         check(where, action.rates["learning_rate"], state)
-        return WithDecoupledDecayState(action.init(params), state)
+        decay = action.init(params)
+        factor.check(action, params, state)
+        return WithDecoupledDecayState(decay, state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         checks.params_given(where, params)
@@ -97,6 +120,7 @@ def with_decoupled_decay(
         real = stepped(before, after)
         shares = _shares(before, after)
         acting, factors = scale.of(after)
+        factors += factor.of(after)
 
         def subtract(tree: PyTree, *shares: jax.Array) -> PyTree:
             return acting.run(_SUBTRACTED, tree, state.decay, params, gates=(*real, *factors, *shares))[0]

@@ -21,12 +21,11 @@ from .._engine.arithmetic import LeafRule, Strength, away, cast, compute_dtype, 
 from .._engine.loop import Action
 from .._engine.probe import gated
 from .._engine.rules import Rules, possible_values
-from .._engine.steps import SKIPPING, nodes
 from .._engine.text import shown
 from .._engine.types import Anchor, Mask, Optimizer, Rate, StackedAxes
 from ..paths import stacks
 from .decay import WithDecoupledDecayState
-from .steps import FREE, Scale, check, refuse_what_rows_owe
+from .steps import Scale, check, refuse_what_rows_owe, refuse_what_skips
 
 PyTree = Any
 
@@ -149,11 +148,7 @@ def _around(optimizer: Optimizer, action: Action, rule: LeafRule) -> optax.Gradi
         trees.parameters(where, params)
         state = inner.init(params)
         check(where, action.rates["learning_rate"], state)
-        for node in nodes(state, (*SKIPPING, *FREE)):
-            raise ValueError(
-                f"{where}: the optimizer holds a {type(node).__name__}, whose steps are not those of the gradients. "
-                f"Put it around the decay, as in optax.MultiSteps({where}(optax.adam(lr), 0.1, learning_rate=lr), 4)."
-            )
+        refuse_what_skips(where, state, f"{where}(optax.adam(lr), 0.1, learning_rate=lr)")
         return WithDecoupledDecayState(action.init(params, rule), state)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:

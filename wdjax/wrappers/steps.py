@@ -84,6 +84,25 @@ def refuse_what_rows_owe(where: str, state: DecayState) -> None:
         )
 
 
+def refuse_what_skips(where: str, state: Any, write: str) -> None:
+    """Raises an error if an optimizer takes other steps than those of its gradients. `write` is a call of `where`."""
+    for node in nodes(state, _OWN_STEPS):
+        raise ValueError(
+            f"{where}: the optimizer holds a {type(node).__name__}, whose steps are not those of the gradients. "
+            f"Put it around the decay, as in optax.MultiSteps({write}, 4)."
+        )
+
+
+def check_steps(where: str, state: Any, write: str) -> None:
+    """Raises an error if an optimizer undoes a change of its steps. `write` is a call of `where`."""
+    for name in _names_in(state):
+        why, _ = _REFUSED.get(name, (_ESTIMATES, ""))
+        if why is not _ESTIMATES:
+            raise ValueError(
+                f"{where}: the optimizer holds {why.format(name)}. Wrap the optimizer inside, or another one: {write}."
+            )
+
+
 class Scale:
     """How strong a decay around an optimizer is in a step, if the optimizer keeps its learning rate in its state."""
 
@@ -108,9 +127,15 @@ def check(where: str, learning_rate: Any, state: Any) -> None:
         raise ValueError(str(error).replace("with_decoupled_decay", where)) from None
 
 
-def _refuse_what_undoes_it(state: Any) -> None:
+def _names_in(state: Any) -> list[str]:
+    """The names of the types of all nodes in a state."""
     names: list[str] = []
     jax.tree.leaves(state, is_leaf=lambda node: bool(names.append(type(node).__name__)))
+    return names
+
+
+def _refuse_what_undoes_it(state: Any) -> None:
+    names = _names_in(state)
     if found := [name for name in names if name in _REFUSED]:
         why, write = _REFUSED[found[0]]
         fault = f"holds {why.format(found[0])}"
