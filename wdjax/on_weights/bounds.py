@@ -96,8 +96,8 @@ class InflectionPoint:
         is_number = isinstance(self.smoothing, (int, float)) and not isinstance(self.smoothing, bool)
         if not is_number or not 0 <= self.smoothing < 1:
             raise ValueError(
-                f"InflectionPoint: smoothing must be a number from 0 to less than 1, got {shown(self.smoothing)}. Write "
-                "InflectionPoint(every=200, smoothing=0.99)."
+                f"InflectionPoint: smoothing must be a number from 0 to less than 1, got {shown(self.smoothing)}. "
+                "Write InflectionPoint(every=200, smoothing=0.99)."
             )
 
     def due(self, count: jax.Array) -> jax.Array:

@@ -113,9 +113,9 @@ def _check_bound(where: str, kind: Any, bound: Any) -> None:
     write = f"{where}({shown(kind)}, AtInit(0.8), only('kernel'))"
     if bound is None or isinstance(bound, (str, type)):
         raise TypeError(
-            f"{where}: bound must be a number, a 0-d array, a schedule (a function of the step), a by_path table of "
-            f"these, or one of AtInit(factor), WarmStart(steps) and InflectionPoint(), got {shown(bound)}. Write {write}, "
-            "with AtInit from wdjax.on_weights."
+            f"{where}: bound must be a number, a 0-d array, a schedule (a function of the step) or a by_path table of "
+            f"these, or AtInit(factor), WarmStart(steps) or InflectionPoint() of wdjax.on_weights, got {shown(bound)}. "
+            f"Write {write}."
         )
     check_no_mask(where, "bound", bound, f"{where}({shown(kind)}, bound=1.0, mask=...)")
     given = possible_values(bound) if isinstance(bound, Rules) else jax.tree.leaves(bound)
@@ -150,43 +150,41 @@ class _Held:
     def __call__(
         self, update: jax.Array, p: jax.Array, a: Any, given: Strength, state: Any, totals: Any
     ) -> tuple[jax.Array, jax.Array]:
-        wanted = _Start(self.smoothing is not None)(p).shape
+        wanted = (2 if self.smoothing is None else 5,)
         if np.shape(state) != wanted:
             raise ValueError(
-                f"cpr: the state has an array of shape {np.shape(state)}, and this bound needs {wanted}. It was made for "
-                "another bound or for other layers. Make a new one: optimizer.init(params)."
+                f"cpr: the state has an array of shape {np.shape(state)}, and this bound needs {wanted}. It was made "
+                "for another bound or for other layers. Make a new one: optimizer.init(params)."
             )
         if np.size(given.value) != 1:
             raise ValueError(
-                f"cpr: a bound of shape {np.shape(given.value)} differs within a parameter, which has one. Give a number, "
-                "and for the layers of a stack stacked_axes=1."
+                f"cpr: a bound of shape {np.shape(given.value)} differs within a parameter, which has one multiplier. "
+                "Give one number for each parameter, by path: by_path({'kernel': 1.0}, default=2.0)."
             )
         split = mesh_axes.split_over("cpr", p, self.axes)
         found = mesh_axes.total(value(self.kind, p), split)
-        is_finite = jnp.isfinite(found)  # One weight that is NaN or inf must not spoil the multiplier for good.
-        size = mesh_axes.total(max(p.size, 1), (*split, *self._split_by_kind(p)))
+        size = mesh_axes.total(float(max(p.size, 1)), (*split, *self._split_by_kind(p)))
         multiplier, bound, *memory = (state[i].astype(found.dtype) for i in range(len(state)))
         due = jnp.reshape(given.value, ())
         if self.smoothing is not None:
-            due, memory = self._turned(due, found, memory)
-            due = due & jnp.isinf(bound)
-            bound = jnp.where(due & is_finite, found, bound)
+            has_turned, memory = _turned(due > 0, found, *memory, share=self.smoothing)
+            bound = jnp.where(has_turned & jnp.isinf(bound), found, bound)
         elif self.is_taken:
-            bound = jnp.where((due > 0) & is_finite, due * found, bound)
+            bound = jnp.where(due > 0, due * found, bound)
         else:
             bound = due
-        grown = jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)
-        multiplier = jnp.where(is_finite, grown, multiplier)
+        multiplier = jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)
         kept = jnp.stack([multiplier, bound, *memory]).astype(state.dtype)
         return minus(update, Strength(multiplier), gradient(self.kind, p)), kept
 
     def _split_by_kind(self, p: jax.Array) -> mesh_axes.Names:
         return mesh_axes.split_over("cpr", p, mesh_axes.names("cpr", getattr(self.kind, "axis_name", None)))
 
-    def _turned(self, due: Any, found: jax.Array, memory: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        """Whether the penalty grows more slowly than at the last look, and the new memory."""
-        smooth, last, growth = memory
-        smooth = jnp.where(jnp.isinf(smooth), found, smooth)
-        smooth = self.smoothing * smooth + (1 - self.smoothing) * found
-        now, looks = smooth - last, due > 0
-        return looks & (now < growth), [smooth, jnp.where(looks, smooth, last), jnp.where(looks, now, growth)]
+
+def _turned(
+    looks: jax.Array, found: jax.Array, smooth: jax.Array, last: jax.Array, growth: jax.Array, *, share: float
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Whether the penalty grows more slowly than at the last look, and the new memory."""
+    smooth = share * jnp.where(jnp.isinf(smooth), found, smooth) + (1 - share) * found
+    now = smooth - last
+    return looks & (now < growth), [smooth, jnp.where(looks, smooth, last), jnp.where(looks, now, growth)]
