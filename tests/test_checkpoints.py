@@ -168,6 +168,11 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
         optax.scale_by_learning_rate(STEPS),
         wdjax.constrain(wdjax.L2Sphere(), "init", only("kernel")),
     ),
+    "bounds": lambda: optax.chain(
+        optax.adam(STEPS),
+        wdjax.on_weights.cpr(wdjax.L2(), wdjax.on_weights.WarmStart(2), only("kernel")),
+        wdjax.on_weights.cpr(wdjax.L2(), wdjax.on_weights.InflectionPoint(1, smoothing=0.5), only("bias")),
+    ),
     "two decays": lambda: optax.chain(
         optax.scale_by_adam(),
         wdjax.decoupled_decay(RATES, only("kernel")),

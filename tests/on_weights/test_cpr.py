@@ -169,15 +169,15 @@ def test_a_hundred_and_twenty_steps_around_an_optimizer(case: str) -> None:
 # What it is for: the penalty is at most the bound in the limit, and the weights are the best that obey.
 
 
-def descend(kind: Any, bound: Any, target: Any, lr: float, steps: int, update_rate: float = 1.0) -> Any:
-    optimizer = optax.chain(optax.sgd(lr), cpr(kind, bound, update_rate=update_rate))
+def descend(kind: Any, bound: Any, target: Any, lr: float, steps: int, start: Any = 0.0) -> Any:
+    optimizer = optax.chain(optax.sgd(lr), cpr(kind, bound))
 
     def step(carry: Any, _: Any) -> Any:
         w, state = carry
         updates, state = optimizer.update(w - target, state, w)
         return (optax.apply_updates(w, updates), state), None
 
-    w = jnp.zeros_like(target)
+    w = jnp.zeros_like(target) + start
     (w, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((w, optimizer.init(w)))
     return w, leaf(state)[0]
 
@@ -240,6 +240,31 @@ def test_the_limit_is_stable_up_to_the_update_rate_in_the_docstring(lr: float) -
             updates, state = optimizer.update(w - target, state, w)
             w = optax.apply_updates(w, updates)
         assert (abs(float(jnp.linalg.norm(w)) - radius) < 1e-3) == is_stable
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("share", [0.2, 0.05])
+def test_with_a_corner_at_zero_and_a_low_bound_a_multiplier_may_run_away(share: float) -> None:
+    # Weights cross the corner by up to m in each step, so the penalty stays at about m times their number.
+    target = np.random.default_rng(0).normal(size=24)
+    for name in ("L2", "Huber", "L1", "ElasticNet", "GroupLasso"):
+        kind = wdjax.GroupLasso() if name == "GroupLasso" else KINDS[name].kind
+        bound = share * float(kind.value(jnp.asarray(target)))
+        w, _ = descend(kind, bound, jnp.asarray(target), 0.1, 3000, start=target)
+        runs_away = name == "L1" or (share == 0.05 and name in ("ElasticNet", "GroupLasso"))
+        assert bool(kind.value(w) < 1.05 * bound) == (not runs_away), name
+
+
+def test_in_bfloat16_a_multiplier_grows_until_a_step_no_longer_rounds_to_nothing() -> None:
+    w = jnp.ones(4, jnp.bfloat16)
+    optimizer = cpr(wdjax.L2(), 1.998)  # An excess of 0.002, so m grows by 0.0005 in each step.
+    state, multipliers = optimizer.init(w), []
+    while jnp.all(w == 1):
+        updates, state = optimizer.update(jnp.zeros_like(w), state, w)
+        w = optax.apply_updates(w, updates)
+        multipliers.append(float(state.leaf[0]))
+    assert multipliers[0] < 2**-9 < multipliers[-1]
+    assert wdjax.L2().value(w) < 1.998
 
 
 @pytest.mark.peers
@@ -460,6 +485,13 @@ def test_the_monitor_reads_the_multiplier() -> None:
             (label,) = {name.rpartition("/")[0] for name in scalars if name.endswith("weight_decay")}
             np.testing.assert_allclose(scalars[f"{label}/effective_rate"], multiplier, rtol=1e-5)
             np.testing.assert_allclose(scalars[f"{label}/weight_decay"], multiplier, rtol=1e-5)
+
+
+def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
+    optimizer = wdjax.monitor(optax.chain(optax.sgd(0.01), cpr(wdjax.L2(), WarmStart(9))))
+    _, state = jax.jit(optimizer.update)(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
+    found = {name.rpartition("/")[2]: float(x) for name, x in wdjax.scalars(state).items()}
+    assert found["decay_norm"] == found["effective_rate"] == 0
 
 
 # Errors.

@@ -47,7 +47,8 @@ def cpr(
             algorithm in the paper does not.
 
     Args:
-        kind: a penalty: `L2()`, `Huber(delta)`, `L1()`, `GroupLasso(per=-1)`, or your own `Penalty`.
+        kind: a penalty: `L2()`, `Huber(delta)`, or your own `Penalty`. With one that has a corner at zero, such as
+            `L1()`, and a low bound, m may grow without end. There, use `constrain(L1Ball(), radius)`.
         bound: a number >= 0, a 0-d array, a schedule, a `by_path` table or a tree like params of these. Or from the
             weights: `AtInit(0.8)`, `WarmStart(1000)`, `InflectionPoint(every=200)`.
         mask: as `decoupled_decay`, for whole parameters.
