@@ -1,7 +1,7 @@
 """Constrained parameter regularization: against NumPy in float64, what it leads to, and when its bounds are taken."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +140,8 @@ def leaf(state: Any) -> Any:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", slow_but(CASES, *FAST))
 def test_a_hundred_and_twenty_steps_around_an_optimizer(case: str) -> None:
-    kind, bound, (scale_by, direction, lr) = (
-        table[key] for table, key in zip((KINDS, BOUNDS, DIRECTIONS), case.split("-"), strict=True)
-    )
+    of_kind, of_bound, of_direction = case.split("-")
+    kind, bound, (scale_by, direction, lr) = KINDS[of_kind], BOUNDS[of_bound], DIRECTIONS[of_direction]
     held = cpr(kind.kind, bound, update_rate=kind.update_rate)
     optimizer = optax.chain(scale_by(), optax.scale_by_learning_rate(lr), held)
 
@@ -235,7 +234,8 @@ def test_the_limit_is_stable_up_to_the_update_rate_in_the_docstring(lr: float) -
         optimizer = optax.chain(optax.sgd(lr), cpr(wdjax.L2(), radius**2 / 2, update_rate=share * most))
         w = jnp.asarray(target * radius / 2 * 1.001)
         state = optimizer.init(w)
-        state = (*state[:-1], state[-1]._replace(leaf=state[-1].leaf.at[0].set(m)))
+        of_sgd, held = cast(tuple[Any, Any], state)
+        state = (of_sgd, held._replace(leaf=held.leaf.at[0].set(m)))
         for _ in range(400):
             updates, state = optimizer.update(w - target, state, w)
             w = optax.apply_updates(w, updates)

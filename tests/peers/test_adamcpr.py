@@ -125,7 +125,7 @@ def test_with_their_rate_and_l2_a_rounding_grows() -> None:
     start, grads = problem()
     once, again = (in_numpy(w, grads, "dependent", 0.8, "l2", 1.0, np.float64) for w in (start, start * (1 + 1e-12)))
     assert np.abs(once[0] - again[0]).max() < 1e-11
-    assert np.abs(once - again).max() > 1e-9
+    assert np.abs(once - again).max() > 1e-2  # It was 0.08.
 
 
 def test_the_paper_s_rule_is_one_step_behind_the_code() -> None:

@@ -48,7 +48,7 @@ class WarmStart:
     """A bound for `cpr`: the penalty of the weights after some steps. Until then nothing is regularized.
 
     Attributes:
-        steps: a whole number > 0. The paper takes a small multiple of the steps in which the learning rate warms up.
+        steps: a whole number > 0. The authors take one to four times the steps in which the learning rate warms up.
 
     Raises: ValueError for another number of steps.
 
