@@ -248,6 +248,37 @@ def _constrained(name: str) -> Row:
     )
 
 
+def first_step(optimizer: Any) -> Any:
+    """What a transformation does in its first step, in every step: what its state holds of the parameters stays."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        new, after = optimizer.update(updates, state, params, **extra)
+        return new, after._replace(leaf=state.leaf)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def held(u: np.ndarray, w: np.ndarray, bound: float, value: float, gradient: np.ndarray) -> np.ndarray:
+    return u - max(value - bound, 0) / w.size * gradient
+
+
+def _held(name: str) -> Row:
+    # Its multiplier changes from step to step, which tests/on_weights/test_cpr.py tests.
+    kind, gradient, _ = KINDS[name]
+    value = {"L2": lambda w: np.sum(w**2) / 2, "GroupLasso": np.linalg.norm}[name]
+    return Row(
+        f"cpr[{name}]",
+        lambda rate, mask=None, toward=None: first_step(wdjax.on_weights.cpr(kind, rate, mask)),
+        lambda u, w, rate, a: held(u, w, rate, value(w), gradient(w)),
+        core=name == "L2",  # It has a state for each parameter, which depends on a norm.
+        has_anchor=False,
+        off_at=None,
+        is_elementwise=False,
+        has_norm=True,
+        is_stateful=True,
+    )
+
+
 def _of_rows(wrapper: Any) -> Row:
     # In one step, or if the same rows have a gradient in every step, the two are the same.
     return Row(
@@ -389,6 +420,7 @@ ROWS = [
         has_rate=False,
         is_real=True,
     ),
+    *map(_held, ("L2", "GroupLasso")),
     Row(
         "normalized_update",
         lambda rate, mask=None, toward=None: wdjax.normalized_update(mask),

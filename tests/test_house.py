@@ -109,7 +109,7 @@ INTERNAL = {
     "paths": {"stacks"},
     "penalties": {
         *("check_kind", "check_strength", "gradient", "is_elementwise", "is_ours", "prox", "rule_of"),
-        "weighted_value",
+        *("value", "weighted_value"),
     },
     "plans": {"asked", "row_of"},
     "states": {"Matched", "matched"},

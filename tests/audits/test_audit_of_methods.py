@@ -386,6 +386,20 @@ def test_a_constraint_that_nothing_reaches_is_not_seen() -> None:
     assert names(audit) == {"no decay"}
 
 
+def test_a_strength_that_depends_on_earlier_steps_is_taken_for_a_memory_of_moments() -> None:
+    def audited(bound: Any) -> wdjax.Audit:
+        held = wdjax.on_weights.cpr(wdjax.L2(), bound, wdjax.only("embedding"))
+        return wdjax.audit(optax.chain(optax.adam(0.01), held), make_params())
+
+    audit = audited(0.5)
+    assert shown(audit["embedding"]) == ("gradient", "unknown", "zero", False)
+    assert names(audit) == {"seen by the moments"}
+    # The probe weights exceed the bound by some mean, which is the multiplier of the first step.
+    assert 0.1 < audit["embedding"].rate < 1
+    for bound in (1e3, wdjax.on_weights.WarmStart(500), wdjax.on_weights.InflectionPoint()):
+        assert names(audited(bound)) == {"no decay"}
+
+
 @pytest.mark.parametrize("share", [0.003, 0.01, 0.019])
 def test_a_decay_that_is_a_little_weaker_beside_a_gradient_is_no_constraint(share: float) -> None:
     def update(grads: Any, state: Any, params: Any) -> Any:

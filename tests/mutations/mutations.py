@@ -31,6 +31,7 @@ STABLE, SELECTIVE = "wrappers/test_stable.py", "wrappers/test_selective.py"
 METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
 NORM_CONTROL, TANGENTIAL = "in_update/test_norm_control.py", "in_update/test_tangential.py"
+CPR = "on_weights/test_cpr.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -600,8 +601,8 @@ MUTATIONS = [
     Mutation(
         "a derived gradient is halved",
         "penalties/protocol.py",
-        'jax.grad(lambda w: _like(kind, "value", kind.value(w), ()))(w)',
-        'jax.grad(lambda w: 0.5 * _like(kind, "value", kind.value(w), ()))(w)',
+        "jax.grad(lambda w: value(kind, w))(w)",
+        "jax.grad(lambda w: 0.5 * value(kind, w))(w)",
         ("penalties/", "test_docs.py"),
     ),
     Mutation(
@@ -1368,5 +1369,55 @@ MUTATIONS = [
         "_SCALED)\n\n\ndef",
         "_SCALED, is_decay=True)\n\n\ndef",
         (MULTIPLIERS,),
+    ),
+    # Bounds held by multipliers.
+    Mutation(
+        "a multiplier becomes negative below the bound",
+        "on_weights/cpr.py",
+        "jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)",
+        "multiplier + self.update_rate * jnp.where(jnp.isinf(bound), 0, found - bound) / size",
+        (CPR,),
+    ),
+    Mutation(
+        "a multiplier grows with the size of the parameter",
+        "on_weights/cpr.py",
+        "(found - bound) / size, 0)",
+        "(found - bound), 0)",
+        (CPR,),
+    ),
+    Mutation(
+        "each device compares its own part of a parameter with the bound",
+        "on_weights/cpr.py",
+        "mesh_axes.total(value(self.kind, p), split)",
+        "value(self.kind, p)",
+        (CPR,),
+    ),
+    Mutation(
+        "the bound of a warm start is taken one step late",
+        "on_weights/bounds.py",
+        "count == self.steps",
+        "count == self.steps + 1",
+        (CPR,),
+    ),
+    Mutation(
+        "an inflection point is where growth increases",
+        "on_weights/cpr.py",
+        "now < growth",
+        "now > growth",
+        (CPR,),
+    ),
+    Mutation(
+        "the bound moves at every inflection point",
+        "on_weights/cpr.py",
+        "has_turned & jnp.isinf(bound)",
+        "has_turned",
+        (CPR,),
+    ),
+    Mutation(
+        "the monitor multiplies a strength per step by the learning rate",
+        "telemetry/_reading.py",
+        'is_given = "weight_decay" in action.rates',
+        "is_given = True",
+        (CPR,),
     ),
 ]

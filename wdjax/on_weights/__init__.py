@@ -5,8 +5,13 @@ where the optimizer arrived. It never overshoots, however large the strength is.
 group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit:
 they are set through a difference, which is always exact only if the weight becomes zero.
 
-A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it.
+A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it. A bound of
+`cpr` holds in the limit: its decay grows while a penalty is above the bound.
 """
 
+from .bounds import AtInit as AtInit
+from .bounds import InflectionPoint as InflectionPoint
+from .bounds import WarmStart as WarmStart
 from .constraining import constrain as constrain
+from .cpr import cpr as cpr
 from .proximal import proximal_step as proximal_step

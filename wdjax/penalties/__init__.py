@@ -34,4 +34,5 @@ from .protocol import is_elementwise as is_elementwise
 from .protocol import is_ours as is_ours
 from .protocol import prox as prox
 from .protocol import rule_of as rule_of
+from .protocol import value as value
 from .protocol import weighted_value as weighted_value

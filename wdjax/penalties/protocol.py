@@ -67,11 +67,16 @@ class ProximalPenalty(Protocol):
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array: ...
 
 
+def value(kind: Any, w: jax.Array) -> jax.Array:
+    """The value of a penalty."""
+    return _like(kind, "value", kind.value(w), ())
+
+
 def gradient(kind: Any, w: jax.Array) -> jax.Array:
     """The gradient of a penalty, as a direction of ascent. Without a method `gradient`, it is derived from `value`."""
     if callable(getattr(kind, "gradient", None)):
         return _like(kind, "gradient", kind.gradient(w), w.shape)
-    return jnp.conj(jax.grad(lambda w: _like(kind, "value", kind.value(w), ()))(w))
+    return jnp.conj(jax.grad(lambda w: value(kind, w))(w))
 
 
 def prox(kind: Any, w: jax.Array, step: jax.Array) -> jax.Array:

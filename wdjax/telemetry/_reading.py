@@ -107,7 +107,8 @@ class Found:
         for (path, _), kind, rule in zip(leaves, kept, _rules(action, params, leaves), strict=True):
             if rule not in (None, UNDECAYED):
                 self.rules[path][rule] = None
-                self.is_scaled[path].add(not action.is_per_step or "learning_rate" in action.rates)
+                is_given = "weight_decay" in action.rates  # Not by `cpr`, whose strength is per step.
+                self.is_scaled[path].add(is_given and (not action.is_per_step or "learning_rate" in action.rates))
                 anchor = given.get(path) if kind is None else kind
                 # Two decays with different anchors have no common distance, so the norm of the weights stands for it.
                 self._toward[path] = anchor if self._toward.get(path, anchor) is anchor else None
@@ -127,7 +128,7 @@ class Found:
 
 def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """For each leaf that decays, the rule that decides so, as `plan` shows it."""
-    rate = action.rates["weight_decay"]
+    rate = next(iter(action.rates.values()))
     chosen = asked(action.where, action.mask, params, leaves, "all")
     left = trees.hidden_where([choice.value for choice in chosen], leaves)
     rates = decisions(rate, action.where, left) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
