@@ -5,8 +5,11 @@ where the optimizer arrived. It never overshoots, however large the strength is.
 group lasso), weights land on it: they become exactly zero. Weights may miss a nonzero anchor by about the last bit:
 they are set through a difference, which is always exact only if the weight becomes zero.
 
+`shrink_and_perturb` shrinks the weights and adds noise to them, once before training goes on or in every step.
+
 A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it.
 """
 
 from .constraining import constrain as constrain
+from .perturbing import shrink_and_perturb as shrink_and_perturb
 from .proximal import proximal_step as proximal_step
