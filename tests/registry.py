@@ -8,11 +8,14 @@ default, and on the others only with the slow tests (`core_row`).
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import wdjax
+from wdjax._engine import trees
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
@@ -154,6 +157,22 @@ def _constrained(name: str) -> Row:
     )
 
 
+def _perturbed(rate: Any, mask: Any = None, toward: Any = None) -> Any:
+    """Fresh weights of ones, so that the noise is known. Gaussian noise is tested beside the method."""
+
+    def one(p: Any) -> Any:
+        return jnp.sign(p) if jnp.iscomplexobj(p) else jnp.ones_like(p) if trees.is_decayable(p) else None
+
+    def of(params: Any) -> Any:
+        return wdjax.on_weights.shrink_and_perturb(rate, rate, mask, seed=0, fresh=lambda _: jax.tree.map(one, params))
+
+    of({})  # Bad rates are refused when it is built.
+    return optax.GradientTransformationExtraArgs(
+        lambda params: of(params).init(params),
+        lambda updates, state, params=None, **extra: of(params).update(updates, state, params, **extra),
+    )
+
+
 def _of_rows(wrapper: Any) -> Row:
     # In one step, or if the same rows have a gradient in every step, the two are the same.
     return Row(
@@ -237,6 +256,19 @@ ROWS = [
         lambda u, w, rate, a: rate * u,
         has_anchor=False,
         off_at=1.0,
+    ),
+    Row(
+        "shrink_and_perturb[shrink]",
+        lambda rate, mask=None, toward=None: wdjax.on_weights.shrink_and_perturb(rate, 0.0, mask, seed=0),
+        lambda u, w, rate, a: (1 - rate) * (w + u) - w,
+        has_anchor=False,
+    ),
+    Row(
+        "shrink_and_perturb",
+        _perturbed,
+        lambda u, w, rate, a: (1 - rate) * (w + u) + rate - w,
+        core=True,  # Two actions share one state.
+        has_anchor=False,
     ),
     *map(_constrained, CONSTRAINTS),
     Row(

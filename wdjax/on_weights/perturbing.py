@@ -12,7 +12,7 @@ from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule, Strength, cast, compute_dtype, minus, narrowed, plus, stateless
 from .._engine.loop import Action, transformation
 from .._engine.probe import DecayProbe
-from .._engine.rules import Rules, check_no_mask, possible_values
+from .._engine.rules import check_no_mask
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
 
@@ -45,7 +45,7 @@ def shrink_and_perturb(
     `optimizer.init(params)`.
 
     Args:
-        shrink, mask: as `independent_decay`; a number for shrink is at most 1.
+        shrink, mask: as `independent_decay`; numbers for shrink are at most 1.
         noise: a rate, as shrink. The two need not change together: a schedule for both makes steps with neither.
         seed: an integer or 0-d integer array (may be traced). Seed, count of updates and path of a parameter determine
             its noise, whatever the devices and the sharding are, and whatever happens to other parameters. Inside
@@ -57,8 +57,8 @@ def shrink_and_perturb(
 
     Returns: an `optax.GradientTransformation` with a `DecayState`. Its `update` needs `params`. Updates keep their
     dtype.
-    Raises: TypeError or ValueError for a shrink of more than 1, a seed that is not an integer, and, at `update`, fresh
-            weights that do not fit params. Otherwise as `decoupled_decay`.
+    Raises: TypeError or ValueError for a number above 1 as shrink, a seed that is not an integer, and, at `update`,
+            fresh weights that do not fit params. Otherwise as `decoupled_decay`.
     Warns:  UserWarning at `init`, if shrink is known to round to nothing in the dtype of a parameter.
 
     Example:
@@ -74,7 +74,6 @@ def shrink_and_perturb(
     where = "shrink_and_perturb"
     for name, rate in (("shrink", shrink), ("noise", noise)):
         check_no_mask(where, name, rate, f"{where}(shrink=0.1, noise=0.01, mask=..., seed=0)")
-    _check_fraction(where, shrink)
     draws.check_seed(where, seed, f"{where}(..., seed=0)")
     if fresh is not None and not callable(fresh):
         raise TypeError(
@@ -82,6 +81,11 @@ def shrink_and_perturb(
             "fresh=lambda key: model.init(key, x)['params']."
         )
     action = Action(where, {"shrink": shrink}, mask, is_per_step=True, can_overshoot=False)
+    if isinstance(shrink, (int, float, np.number)) and shrink > 1:
+        raise ValueError(
+            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shrink}. Where shrinkage is "
+            "the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
+        )
     shrinking = transformation(action, _SHRUNK, is_decay=True)
     perturbing = Action(where, {"noise": noise}, mask)
 
@@ -93,7 +97,7 @@ def shrink_and_perturb(
         updates: PyTree, state: Any, params: PyTree = None, *, decay_probe: DecayProbe | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         # Both parts are computed in at least float32, and their sum is rounded once.
-        wide = jax.tree.map(lambda u: cast(u, compute_dtype(u)) if trees.is_decayable(u) else u, updates)
+        wide = jax.tree.map(_widened, updates, is_leaf=trees.is_hole)
         wide, new_state = shrinking.update(wide, state, params, decay_probe=decay_probe)
         leaves = trees.flatten_with_paths(params)
         acting = [leaf for leaf, acts in zip(leaves, perturbing.acts_on(params, leaves), strict=True) if acts]
@@ -103,19 +107,17 @@ def shrink_and_perturb(
             of_each = _fresh_weights(where, fresh, seed, state.count, acting)
         inputs = [of_each.get(path) for path, _ in leaves]
         wide, _ = perturbing.run(_GAUSSIAN if fresh is None else _FRESH, wide, state, params, inputs=inputs)
-        new = jax.tree.map(lambda new, u: narrowed(new, u) if trees.is_decayable(u) else u, wide, updates)
-        return new, new_state
+        return jax.tree.map(_as_narrow, updates, wide, is_leaf=trees.is_hole), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_fraction(where: str, shrink: Any) -> None:
-    for value in possible_values(shrink) if isinstance(shrink, Rules) else [shrink]:
-        if isinstance(value, (int, float, np.number)) and value > 1:
-            raise ValueError(
-                f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {value}. Where "
-                "shrinkage is the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
-            )
+def _widened(update: Any) -> Any:
+    return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update
+
+
+def _as_narrow(update: Any, wide: Any) -> Any:
+    return narrowed(wide, update) if trees.is_decayable(update) else update
 
 
 def _shrunk(update: jax.Array, p: jax.Array, _: Any, rate: Strength) -> jax.Array:
@@ -145,10 +147,10 @@ def _fresh_weights(
         weights: Any = given.get(path)
         fits = trees.is_decayable(weights) and np.shape(weights) == np.shape(leaf)
         if not fits or (jnp.iscomplexobj(weights) and not jnp.iscomplexobj(leaf)):
-            found = f"an array of {weights.dtype}{list(np.shape(weights))}" if hasattr(weights, "dtype") else "nothing"
+            found = f"{weights.dtype}{list(np.shape(weights))}" if hasattr(weights, "dtype") else "nothing"
             raise ValueError(
-                f"{where}: fresh(key) must return a tree like params, but at {path!r} it has {found}, where params have "
-                f"an array of {jnp.result_type(leaf)}{list(np.shape(leaf))}. Write fresh=lambda key: model.init(key, x)"
-                "['params']. Within shard_map it must return the parts that are on this device."
+                f"{where}: fresh(key) must return a tree like params, but at {path!r} it has {found}, and params have "
+                f"{jnp.result_type(leaf)}{list(np.shape(leaf))}. Write fresh=lambda key: model.init(key, x)['params']. "
+                "Within shard_map it must return the parts that are on this device."
             )
     return {path: given[path] for path, _ in leaves}
