@@ -439,8 +439,6 @@ def test_what_is_refused() -> None:
         build(seed=0, fresh=params)
     with pytest.raises(ValueError, match="shrink_and_perturb needs the parameters"):
         build(seed=0).update(params, build(seed=0).init(params))
-    with pytest.raises(UserWarning, match="shrink_and_perturb: the decay rounds to nothing"):
-        shrink_and_perturb(1e-4, 0.1, seed=0).init(make_params(dtype=jnp.bfloat16))
     with pytest.raises(ValueError, match="kernle"):
         shrink_and_perturb(0.1, wdjax.by_path({"kernle": 0.1}, default=0.0), seed=0).init(params)
     wrong = {
@@ -453,6 +451,14 @@ def test_what_is_refused() -> None:
         optimizer = build(seed=0, fresh=lambda key, fresh=fresh: fresh)
         with pytest.raises(ValueError, match=rf"at 'kernel' it has {said}, and params have float32\[8, 16\]"):
             optimizer.update(params, optimizer.init(params), params)
+
+
+def test_in_bfloat16_noise_keeps_a_shrink_that_alone_would_round_to_nothing() -> None:
+    params = jnp.ones(SIZE, jnp.bfloat16)
+    optimizer = shrink_and_perturb(1e-3, 0.02, seed=0)
+    updates, _ = optimizer.update(jnp.zeros_like(params), optimizer.init(params), params)  # It does not warn.
+    moved = np.asarray(optax.apply_updates(params, updates), np.float64) - 1
+    assert abs(moved.mean() + 1e-3) < 5 * moved.std() / np.sqrt(SIZE) < 3e-4
 
 
 def test_a_shrink_of_one_does_not_warn() -> None:

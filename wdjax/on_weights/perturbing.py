@@ -1,5 +1,6 @@
 """Shrinking weights and adding noise to them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,6 @@ def shrink_and_perturb(
     dtype.
     Raises: TypeError or ValueError for a number above 1 as shrink, a seed that is not an integer, and, at `update`,
             fresh weights that do not fit params. Otherwise as `decoupled_decay`.
-    Warns:  UserWarning at `init`, if shrink is known to round to nothing in the dtype of a parameter.
 
     Example:
 
@@ -80,18 +80,19 @@ def shrink_and_perturb(
             f"{where}: fresh must be a function from a key to a tree like params, got {shown(fresh)}. Write "
             "fresh=lambda key: model.init(key, x)['params']."
         )
-    action = Action(where, {"shrink": shrink}, mask, is_per_step=True, can_overshoot=False)
+    # The state comes from an action that warns of nothing: beside noise, no shrink rounds to nothing on average.
+    action = Action(where, {"shrink": shrink}, mask)
     if isinstance(shrink, (int, float, np.number)) and shrink > 1:
         raise ValueError(
             f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shrink}. Where shrinkage is "
             "the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
         )
-    shrinking = transformation(action, _SHRUNK, is_decay=True)
+    shrinking = transformation(dataclasses.replace(action, is_per_step=True), _SHRUNK, is_decay=True)
     perturbing = Action(where, {"noise": noise}, mask)
 
     def init_fn(params: PyTree) -> Any:
         perturbing.init(params, aliases=lambda path: False)  # The other one warns of them.
-        return shrinking.init(params)
+        return action.init(params)
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree = None, *, decay_probe: DecayProbe | None = None, **extra_args: Any
