@@ -305,6 +305,10 @@ def test_seeds_may_be_traced_mapped_and_injected() -> None:
     injected = optax.inject_hyperparams(shrink_and_perturb)(shrink=0.0, noise=1.0, seed=1)
     found, _ = injected.update(still(params), injected.init(params), params)
     chex.assert_trees_all_close(found, noise(1), rtol=0, atol=3e-7)
+    given = optax.inject_hyperparams(shrink_and_perturb, static_args=("fresh",))(0.0, 1.0, seed=1, fresh=drawn)
+    found, _ = given.update(still(params), given.init(params), params)
+    want = drawn(documented_key(1, 0, "", "shrink_and_perturb fresh"))
+    chex.assert_trees_all_close(found, want, rtol=0, atol=3e-7)
 
 
 @pytest.mark.peers

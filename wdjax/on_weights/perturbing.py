@@ -48,13 +48,13 @@ def shrink_and_perturb(
     Args:
         shrink, mask: as `independent_decay`; numbers for shrink are at most 1.
         noise: a rate, as shrink. The two need not change together: a schedule for both makes steps with neither.
-        seed: an integer or 0-d integer array (may be traced). Seed, count of updates and path of a parameter determine
-            its noise, whatever the devices and the sharding are, and whatever happens to other parameters. Inside
-            `shard_map`, parts of an array differ if it checks them (`check_vma=True`, the default). Under `vmap` all
-            members draw the same numbers, unless the seed is mapped.
+        seed: an integer or 0-d integer array (may be traced). Seed, count of updates, and path and shape of a parameter
+            determine its noise, whatever the devices and the sharding are, and whatever happens to other parameters.
+            Two in one chain need two seeds. Inside `shard_map`, parts of an array differ if it knows them
+            (`check_vma=True`, the default). Under `vmap` all members draw the same numbers, unless the seed is mapped.
         fresh: None for Gaussian noise; or a function from a key to a tree like params, such as
             `lambda key: model.init(key, x)["params"]`, for noise as the initializers draw it. It is called in each
-            update, and must name and shape the parameters as params do. What mask or rate leave out may be missing.
+            update. What mask or rate leave out may be missing. In `optax.inject_hyperparams` name it in static_args.
 
     Returns: an `optax.GradientTransformation` with a `DecayState`. Its `update` needs `params`. Updates keep their
     dtype.
