@@ -17,6 +17,7 @@ import pytest
 
 import wdjax
 from wdjax import penalties, wrappers
+from wdjax._engine import trees
 
 LEARNING_RATE = 0.5
 ANCHOR = 0.25
@@ -264,18 +265,33 @@ def held(u: np.ndarray, w: np.ndarray, bound: float, value: float, gradient: np.
 
 def _held(name: str) -> Row:
     # Its multiplier changes from step to step, which tests/on_weights/test_cpr.py tests.
-    kind, gradient, _ = KINDS[name]
-    value = {"L2": lambda w: np.sum(w**2) / 2, "GroupLasso": np.linalg.norm}[name]
+    kind = KINDS[name]
     return Row(
         f"cpr[{name}]",
-        lambda rate, mask=None, toward=None: first_step(wdjax.on_weights.cpr(kind, rate, mask)),
-        lambda u, w, rate, a: held(u, w, rate, value(w), gradient(w)),
+        lambda rate, mask=None, toward=None: first_step(wdjax.on_weights.cpr(kind.penalty, rate, mask)),
+        lambda u, w, rate, a: held(u, w, rate, kind.value(w), kind.gradient(w)),
         core=name == "L2",  # It has a state for each parameter, which depends on a norm.
         has_anchor=False,
         off_at=None,
         is_elementwise=False,
         has_norm=True,
         is_stateful=True,
+    )
+
+
+def _perturbed(rate: Any, mask: Any = None, toward: Any = None) -> Any:
+    """Fresh weights of ones, so that the noise is known. Gaussian noise is tested beside the method."""
+
+    def one(p: Any) -> Any:
+        return jnp.sign(p) if jnp.iscomplexobj(p) else jnp.ones_like(p) if trees.is_decayable(p) else None
+
+    def of(params: Any) -> Any:
+        return wdjax.on_weights.shrink_and_perturb(rate, rate, mask, seed=0, fresh=lambda _: jax.tree.map(one, params))
+
+    of({})  # Bad rates are refused when it is built.
+    return optax.GradientTransformationExtraArgs(
+        lambda params: of(params).init(params),
+        lambda updates, state, params=None, **extra: of(params).update(updates, state, params, **extra),
     )
 
 
@@ -409,6 +425,19 @@ ROWS = [
         lambda u, w, rate, a: rate * u,
         has_anchor=False,
         off_at=1.0,
+    ),
+    Row(
+        "shrink_and_perturb[shrink]",
+        lambda rate, mask=None, toward=None: wdjax.on_weights.shrink_and_perturb(rate, 0.0, mask, seed=0),
+        lambda u, w, rate, a: (1 - rate) * (w + u) - w,
+        has_anchor=False,
+    ),
+    Row(
+        "shrink_and_perturb",
+        _perturbed,
+        lambda u, w, rate, a: (1 - rate) * (w + u) + rate - w,
+        core=True,  # Two actions share one state.
+        has_anchor=False,
     ),
     *map(_constrained, CONSTRAINTS),
     Row(

@@ -86,6 +86,7 @@ def check_steps(mesh: Mesh) -> None:
     # shows that by a rounding, as it does behind Optax's own decay.
     for writer, tolerance in (wdjax.compensated(), 0.0), (wdjax.master_weights(), 2**-23):
         _compare_steps(optax.chain(wdjax.in_float32(wdjax.sgdw(schedule, 0.1, MASK)), writer), mesh, tolerance)
+    _compare_steps(optax.chain(decay, wdjax.on_weights.shrink_and_perturb(0.1, 0.1, seed=0)), mesh)
 
 
 def _compare_steps(optimizer: Any, mesh: Mesh, tolerance: float = 0.0) -> tuple[Any, Any]:

@@ -209,6 +209,9 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "monitor": lambda: wdjax.monitor(
         wdjax.adamw(STEPS, RATES, only("kernel")), RATES, only("kernel"), learning_rate=STEPS
     ),
+    "shrink_and_perturb": lambda: optax.chain(
+        optax.sgd(STEPS), wdjax.on_weights.shrink_and_perturb(0.1, RATES, seed=0)
+    ),
     "stochastic_rounding": lambda: written_by(wdjax.stochastic_rounding(seed=0)),
     "compensated": lambda: written_by(wdjax.compensated()),
     "master_weights": lambda: written_by(wdjax.master_weights()),

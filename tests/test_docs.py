@@ -190,6 +190,8 @@ def test_every_call_on_the_page_of_functions_runs() -> None:
         "scale": 0.1,
         "examples": 1000,
         "train": lambda key, weight_decay: 0.0,
+        "model": None,
+        "x": None,
     }
     calls = {call for call in re.findall(r"`([^`]*wdjax\.[^`]*)`", page) if call.endswith(")")}
     assert len(calls) > 40

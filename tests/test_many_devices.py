@@ -136,6 +136,7 @@ OPTIMIZERS: dict[str, Any] = {
     "MultiSteps": wdjax.with_decoupled_decay(optax.MultiSteps(optax.sgd(LR), 3), WD, WEIGHTS, learning_rate=LR),
     "cautious": optax.chain(optax.sgd(LR), wdjax.cautious(wdjax.independent_decay(0.01, WEIGHTS))),
     "proximal_step": optax.chain(optax.sgd(LR), wdjax.proximal_step(wdjax.L1(), 0.05, WEIGHTS, learning_rate=LR)),
+    "shrink_and_perturb": optax.chain(optax.sgd(LR), wdjax.on_weights.shrink_and_perturb(0.1, 0.1, WEIGHTS, seed=0)),
     "freeze": wdjax.freeze(wdjax.adamw(LR, WD, WEIGHTS), wdjax.only("up")),
 }
 WRITERS: dict[str, Any] = {

@@ -415,3 +415,27 @@ def test_a_multiplier_of_updates_scales_the_rates() -> None:
     scale = wdjax.scale_by_path(wdjax.by_path({"embedding": 0.5}, default=1.0))
     audit = wdjax.audit(optax.chain(wdjax.adamw(LR, WD), scale), make_params())
     np.testing.assert_allclose([audit["embedding"].rate, audit["bias"].rate], [RATE / 2, RATE], rtol=1e-5)
+
+
+def test_shrink_and_perturb_is_a_decay_and_the_noise_is_left_out() -> None:
+    def build(lr: float, shrink: Any = RATE, noise: Any = 0.1) -> Any:
+        return optax.chain(optax.adam(lr), wdjax.on_weights.shrink_and_perturb(shrink, noise, WEIGHTS, seed=0))
+
+    audit = wdjax.audit(build, make_params(), learning_rate=LR)
+    assert shown(audit["embedding"]) == ("update", "L2", "zero", False)
+    np.testing.assert_allclose(audit["embedding"].rate, RATE, rtol=1e-4)
+    assert audit["embedding"].scales_with_learning_rate is False
+    assert audit["bias"].kind == "none"
+    assert names(audit) == {"not times the learning rate"}
+    once = wdjax.audit(
+        lambda lr: build(
+            lr, lambda count: jnp.where(count == 50, 0.5, 0.0), lambda count: jnp.where(count == 50, 0.1, 0.0)
+        ),
+        make_params(),
+        learning_rate=LR,
+        steps=(0, 50),
+    )
+    np.testing.assert_allclose([rate for _, rate in once["embedding"].rates], [0.0, 0.5], rtol=1e-4)
+    assert names(once) == {"not times the learning rate", "not in every step"}
+    noise = wdjax.audit(lambda lr: build(lr, 0.0), make_params(), learning_rate=LR)
+    assert names(noise) == {"no decay"}

@@ -721,22 +721,28 @@ def test_seeds_under_vmap() -> None:
         assert same_bits(jax.tree.map(lambda x, seed=seed: x[seed], together), alone(seed))
 
 
-def test_shards_of_shard_map_draw_alike_unless_the_seed_says_who_they_are() -> None:
+def test_parts_in_shard_map_draw_their_own_numbers_and_whole_arrays_the_same() -> None:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    params = jnp.ones((64, 32), jnp.bfloat16)
+    params = {"part": jnp.ones((64, 32), jnp.bfloat16), "whole": jnp.ones(256, jnp.bfloat16)}
+    specs = {"part": PartitionSpec("d"), "whole": PartitionSpec()}
 
-    def run(with_index: bool) -> np.ndarray:
+    def run(check_vma: bool, with_index: bool = False) -> Any:
         def step(params: Any) -> Any:
             optimizer = decaying(1e-3, "stochastic_rounding", jax.lax.axis_index("d") if with_index else 0)
             updates, _ = optimizer.update(params, optimizer.init(params), params)
             return optax.apply_updates(params, updates)
 
-        spec = PartitionSpec("d")
-        new = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))(params)
-        return float64(new).reshape(8, 8 * 32)
+        out_specs = {"part": specs["part"], "whole": PartitionSpec(None if check_vma else "d")}
+        act = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
+        return {name: float64(leaf).reshape(-1, 256) for name, leaf in jax.jit(act)(params).items()}
 
-    assert len(np.unique(run(False), axis=0)) == 1
-    assert len(np.unique(run(True), axis=0)) == 8
+    def draws(found: Any) -> dict[str, int]:
+        return {name: len(np.unique(rows, axis=0)) for name, rows in found.items()}
+
+    assert draws(run(True)) == {"part": 8, "whole": 1}
+    # Where JAX does not know which arrays are split, the seed has to say who a device is.
+    assert draws(run(False)) == {"part": 1, "whole": 1}
+    assert draws(run(False, with_index=True)) == {"part": 8, "whole": 8}
 
 
 @every_writer

@@ -32,6 +32,7 @@ METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
 NORM_CONTROL, TANGENTIAL = "in_update/test_norm_control.py", "in_update/test_tangential.py"
 CPR = "on_weights/test_cpr.py"
+PERTURB = "on_weights/test_perturbing.py"
 
 MUTATIONS = [
     # Moving averages as anchors.
@@ -714,6 +715,35 @@ MUTATIONS = [
         "number / (1 - momentum)",
         (RATES,),
     ),
+    # Shrink and perturb.
+    Mutation(
+        "the step itself does not shrink",
+        "on_weights/perturbing.py",
+        "return minus(update, rate, p + update)",
+        "return minus(update, rate, p)",
+        (CONTRACT,),
+    ),
+    Mutation(
+        "the noise is the same in every step",
+        "on_weights/perturbing.py",
+        "of_each = draws.keys_of_leaves(where, seed, state.count, acting)",
+        "of_each = draws.keys_of_leaves(where, seed, 0, acting)",
+        (PERTURB,),
+    ),
+    Mutation(
+        "the sum of shrink and noise is rounded twice",
+        "on_weights/perturbing.py",
+        "return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update",
+        "return update",
+        (PERTURB,),
+    ),
+    Mutation(
+        "parts within shard_map draw the same numbers",
+        "_engine/draws.py",
+        "jax.random.fold_in(found[path], jax.lax.axis_index(name))",
+        "jax.random.fold_in(found[path], 0)",
+        (PERTURB,),
+    ),
     # Recipes and wrappers.
     Mutation(
         "AdamW decays before Adam",
@@ -841,15 +871,15 @@ MUTATIONS = [
     ),
     Mutation(
         "every array gets the same random numbers",
-        "low_precision/writers.py",
-        "jax.random.fold_in(key, i) if is_low(leaf)",
-        "jax.random.fold_in(key, 0) if is_low(leaf)",
+        "_engine/draws.py",
+        'f"{where} {path}".encode()',
+        "where.encode()",
         (WRITERS,),
     ),
     Mutation(
         "the same random numbers in each step",
-        "low_precision/writers.py",
-        'jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)',
+        "_engine/draws.py",
+        'jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)',
         'jax.random.key(seed, impl="threefry2x32")',
         (WRITERS,),
     ),

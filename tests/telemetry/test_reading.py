@@ -71,6 +71,10 @@ CASES = {
     "injected": Case(
         lambda: optax.inject_hyperparams(wdjax.adamw, static_args="mask")(RATE, DECAY, mask=KERNEL), told(DECAY)
     ),
+    "shrink and perturb": Case(
+        lambda: optax.chain(optax.adam(RATE), wdjax.on_weights.shrink_and_perturb(DECAY, 0.1, KERNEL, seed=0)),
+        told(DECAY, learning_rate=1.0),
+    ),
     "partition": Case(
         lambda: optax.partition(
             {"kernel": wdjax.adamw(RATE, WD), "rest": optax.sgd(LR)},

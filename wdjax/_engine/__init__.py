@@ -9,6 +9,7 @@
 `rates`       a rate as a user gives it
 `masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
+`draws`       random keys for each parameter
 `norms`       norms that neither overflow nor underflow, also over devices
 `mesh_axes`   sums over devices within `shard_map`
 `probe`       how `monitor` reads a decay

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._engine import checks, trees
+from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule
 from .._engine.loop import Action, DecayState
-from .._engine.text import shown
 from .rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
 
 PyTree = Any
@@ -81,10 +80,11 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
     Source: Gupta et al. 2015; for weight decay Zamirai et al. 2020 (arXiv 2010.06192).
 
     Args:
-        seed: an integer or 0-d integer array (may be traced). The same seed and count give the same random numbers on
-            any number of devices, with any sharding, and on every replica of `pmap`. Inside `shard_map` a device sees
-            only its shard: add `jax.lax.axis_index` of the axes that params are sharded over to the seed. Under `vmap`
-            all members draw the same numbers, unless the seed is mapped.
+        seed: an integer or 0-d integer array (may be traced). Seed, count and path of a parameter give the same random
+            numbers on any number of devices, with any sharding, and on every replica of `pmap`. Inside `shard_map` a
+            device draws for its part. With `check_vma=False` all parts get the same numbers: then add
+            `jax.lax.axis_index` of the axes that params are sharded over to the seed. Under `vmap` all members draw the
+            same numbers, unless the seed is mapped.
 
     Returns:
         An `optax.GradientTransformation` with a `StochasticRoundingState`. Its `update` needs `params`. The updates of
@@ -108,15 +108,12 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
         ([1.9921875, 2.0], 1.998)
     """
     where = "stochastic_rounding"
-    is_integer = isinstance(seed, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(seed, bool)
-    if not is_integer or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
-        raise TypeError(f"{where}: seed must be an integer, got {shown(seed)}. Write {where}(seed=0).")
+    draws.check_seed(where, seed, f"{where}(seed=0)")
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.count)
         leaves = trees.flatten_with_paths(params)
-        keys = [jax.random.fold_in(key, i) if is_low(leaf) else None for i, (_, leaf) in enumerate(leaves)]
-        updates, _ = _run(where, _AT_RANDOM, updates, params, inputs=keys)
+        keys = draws.keys_of_leaves(where, seed, state.count, [(path, leaf) for path, leaf in leaves if is_low(leaf)])
+        updates, _ = _run(where, _AT_RANDOM, updates, params, inputs=[keys.get(path) for path, _ in leaves])
         return updates, StochasticRoundingState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(lambda params: StochasticRoundingState(jnp.zeros([], jnp.int32)), update_fn)

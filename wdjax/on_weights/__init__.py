@@ -7,6 +7,8 @@ they are set through a difference, which is always exact only if the weight beco
 
 A constraint has a radius instead of a strength: `constrain` moves weights to the nearest ones that obey it. A bound of
 `cpr` holds in the limit: its decay grows while a penalty is above the bound.
+
+`shrink_and_perturb` shrinks the weights and adds noise to them, once before training goes on or in every step.
 """
 
 from .bounds import AtInit as AtInit
@@ -14,4 +16,5 @@ from .bounds import InflectionPoint as InflectionPoint
 from .bounds import WarmStart as WarmStart
 from .constraining import constrain as constrain
 from .cpr import cpr as cpr
+from .perturbing import shrink_and_perturb as shrink_and_perturb
 from .proximal import proximal_step as proximal_step

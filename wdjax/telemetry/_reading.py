@@ -128,7 +128,7 @@ class Found:
 
 def _rules(action: Action, params: PyTree, leaves: Sequence[tuple[str, Any]]) -> list[str | None]:
     """For each leaf that decays, the rule that decides so, as `plan` shows it."""
-    rate = next(iter(action.rates.values()))
+    rate, *_ = action.rates.values()  # A learning rate may follow.
     chosen = asked(action.where, action.mask, params, leaves, "all")
     left = trees.hidden_where([choice.value for choice in chosen], leaves)
     rates = decisions(rate, action.where, left) if isinstance(rate, Rules) else [Decision(rate, "")] * len(leaves)
