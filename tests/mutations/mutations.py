@@ -161,8 +161,8 @@ MUTATIONS = [
     Mutation(
         "the controlled update is rounded between its two terms",
         "in_update/norm_control.py",
-        "return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update",
-        "return update",
+        "wide = widened(updates)",
+        "wide = updates",
         (NORM_CONTROL,),
     ),
     Mutation(
@@ -182,7 +182,7 @@ MUTATIONS = [
     Mutation(
         "the radial part is that of one device",
         "_engine/groups.py",
-        "return mesh_axes.total(products, self._split(w))",
+        "return mesh_axes.total(products, self.split_over(w))",
         "return products",
         (TANGENTIAL,),
     ),

@@ -229,6 +229,17 @@ def cast(x: Any, dtype: Any) -> jax.Array:
     return x if isinstance(x, jax.Array) and x.dtype == dtype else jnp.asarray(x, dtype)
 
 
+def widened(updates: Any) -> Any:
+    """A tree of updates in the dtype of the arithmetic, for rules that run one after the other and are rounded once."""
+    return trees.of_each(updates, trees.is_decayable, lambda u: cast(u, compute_dtype(u)), lambda u: u)
+
+
+def narrowed_like(wide: Any, updates: Any) -> Any:
+    """A tree of results in the dtypes of the updates."""
+    is_decayable, is_hole = trees.is_decayable, trees.is_hole
+    return jax.tree.map(lambda new, u: narrowed(new, u) if is_decayable(u) else u, wide, updates, is_leaf=is_hole)
+
+
 def compute_dtype(*leaves: Any) -> Any:
     """The dtype to compute in: at least float32, double precision if a leaf has it, complex if a leaf is complex."""
     return _compute_dtype(*(leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf) for leaf in leaves))

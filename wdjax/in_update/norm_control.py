@@ -6,8 +6,8 @@ from typing import Any, Literal
 import jax
 import optax
 
-from .._engine import checks, trees
-from .._engine.arithmetic import LeafRule, Strength, cast, compute_dtype, minus, narrowed, stateless, subtracted
+from .._engine import checks
+from .._engine.arithmetic import LeafRule, Strength, minus, narrowed_like, stateless, subtracted, widened
 from .._engine.groups import SplitGroups, check_even
 from .._engine.loop import Action, DecayState
 from .._engine.norms import direction
@@ -97,10 +97,10 @@ def weight_norm_control(
     ) -> tuple[PyTree, DecayState]:
         def controlled(updates: PyTree) -> PyTree:
             # Near the sphere the two terms almost cancel, so their difference is not rounded to bfloat16 in between.
-            wide = jax.tree.map(_widened, updates, is_leaf=trees.is_hole)
+            wide = widened(updates)
             for action, rule in ((decay, _DECAYED), (growth, grown)):
                 wide, _ = action.run(rule, wide, state, params)
-            return jax.tree.map(_narrowed, wide, updates, is_leaf=trees.is_hole)
+            return narrowed_like(wide, updates)
 
         new = gated(decay_probe, decay, params, controlled, updates, controlled(updates))
         return new, state._replace(count=optax.safe_increment(state.count))
@@ -129,11 +129,3 @@ class _Grown:
 
 
 _DECAYED = stateless(subtracted)
-
-
-def _widened(update: Any) -> Any:
-    return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update
-
-
-def _narrowed(new: Any, update: Any) -> Any:
-    return narrowed(new, update) if trees.is_decayable(update) else update

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from .._engine import checks, draws, trees
-from .._engine.arithmetic import LeafRule, Strength, cast, compute_dtype, minus, narrowed, plus, stateless
+from .._engine.arithmetic import LeafRule, Strength, cast, minus, narrowed_like, plus, stateless, widened
 from .._engine.loop import Action, transformation
 from .._engine.probe import DecayProbe
 from .._engine.rules import check_no_mask
@@ -98,8 +98,7 @@ def shrink_and_perturb(
         updates: PyTree, state: Any, params: PyTree = None, *, decay_probe: DecayProbe | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         # Both parts are computed in at least float32, and their sum is rounded once.
-        wide = jax.tree.map(_widened, updates, is_leaf=trees.is_hole)
-        wide, new_state = shrinking.update(wide, state, params, decay_probe=decay_probe)
+        wide, new_state = shrinking.update(widened(updates), state, params, decay_probe=decay_probe)
         leaves = trees.flatten_with_paths(params)
         acting = [leaf for leaf, acts in zip(leaves, perturbing.acts_on(params, leaves), strict=True) if acts]
         if fresh is None:
@@ -108,17 +107,9 @@ def shrink_and_perturb(
             of_each = _fresh_weights(where, fresh, seed, state.count, acting)
         inputs = [of_each.get(path) for path, _ in leaves]
         wide, _ = perturbing.run(_GAUSSIAN if fresh is None else _FRESH, wide, state, params, inputs=inputs)
-        return jax.tree.map(_as_narrow, updates, wide, is_leaf=trees.is_hole), new_state
+        return narrowed_like(wide, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widened(update: Any) -> Any:
-    return cast(update, compute_dtype(update)) if trees.is_decayable(update) else update
-
-
-def _as_narrow(update: Any, wide: Any) -> Any:
-    return narrowed(wide, update) if trees.is_decayable(update) else update
 
 
 def _shrunk(update: jax.Array, p: jax.Array, _: Any, rate: Strength) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from .._engine import anchors, checks, mesh_axes, trees
-from .._engine.arithmetic import LeafRule, Strength, away, cast, compute_dtype, minus
+from .._engine.arithmetic import LeafRule, Strength, away, cast, compute_dtype, minus, widened
 from .._engine.loop import Action
 from .._engine.probe import gated
 from .._engine.rules import Rules, possible_values
@@ -157,7 +157,7 @@ def _around(optimizer: Optimizer, action: Action, rule: LeafRule) -> optax.Gradi
             refuse_what_rows_owe(where, state.decay)
         moved, after = inner.update(updates, state.inner_state, params, **extra_args)
         acting, factors = scale.of(after)
-        wide = jax.tree.map(_wide, updates, is_leaf=trees.is_hole)
+        wide = widened(updates)  # The decay is added to the update before rounding.
         terms, leaf = acting.run(rule, wide, state.decay, params, gates=factors)
 
         def decayed(tree: PyTree) -> PyTree:
@@ -169,11 +169,6 @@ def _around(optimizer: Optimizer, action: Action, rule: LeafRule) -> optax.Gradi
         return new, WithDecoupledDecayState(state.decay._replace(count=count, anchor=anchor, leaf=leaf), after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _wide(gradient: Any) -> Any:
-    """The gradient in the dtype of the arithmetic: that of the decay, which is added to the update before rounding."""
-    return cast(gradient, compute_dtype(gradient)) if trees.is_decayable(gradient) else gradient
 
 
 def _added(update: Any, gradient: Any, term: Any) -> Any:
