@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 
 import wdjax
 
@@ -112,6 +113,7 @@ class Kind(NamedTuple):
         prox: (w, step) -> its proximal map; None for a penalty without one.
         is_elementwise: whether it is a sum over single weights.
         is_of_matrices: whether it is for matrices only. In the contract suite a vector is then a matrix with one row.
+        rtol: the relative tolerance of its closed forms in float64.
     """
 
     penalty: Any
@@ -120,6 +122,24 @@ class Kind(NamedTuple):
     prox: Callable[[np.ndarray, float], np.ndarray] | None
     is_elementwise: bool = True
     is_of_matrices: bool = False
+    rtol: float = 1e-14
+
+
+def singular(w: np.ndarray) -> np.ndarray:
+    """The singular values of a matrix, or of an array with outputs in its last axis, or of a vector as a row."""
+    return np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)
+
+
+def with_singular(w: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The array with a function of its singular values in place of these."""
+    u, s, vh = np.linalg.svd(w.reshape(-1, w.shape[-1]), full_matrices=False)
+    return ((u * function(s)) @ vh).reshape(w.shape)
+
+
+def capping(s: np.ndarray, step: float) -> np.ndarray:
+    """The cap at the level above which the parts of the singular values add up to step times the level."""
+    level = scipy.optimize.brentq(lambda t: step * t - np.sum(np.maximum(s - t, 0)), 0, s[0], xtol=1e-15, rtol=1e-14)
+    return np.minimum(s, level)
 
 
 KINDS = {
@@ -139,6 +159,33 @@ KINDS = {
         lambda w: np.sum(np.where(np.abs(w) <= 0.5, 0.5 * w**2, 0.5 * (np.abs(w) - 0.25))),
         lambda w: np.clip(w, -0.5, 0.5),
         lambda w, k: huber(w, k, 0.5),
+    ),
+    "NuclearNorm": Kind(
+        wdjax.penalties.NuclearNorm(),
+        lambda w: np.sum(singular(w)),
+        lambda w: with_singular(w, np.sign),
+        lambda w, k: with_singular(w, lambda s: np.maximum(s - k, 0)),
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-13,
+    ),
+    "SpectralNorm": Kind(
+        wdjax.penalties.SpectralNorm(),
+        lambda w: 0.5 * singular(w)[0] ** 2,
+        lambda w: with_singular(w, lambda s: np.where(np.arange(s.size) == 0, s, 0)),
+        lambda w, k: with_singular(w, lambda s: capping(s, k)),
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-12,
+    ),
+    "Orthogonality": Kind(
+        wdjax.penalties.Orthogonality(),
+        lambda w: 0.25 * (np.sum((singular(w) ** 2 - 1) ** 2)),
+        lambda w: with_singular(w, lambda s: s * (s**2 - 1)),
+        None,
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-13,
     ),
 }
 

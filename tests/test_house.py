@@ -125,6 +125,8 @@ EVERYTHING: dict[str, Any] = {
         if name not in INTERNAL.get(room, set()) | set(PUBLIC)
     },
 }
+# Where penalties and constraints are.
+KINDS_IN = ("wdjax.constraints", *(f"wdjax.penalties.{name}" for name in ("kinds", "groups", "matrices")))
 # These compute closed forms from any numbers.
 NEVER_RAISE = {"testing.heavy_ball_weights", "testing.soft_threshold"}
 
@@ -163,7 +165,7 @@ def test_every_public_docstring_has_the_facts(name: str) -> None:
             facts += ["Rule", "Place", "Units", "Source"]
         elif name.startswith("rates."):
             facts += ["Rule", "Units", "Source"]
-    elif value.__module__ in ("wdjax.constraints", "wdjax.penalties.kinds", "wdjax.penalties.groups"):
+    elif value.__module__ in KINDS_IN:
         facts += ["Place"] if value is wdjax.constraints.Constraint else ["Rule", "Place", "Units", "Source"]
         facts += ["Args", "Raises"] if fields_of(value) else []
     elif fields_of(value) and value not in (wdjax.EMA, wdjax.Rules):

@@ -28,9 +28,9 @@ RNG = np.random.default_rng(0)
 def test_value_is_the_definition_and_gradient_its_derivative(kind: Kind) -> None:
     w = RNG.normal(size=(4, 3))
     found = kind.penalty.gradient(jnp.asarray(w))
-    np.testing.assert_allclose(kind.penalty.value(jnp.asarray(w)), kind.value(w), rtol=1e-14)
-    np.testing.assert_allclose(found, kind.gradient(w), rtol=1e-14)
-    chex.assert_trees_all_close(jax.grad(kind.penalty.value)(jnp.asarray(w)), found, rtol=1e-14)
+    np.testing.assert_allclose(kind.penalty.value(jnp.asarray(w)), kind.value(w), rtol=kind.rtol)
+    np.testing.assert_allclose(found, kind.gradient(w), rtol=kind.rtol)
+    chex.assert_trees_all_close(jax.grad(kind.penalty.value)(jnp.asarray(w)), found, rtol=kind.rtol)
     testing.assert_gradient(kind.penalty)
 
 
@@ -40,7 +40,7 @@ def test_prox_minimizes_what_it_says(kind: Kind, step: float) -> None:
     assert kind.prox is not None
     w = RNG.normal(size=(4, 3) if kind.is_of_matrices else 5)
     found = np.asarray(kind.penalty.prox(jnp.asarray(w), jnp.asarray(step)))
-    np.testing.assert_allclose(found, kind.prox(w, step), rtol=1e-13 if kind.is_of_matrices else 1e-14, atol=1e-16)
+    np.testing.assert_allclose(found, kind.prox(w, step), rtol=kind.rtol, atol=1e-16)
     testing.assert_prox(kind.penalty, w, steps=step)
 
 

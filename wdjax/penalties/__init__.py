@@ -10,6 +10,9 @@ array and compute in its dtype. `gradient` and `prox` keep its shape.
 | `L1()` | sum \\|w\\| | sign(w) | sign(w) max(\\|w\\| - k, 0) |
 | `ElasticNet(r)` | r L1 + (1 - r) L2 | r sign(w) + (1 - r) w | prox of L1 at k r, divided by 1 + k (1 - r) |
 | `GroupLasso(per=-1)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
+| `NuclearNorm()` | sum of singular values s | U V^T | U diag(max(s - k, 0)) V^T |
+| `SpectralNorm()` | s^2 / 2 of the largest one | s u v^T | singular values capped |
+| `Orthogonality()` | \\|\\|W^T W - I\\|\\|^2 / 4 | W (W^T W - I) | – |
 | `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
@@ -20,6 +23,9 @@ from .kinds import L1 as L1
 from .kinds import L2 as L2
 from .kinds import ElasticNet as ElasticNet
 from .kinds import Huber as Huber
+from .matrices import NuclearNorm as NuclearNorm
+from .matrices import Orthogonality as Orthogonality
+from .matrices import SpectralNorm as SpectralNorm
 from .protocol import Penalty as Penalty
 from .protocol import ProximalPenalty as ProximalPenalty
 from .protocol import check_kind as check_kind
