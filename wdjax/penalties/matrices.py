@@ -116,7 +116,7 @@ class SpectralNorm(Matrices):
         s, step = singular_values(matrix), _scalar(step, w)
         # The level that holds for the n largest values is greatest for the right n.
         levels = jnp.cumsum(s) / (step + jnp.arange(1, 1 + s.size, dtype=s.dtype))
-        return back(mapped(capped, matrix, jnp.max(levels, initial=0)))
+        return back(mapped(_levelled, matrix, jnp.max(levels, initial=0)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -178,6 +178,12 @@ def _largest(s: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array, jax
     is_largest = (s == jnp.max(s, initial=0)).astype(s.dtype)
     share = is_largest / jnp.maximum(jnp.sum(is_largest), 1)
     return share * s, share, jnp.zeros_like(s)
+
+
+def _levelled(s: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # At a step of 0, the level is the largest singular value, up to rounding, and falls as the step grows.
+    is_above = s >= level * (1 - 16 * jnp.finfo(s.dtype).eps)
+    return jnp.minimum(s, level), ~is_above, is_above
 
 
 def _vector(w: jax.Array, iterations: int) -> jax.Array:
