@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -125,14 +126,18 @@ class Kind(NamedTuple):
     rtol: float = 1e-14
 
 
+def as_matrix(w: np.ndarray) -> np.ndarray:
+    """The array as a matrix whose columns are the last axis. A vector is a row."""
+    return np.reshape(w, (-1, np.atleast_1d(w).shape[-1]))
+
+
 def singular(w: np.ndarray) -> np.ndarray:
-    """The singular values of a matrix, or of an array with outputs in its last axis, or of a vector as a row."""
-    return np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)
+    return np.linalg.svd(as_matrix(w), compute_uv=False)
 
 
 def with_singular(w: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The array with a function of its singular values in place of these."""
-    u, s, vh = np.linalg.svd(w.reshape(-1, w.shape[-1]), full_matrices=False)
+    u, s, vh = np.linalg.svd(as_matrix(w), full_matrices=False)
     return ((u * function(s)) @ vh).reshape(w.shape)
 
 
@@ -220,15 +225,15 @@ def _on_weights(name: str) -> Row:
 
 
 def _of_all(kind: Kind) -> Any:
-    """The penalty. One for matrices also takes vectors, because the suite's trees hold biases."""
+    """The penalty. One for matrices also takes vectors and scalars, because the suite's trees hold them."""
     if not kind.is_of_matrices:
         return kind.penalty
     base = type(kind.penalty)
 
     def with_rows(method: str) -> Any:
         def call(self: Any, w: Any, *step: Any) -> Any:
-            result = getattr(base, method)(self, w[None] if w.ndim == 1 else w, *step)
-            return result[0] if w.ndim == 1 and np.ndim(result) else result
+            result = getattr(base, method)(self, w if w.ndim > 1 else jnp.reshape(w, (1, -1)), *step)
+            return jnp.reshape(result, w.shape) if np.ndim(result) else result
 
         return call
 
