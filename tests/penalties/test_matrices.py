@@ -197,6 +197,16 @@ def test_the_gradient_and_its_own_derivative(kind: Any, at: str, is_complex: boo
     np.testing.assert_allclose(again, second, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize("kind", [NuclearNorm(), SpectralNorm()], ids=repr)
+def test_the_derivative_of_the_prox(kind: Any, at: str) -> None:
+    w, to = jnp.asarray(AT[at]), jnp.asarray(RNG.normal(size=(6, 3)))
+    for step in (0.2, 0.6):
+        at_size = lambda size, step=step: kind.prox(w + size * to, jnp.asarray(step + 0.7 * size))  # noqa: E731
+        _, got = jax.jvp(at_size, (0.0,), (1.0,))
+        np.testing.assert_allclose(got, (at_size(1e-6) - at_size(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-7)
+
+
 CORNERS = {"zero": np.zeros((4, 3)), "the identity": np.eye(4, 3), "2, 2, 0": matrix(2.0, 2.0, 0.0, rows=4)}
 
 
