@@ -74,9 +74,9 @@ class SpectralNorm(Matrices):
         per: the axes of the outputs, as for `SpectralBall`. Within `shard_map`, a matrix must be whole on each device.
         iterations: how many power iterations find the vectors in `value` and `gradient`: two products of the matrix
             with a vector in each, in place of a singular value decomposition. An iteration multiplies the error of the
-            vectors by (s_2 / s)^2, with the second largest singular value s_2. The value is never too large. The
-            gradient takes the vectors as constants, and so do derivatives of it. None decomposes, as `prox` always
-            does.
+            vectors by (s_2 / s)^2, with the second largest singular value s_2. The value is never too large, and
+            also a mixture of vectors gives a pull on large singular values. The derivative takes the vectors as
+            constants. None decomposes, as `prox` always does.
 
     Raises: as `NuclearNorm`; also TypeError or ValueError if `iterations` is not None or an integer >= 1.
 
@@ -128,11 +128,10 @@ class Orthogonality(Matrices):
     Place:  `penalty` and `add_penalty_to_grads`. It has no prox, so `proximal_step` refuses it.
     Units:  with the factor 1/4: near orthonormal columns, gradient descent removes the fraction
             2 * learning_rate * strength of s - 1 in a step. It diverges if
-            learning_rate * strength * (s^2 - 1) > 2 for some s.
-    Source: Brock et al. 2017, arXiv 1609.07093; the soft orthogonality of Bansal et al. 2018, arXiv 1810.09102
-            (abstracts), without the factor 1/4. The `default_ortho` of BigGAN's code adds twice this gradient, always
-            that of the outputs. Keras' `OrthogonalRegularizer` is another penalty: the mean absolute cosine between
-            rows, whatever their norms.
+            learning_rate * strength * (s^2 - 1) > 2 for some s. In float32 the value overflows for s above 4e9.
+    Source: soft orthogonality, in Bansal et al. 2018, arXiv 1810.09102 (abstract), without the factor 1/4. BigGAN's
+            code (`default_ortho`) adds twice this gradient, always with the outputs as columns. Keras'
+            `OrthogonalRegularizer` is another penalty: the mean absolute cosine between rows, whatever their norms.
 
     Args:
         per: the axes of the outputs, as for `SpectralBall`. Within `shard_map`, a matrix must be whole on each device.
