@@ -61,6 +61,8 @@ class NuclearNorm(Matrices):
 class SpectralNorm(Matrices):
     """Half the square of the largest singular value: a decay of this singular value alone.
 
+    If several singular values are the largest, `gradient` is a subgradient: the mean over their vectors.
+
     Rule:   value(w) = s^2 / 2; gradient(w) = s u v^T, with the largest singular value s and its vectors u and v.
             prox(w, k) caps the singular values at t, where the parts above t add up to k t.
     Place:  any that takes a penalty: `penalty`, `add_penalty_to_grads`, `proximal_step`.
@@ -74,13 +76,11 @@ class SpectralNorm(Matrices):
         per: the axes of the outputs, as for `SpectralBall`. Within `shard_map`, a matrix must be whole on each device.
         iterations: how many power iterations find the vectors in `value` and `gradient`: two products of the matrix
             with a vector in each, in place of a singular value decomposition. An iteration multiplies the error of the
-            vectors by (s_2 / s)^2, with the second largest singular value s_2. The value is never too large, and
-            also a mixture of vectors gives a pull on large singular values. The derivative takes the vectors as
-            constants. None decomposes, as `prox` always does.
+            vectors by (s_2 / s)^2, with the second largest singular value s_2. Until then the value is too small,
+            and the gradient pulls on several large singular values. Derivatives take the vectors as constants. With
+            None, `value` and `gradient` decompose, as `prox` always does.
 
     Raises: as `NuclearNorm`; also TypeError or ValueError if `iterations` is not None or an integer >= 1.
-
-    If several singular values are the largest, the gradient is a subgradient: by default the mean over their vectors.
 
     Example:
 
