@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 
 import wdjax
 from wdjax import penalties, wrappers
@@ -138,6 +139,7 @@ class Kind(NamedTuple):
         prox: (w, step) -> its proximal map; None for a penalty without one.
         is_elementwise: whether it is a sum over single weights.
         is_of_matrices: whether it is for matrices only. In the contract suite a vector is then a matrix with one row.
+        rtol: the relative tolerance of its closed forms in float64.
     """
 
     penalty: Any
@@ -146,6 +148,28 @@ class Kind(NamedTuple):
     prox: Callable[[np.ndarray, float], np.ndarray] | None
     is_elementwise: bool = True
     is_of_matrices: bool = False
+    rtol: float = 1e-14
+
+
+def as_matrix(w: np.ndarray) -> np.ndarray:
+    """The array as a matrix whose columns are the last axis. A vector is a row."""
+    return np.reshape(w, (-1, np.atleast_1d(w).shape[-1]))
+
+
+def singular(w: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(as_matrix(w), compute_uv=False)
+
+
+def with_singular(w: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The array with a function of its singular values in place of these."""
+    u, s, vh = np.linalg.svd(as_matrix(w), full_matrices=False)
+    return ((u * function(s)) @ vh).reshape(w.shape)
+
+
+def capping(s: np.ndarray, step: float) -> np.ndarray:
+    """The cap at the level above which the parts of the singular values add up to step times the level."""
+    level = scipy.optimize.brentq(lambda t: step * t - np.sum(np.maximum(s - t, 0)), 0, s[0], xtol=1e-15, rtol=1e-14)
+    return np.minimum(s, level)
 
 
 KINDS = {
@@ -185,6 +209,33 @@ KINDS = {
         lambda w: np.sign(w) / np.sqrt(np.where(w == 0, 1, np.abs(w))),
         of_power_one_half,
     ),
+    "NuclearNorm": Kind(
+        wdjax.penalties.NuclearNorm(),
+        lambda w: np.sum(singular(w)),
+        lambda w: with_singular(w, np.sign),
+        lambda w, k: with_singular(w, lambda s: np.maximum(s - k, 0)),
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-13,
+    ),
+    "SpectralNorm": Kind(
+        wdjax.penalties.SpectralNorm(),
+        lambda w: 0.5 * singular(w)[0] ** 2,
+        lambda w: with_singular(w, lambda s: np.where(np.arange(s.size) == 0, s, 0)),
+        lambda w, k: with_singular(w, lambda s: capping(s, k)),
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-12,
+    ),
+    "Orthogonality": Kind(
+        wdjax.penalties.Orthogonality(),
+        lambda w: 0.25 * (np.sum((singular(w) ** 2 - 1) ** 2)),
+        lambda w: with_singular(w, lambda s: s * (s**2 - 1)),
+        None,
+        is_elementwise=False,
+        is_of_matrices=True,
+        rtol=1e-13,
+    ),
 }
 
 
@@ -218,15 +269,15 @@ def _on_weights(name: str) -> Row:
 
 
 def _of_all(kind: Kind) -> Any:
-    """The penalty. One for matrices also takes vectors, because the suite's trees hold biases."""
+    """The penalty. One for matrices also takes vectors and scalars, because the suite's trees hold them."""
     if not kind.is_of_matrices:
         return kind.penalty
     base = type(kind.penalty)
 
     def with_rows(method: str) -> Any:
         def call(self: Any, w: Any, *step: Any) -> Any:
-            result = getattr(base, method)(self, w[None] if w.ndim == 1 else w, *step)
-            return result[0] if w.ndim == 1 and np.ndim(result) else result
+            result = getattr(base, method)(self, w if w.ndim > 1 else jnp.reshape(w, (1, -1)), *step)
+            return jnp.reshape(result, w.shape) if np.ndim(result) else result
 
         return call
 

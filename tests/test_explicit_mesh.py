@@ -14,6 +14,7 @@ from registry import ROWS, Row, core_first, core_row
 from slow import slow
 
 import wdjax
+from wdjax.penalties import NuclearNorm, Orthogonality, SpectralNorm
 
 P = PartitionSpec
 SHAPES = {"layers": (8, 4, 6), "kernel": (16, 4), "table": (8, 3), "bias": (4,)}
@@ -131,6 +132,20 @@ def test_the_loss_and_its_gradient(kind: Any, mesh: Any) -> None:
             found, grads = run(on(mesh, params))
             np.testing.assert_allclose(found, want, rtol=1e-5)
             assert_alike(grads, on(mesh, params), want_grads)
+
+
+OF_MATRICES = [NuclearNorm(), *map(slow, (SpectralNorm(), SpectralNorm(iterations=10), Orthogonality()))]
+
+
+@pytest.mark.parametrize("kind", OF_MATRICES, ids=repr)
+def test_the_loss_of_matrices_and_its_gradient(kind: Any, mesh: Any) -> None:
+    params, mask = make(0), wdjax.all_but("bias")
+    of = jax.value_and_grad(lambda params: wdjax.penalty(params, kind, 0.3, mask, stacked_axes={"layers": 1}))
+    want, want_grads = of(jax.tree.map(jnp.asarray, params))
+    for run in (of, jax.jit(of)):
+        found, grads = run(on(mesh, params))
+        np.testing.assert_allclose(found, want, rtol=1e-5)
+        assert_alike(grads, on(mesh, params), want_grads, rtol=1e-5, atol=1e-5)
 
 
 FACTORS = {"W": {"kernel": P("data", "model"), "lora_a": P("data", None), "lora_b": P(None, "model")}}

@@ -15,18 +15,15 @@ Complex weights: \\|w\\| is the modulus. `NonNegative` is for real weights.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._engine.groups import Groups, SplitGroups, UnfitShapeError
+from ._engine.groups import Groups, SplitGroups
+from ._engine.matrices import Matrices, capped, mapped, singular_values
 from ._engine.norms import direction
-from ._engine.text import shown
 
 
 @runtime_checkable
@@ -167,7 +164,7 @@ class L1Ball(Groups):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SpectralBall(Groups):
+class SpectralBall(Matrices):
     """Matrices whose largest singular value is at most the radius. Singular values above it become the radius.
 
     `norm(w)` returns the largest singular value.
@@ -195,79 +192,14 @@ class SpectralBall(Groups):
         [[1.0, 0.0], [0.0, 0.5]]
     """
 
-    axis: None = dataclasses.field(default=None, init=False)
-    per: int | tuple[int, ...] = dataclasses.field(default=-1, kw_only=True)
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "per", self._checked("per", self.per))
-        except TypeError:
-            raise TypeError(
-                f"SpectralBall: per must be an integer or a tuple of integers, got {shown(self.per)}. Write "
-                "SpectralBall(per=-1) for matrices with the last axis on one side."
-            ) from None
-
-    def axes(self, ndim: int) -> tuple[int, ...]:
-        return tuple(range(ndim))
-
-    def _as_matrix(self, w: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-        """The array as a matrix with no more columns than rows, and the way back."""
-        rows = super().axes(w.ndim)
-        columns = tuple(axis for axis in range(w.ndim) if axis not in rows)
-        if not rows or not columns:
-            raise UnfitShapeError(
-                f"{self}: an array of shape {w.shape} is no matrix. Use a mask to select matrices, such as "
-                "weights_only() or only('kernel')."
-            )
-        order = (*rows, *columns) if _size(w, rows) >= _size(w, columns) else (*columns, *rows)
-        moved = jnp.transpose(w, order)
-        matrix = jnp.reshape(moved, sorted([_size(w, rows), _size(w, columns)], reverse=True))
-        return matrix, lambda m: jnp.transpose(jnp.reshape(m, moved.shape), [order.index(i) for i in range(w.ndim)])
-
     def norm(self, w: jax.Array) -> jax.Array:
         """The largest singular value, with as many axes as `w`."""
-        matrix, _ = self._as_matrix(w)
-        return jnp.reshape(jnp.max(jnp.linalg.svd(matrix, compute_uv=False), initial=0), (1,) * w.ndim)
+        matrix, _ = self.as_matrix(w)
+        return jnp.reshape(jnp.max(singular_values(matrix), initial=0), (1,) * w.ndim)
 
     def project(self, w: jax.Array, radius: Any) -> jax.Array:
-        matrix, back = self._as_matrix(w)
-        return back(_capped(matrix, jnp.reshape(jnp.asarray(radius, jnp.finfo(w.dtype).dtype), ())))
-
-
-def _size(w: jax.Array, axes: tuple[int, ...]) -> int:
-    return math.prod(w.shape[axis] for axis in axes)
-
-
-@jax.custom_jvp
-def _capped(w: jax.Array, radius: jax.Array) -> jax.Array:
-    u, s, vh = jnp.linalg.svd(w, full_matrices=False)
-    return jnp.where(jnp.max(s, initial=0) <= radius, w, _product(u * jnp.minimum(s, radius)[None], vh))
-
-
-@_capped.defjvp
-def _capped_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # The derivative of the decomposition divides by differences of singular values. That of the capped matrix has
-    # divided differences of the capped values instead (Daleckii & Krein), which exist also where values are equal.
-    (w, radius), (dw, dradius) = primals, tangents
-    u, s, vh = jnp.linalg.svd(w, full_matrices=False)
-    uh, v, capped, is_over = jnp.conj(u.T), jnp.conj(vh.T), jnp.minimum(s, radius), s > radius
-    with jax.numpy_dtype_promotion("standard"):  # Real times complex.
-        inner = _product(uh, dw, v)
-        even, odd = (inner + jnp.conj(inner.T)) / 2, (inner - jnp.conj(inner.T)) / 2
-        of_even = _ratio(capped[:, None] - capped[None], s[:, None] - s[None], ~is_over[:, None])
-        of_odd = _ratio(capped[:, None] + capped[None], s[:, None] + s[None], True)
-        within = _product(u, of_even * even + of_odd * odd, vh)
-        beside = _product((_product(dw, v) - _product(u, inner)) * _ratio(capped, s, True)[None], vh)
-        of_radius = dradius * _product(jnp.where(is_over[None], u, 0), vh)
-        return _capped(w, radius), within + beside + of_radius
-
-
-def _ratio(a: jax.Array, b: jax.Array, if_zero: Any) -> jax.Array:
-    return jnp.where(b == 0, jnp.asarray(if_zero, a.dtype), a / jnp.where(b == 0, 1, b))
-
-
-def _product(*matrices: jax.Array) -> jax.Array:
-    return functools.reduce(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST), matrices)
+        matrix, back = self.as_matrix(w)
+        return back(mapped(capped, matrix, jnp.reshape(jnp.asarray(radius, jnp.finfo(w.dtype).dtype), ())))
 
 
 @dataclasses.dataclass(frozen=True)

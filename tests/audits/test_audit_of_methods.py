@@ -12,7 +12,7 @@ from optax import contrib
 from slow import slow_but
 
 import wdjax
-from wdjax import L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall, constrain, normalized_update
+from wdjax import L1Ball, L2Ball, L2Sphere, NonNegative, SpectralBall, constrain, normalized_update, penalties
 from wdjax.constraints import Constraint
 from wdjax.in_update import tangential_update, weight_norm_control
 from wdjax.wrappers import with_selective_decay, with_stable_decay
@@ -379,6 +379,24 @@ def test_a_constraint_before_the_optimizer_is_told_to_come_last() -> None:
     finding = wdjax.audit(optax.chain(first, SGD), make_params()).finding("grows")
     assert finding is not None
     assert "a constraint or proximal_step comes before the optimizer: put it last" in finding.remedy
+
+
+OF_MATRICES = (penalties.NuclearNorm(), penalties.SpectralNorm(), penalties.Orthogonality())
+
+
+@pytest.mark.parametrize("kind", OF_MATRICES, ids=repr)
+def test_a_penalty_of_matrices_is_of_another_kind_and_grows_nothing(kind: Any) -> None:
+    mask = wdjax.only("embedding")
+    pull = wdjax.add_penalty_to_grads(kind, 0.1, mask)
+    chains = {"update": optax.chain(pull, SGD), "gradient": optax.chain(pull, optax.adam(0.01))}
+    if hasattr(kind, "prox"):
+        chains["weights"] = optax.chain(SGD, wdjax.proximal_step(kind, 0.1, mask, learning_rate=0.01))
+    for place, optimizer in chains.items():
+        audit = wdjax.audit(optimizer, make_params())
+        assert shown(audit["embedding"]) == (place, "other", audit["embedding"].toward, False)
+        assert audit["embedding"].rate > 0
+        assert not audit["bias"].decays
+        assert names(audit) == ({"seen by the moments"} if place == "gradient" else set())
 
 
 def test_a_constraint_that_nothing_reaches_is_not_seen() -> None:

@@ -109,3 +109,27 @@ def test_at_zero_keras_l1_has_a_gradient_and_wdjax_has_none() -> None:
     zero = jnp.zeros(1)
     assert jax.grad(keras.regularizers.L1(0.25))(zero)[0] == 0.25
     assert jax.grad(lambda w: wdjax.penalty(w, wdjax.L1(), 0.25))(zero)[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_the_orthogonal_regularizer_is_the_mean_cosine_and_orthogonality_the_sum_of_their_squares(mode: str) -> None:
+    regularizer, count = keras.regularizers.OrthogonalRegularizer(0.25, mode), 3
+    w = RNG.normal(size=(count, 7))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    # Rows of norm 1 whose cosines are all 0.6.
+    equal = np.linalg.cholesky(0.4 * np.eye(count) + 0.6) @ np.linalg.qr(RNG.normal(size=(7, count)))[0].T
+    for rows in (w, equal, w[:2]):
+        cosines = (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+        given = jnp.asarray(rows if mode == "rows" else rows.T)
+        theirs, ours = float(regularizer(given)) / 0.25, float(wdjax.penalties.Orthogonality().value(given))
+        np.testing.assert_allclose(theirs, np.mean(np.abs(cosines)), rtol=1e-6)  # Keras normalizes with an epsilon.
+        np.testing.assert_allclose(ours, np.sum(cosines**2) / 2, rtol=1e-12)
+        bound = cosines.size * theirs**2 / 2
+        assert ours >= bound * (1 - 1e-6)
+        if rows is not w:  # All cosines are equal.
+            np.testing.assert_allclose(ours, bound, rtol=1e-6)
+        # Keras does not see the norms.
+        np.testing.assert_allclose(regularizer(2 * given) / 0.25, theirs, rtol=1e-6)
+        np.testing.assert_allclose(
+            wdjax.penalties.Orthogonality().value(2 * given), (len(rows) * 9 + 32 * np.sum(cosines**2)) / 4, rtol=1e-12
+        )

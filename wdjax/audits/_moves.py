@@ -18,7 +18,7 @@ def kind_of(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
         growth = np.where(odd == 0, np.nan, np.abs(double) / np.abs(odd))
     growth = growth[np.isfinite(growth)]
     linear, constant = np.abs(growth - 2) < 0.02, np.abs(growth - 1) < 0.02
-    if growth.size == 0 or not is_real:
+    if growth.size == 0 or not is_real or _is_mixed(np.real(odd / w)):
         return "other"
     if np.all(linear):
         return "L2"
@@ -26,6 +26,16 @@ def kind_of(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
         return "L1" if np.min(np.abs(odd[odd != 0])) >= 0.98 * np.max(np.abs(odd)) else "norm"
     between = (growth > 0.98) & (growth < 2.02)
     return "Huber" if linear.any() and constant.any() and between.all() else "other"
+
+
+def _is_mixed(ratios: np.ndarray) -> bool:
+    """Whether weights move one another, as under a penalty of singular values.
+
+    Then some grow and some shrink. Rates of layers or rows of both signs would be constant along some axis.
+    """
+    small = 1e-2 * float(np.max(np.abs(ratios)))
+    varies = [bool(np.any(np.ptp(ratios, axis) > small)) for axis in range(ratios.ndim)]
+    return len(varies) > 1 and all(varies) and bool(np.min(ratios) < -small and np.max(ratios) > small)
 
 
 def is_noise(odd: np.ndarray, w: np.ndarray, rounding: np.ndarray) -> bool:
