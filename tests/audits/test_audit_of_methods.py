@@ -404,18 +404,63 @@ def test_a_constraint_that_nothing_reaches_is_not_seen() -> None:
     assert names(audit) == {"no decay"}
 
 
-def test_a_strength_that_depends_on_earlier_steps_is_taken_for_a_memory_of_moments() -> None:
-    def audited(bound: Any) -> wdjax.Audit:
-        held = wdjax.on_weights.cpr(wdjax.L2(), bound, wdjax.only("embedding"))
-        return wdjax.audit(optax.chain(optax.adam(0.01), held), make_params())
+def held(bound: Any, kind: Any = None, **options: Any) -> Any:
+    return wdjax.on_weights.cpr(kind or wdjax.L2(), bound, wdjax.only("embedding"), **options)
 
-    audit = audited(0.5)
-    assert shown(audit["embedding"]) == ("gradient", "unknown", "zero", False)
-    assert names(audit) == {"seen by the moments"}
-    # The probe weights exceed the bound by some mean, which is the multiplier of the first step.
-    assert 0.1 < audit["embedding"].rate < 1
+
+def grows_by_weight(updates: Any, strength: Any, params: Any) -> Any:
+    """Somebody else's decay, whose strength grows in each weight by its size."""
+    strength = jax.tree.map(lambda k, p: k + RATE * jnp.abs(p), strength, params)
+    return jax.tree.map(lambda u, k, p: u - k * p, updates, strength, params), strength
+
+
+ELEMENTWISE = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), grows_by_weight)
+ADAPTING: dict[str, Any] = {
+    "adam": optax.chain(optax.adam(LR), held(0.5)),
+    "sgd": optax.chain(optax.sgd(LR), held(0.5)),
+    "momentum, a fast multiplier": optax.chain(MOMENTUM, held(0.5, update_rate=6.0)),
+    "L1": optax.chain(optax.adam(LR), held(0.0, wdjax.L1())),
+    "a bound taken at init": optax.chain(optax.adam(LR), held(wdjax.on_weights.AtInit(0.8))),
+    "accumulated": optax.MultiSteps(optax.chain(optax.adam(LR), held(0.5)), 3),
+    "beside a decay": optax.chain(wdjax.adamw(LR, WD, WEIGHTS), held(0.5)),
+    "of each weight": optax.chain(MOMENTUM, ELEMENTWISE),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(ADAPTING, "adam", "momentum, a fast multiplier", "of each weight"))
+def test_a_strength_that_adapts_to_the_weights_is_no_memory_of_moments(name: str) -> None:
+    audit = wdjax.audit(ADAPTING[name], make_params())
+    row = audit["embedding"]
+    assert shown(row) == ("update", "other", "zero", False)
+    assert row.rates == ()
+    assert names(audit) - {"decays non-weights"} == {"adapts"}
+    finding = audit.finding("adapts")
+    assert finding is not None
+    assert finding.harm == "note"
+
+
+def test_the_rates_of_a_strength_that_adapts_are_those_of_its_first_two_steps() -> None:
+    audit = wdjax.audit(optax.chain(optax.adam(LR), held(0.5)), make_params())
+    finding = audit.finding("adapts")
+    assert finding is not None
+    first, then = finding.measured[0].split(" per step, then ")
+    # By the rule of `cpr`, from the mean penalty in the first step.
+    mean = audit["embedding"].rate + 0.5 / 48
+    np.testing.assert_allclose(float(first), audit["embedding"].rate, rtol=1e-5)
+    np.testing.assert_allclose(float(then), float(first) + mean * (1 - float(first)) ** 2 - 0.5 / 48, rtol=1e-4)
+
+
+def test_moments_that_see_a_decay_are_told_from_a_strength_beside_it() -> None:
+    audit = wdjax.audit(optax.chain(wdjax.adam_l2(LR, WD, WEIGHTS), held(0.5)), make_params())
+    row = audit["embedding"]
+    assert (row.place, row.kind) == ("gradient and update", "L2")
+    assert 0.1 < row.in_update < 1
+    assert names(audit) == {"seen by the moments", "two decays"}
+
+
+def test_a_strength_that_is_zero_in_the_first_steps_is_not_seen() -> None:
     for bound in (1e3, wdjax.on_weights.WarmStart(500), wdjax.on_weights.InflectionPoint()):
-        assert names(audited(bound)) == {"no decay"}
+        assert names(wdjax.audit(optax.chain(optax.adam(LR), held(bound)), make_params())) == {"no decay"}
 
 
 @pytest.mark.parametrize("share", [0.003, 0.01, 0.019])

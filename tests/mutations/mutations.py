@@ -758,6 +758,20 @@ MUTATIONS = [
         (METHODS,),
     ),
     Mutation(
+        "an audit takes a strength that adapts for a memory of moments",
+        "audits/_interpret.py",
+        "if is_at_rest and is_even:",
+        "if False:",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit judges the rate of a strength that adapts by its probe weights",
+        "audits/_checks.py",
+        "if facts.next_rate is not None:  #",
+        "if False:  #",
+        (METHODS,),
+    ),
+    Mutation(
         "dampening is ignored",
         "rates/conversions.py",
         "number * (1 - dampening) / (1 - momentum)",

@@ -35,6 +35,8 @@ def _rates(facts: Facts) -> str:
 
 def _largest(facts: Facts) -> float:
     """The largest rate, also at later counts, where it may be infinite."""
+    if facts.next_rate is not None:  # It depends on the size of the probe weights, so it says nothing about training.
+        return 0.0
     later = [one.rate for one in facts.later] if facts.is_proportional else []
     return max(facts.row.most, *later) if later else facts.row.most
 
@@ -239,6 +241,14 @@ CHECKS = (
         "with_stable_decay does this. Its rate is that of gradients of your size only.",
         lambda f: f.is_divided,
         lambda f: f"{rate_text(f)}, and {f.row.beside_gradient:.6g} beside a gradient of twice the size",
+    ),
+    _Check(
+        "note",
+        "adapts",
+        "the strength of the decay depends on the weights of earlier steps",
+        "on_weights.cpr does this. Its rates are those of the audit's weights. Look at its state during training.",
+        lambda f: f.next_rate is not None,
+        lambda f: f"{rate_text(f)}, then {f.next_rate:.6g}",
     ),
     _Check(
         "note",

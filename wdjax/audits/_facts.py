@@ -20,6 +20,7 @@ class Facts(NamedTuple):
     is_repeated: bool = False  # Whether it decays in more than one call of a step.
     rescaled: bool = False  # Whether, beside a gradient, the decay keeps its direction but not its size.
     is_remembered: bool = False  # Whether the next step remembers the decay.
+    next_rate: float | None = None  # The rate of the second step, if the strength depends on the weights of the first.
     is_proportional: bool = False  # Whether the first step takes the same fraction of all weights.
     later: tuple["Later", ...] = ()  # Steps at the tested counts, and at those that follow.
     odd_beside: bool = False  # Whether, beside a gradient, a part of the step changes sign with the weights.

@@ -47,23 +47,31 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     kind = kind_of(odd, total["double"] - even, w)
     size = np.abs(plus_grad) + runs.sizes.get(i, 0)
     noise = 64 * probes.eps * (size + scale) + 2 * probes.update_eps * size
-    place, rescaled, is_remembered = "update", False, False
+    place, rescaled, is_remembered, next_rate = "update", False, False, None
     start, tiny = {name: step.start[i] for name, step in steps.items()}, total["tiny"]
     second, at_second = ((part["plus_second"] - part["minus_second"]) / 2 for part in (total, start))
+    back = (total["plus_back"] - total["minus_back"]) / 2
     follows = False
     if origin is not None:
         # A moving average has seen the weights of the first step. At the origin, it pulls toward them.
-        back = (total["plus_back"] - total["minus_back"]) / 2
         acts = odd != 0
         follows = bool(np.all(np.real(back / w)[acts] > 0) and np.all(np.abs(back)[acts] > rounding[acts]))
         if follows:
             total |= {"plus_second": total["plus_second"] - back, "minus_second": total["minus_second"] + back}
+    is_even = same(beside - along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance)
+    # What moments remember moves weights without a distance, too. A strength that has changed does not.
+    is_at_rest = bool(np.all(np.abs(back) <= rounding))
     # Weights next to zero, if they move at all, move exactly to zero.
     if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
-    elif not nudged and _is_remembered(total, start, 8 * rounding):
-        place, is_remembered = "gradient", True
-    elif not same(beside - along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance):
+    elif not nudged and _is_remembered(total, start, 8 * rounding, has_copy=not is_at_rest):
+        is_remembered = True
+        if is_at_rest and is_even:
+            # Doubled weights double the strength too, so the kind is not measured. New states have no strength yet.
+            kind, later, rates, next_rate = "other", [], (), rate_of(second, at_second)
+        else:
+            place = "gradient"
+    elif not is_even:
         if same(2 * beside, odd, 2 * noise, probes.tolerance):
             kind = f"cautious {kind}"
         else:
@@ -79,6 +87,7 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
         lapse = PAUSES if np.all(np.abs(second) <= rounding) and np.any(total["still_second"]) else ""
     row = facts.row._replace(
         rate=rate,
+        rates=rates,
         least=float(np.min(ratios)) if kind.endswith("L2") else rate,
         most=float(np.max(ratios)) if kind.endswith("L2") else rate,
         beside_gradient=-float(np.real(np.vdot(w, beside))) / float(np.real(np.vdot(w, w))),
@@ -88,13 +97,16 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     )
     return facts._replace(
         row=row,
+        later=tuple(later),
+        next_rate=next_rate,
         grows=bool(np.all(ratios <= 0) or (kind == "L2" and np.any(-ratios * np.abs(w) > rounding))),
         is_proportional=kind == "L2" and float(np.std(ratios)) <= 1e-2 * abs(rate),
         lapse=lapse,
         is_repeated=not nudged and sum(bool(np.any(call[i] != 0)) for call in steps["plus"].moved) > 1,
         rescaled=rescaled,
         is_remembered=is_remembered,
-        lands=bool(
+        lands=next_rate is None
+        and bool(
             np.linalg.norm(before) > 2 * np.linalg.norm(odd)
             or np.linalg.norm(odd) > 0.5 * np.linalg.norm(w)
             or np.linalg.norm(second) * np.linalg.norm(w) < 0.5 * np.linalg.norm(odd) * np.linalg.norm(at_second)
@@ -102,13 +114,14 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     )
 
 
-def _is_remembered(total: dict[str, np.ndarray], start: dict[str, np.ndarray], noise: Any) -> bool:
+def _is_remembered(total: dict[str, np.ndarray], start: dict[str, np.ndarray], noise: Any, *, has_copy: bool) -> bool:
     """Whether a decay comes back in the next step, so that a state that saw it steps differently from a new one."""
     second, fresh = ((total[f"plus_{name}"] - total[f"minus_{name}"]) / 2 for name in ("second", "fresh"))
     weights = [start[f"plus_{name}"] - start[f"minus_{name}"] for name in ("second", "fresh")]
     fresh = fresh * np.divide(*weights, out=np.ones_like(fresh), where=weights[1] != 0)
     # An optimizer with its own copy of the weights goes all the way back to it from anywhere. That is not a memory.
-    if 0.5 < rate_of(total["foreign"], start["plus"] - start["still"]) < 1.5 or not np.all(np.isfinite(second)):
+    goes_back = has_copy and 0.5 < rate_of(total["foreign"], start["plus"] - start["still"]) < 1.5
+    if goes_back or not np.all(np.isfinite(second)):
         return False
     if np.all(np.abs(second) <= noise):  # The decay pauses.
         return False

@@ -42,9 +42,10 @@ def run(
     and "plus_fresh" there too, with a new state at its count; the same after "minus", and after "still" with a
     gradient. "foreign" starts at the probe weights with the state of "still".
 
-    With an origin, the optimizer is initialized there and the weights are offsets from it. Then "plus_back" and
-    "minus_back" are steps at the origin with the states after "plus" and "minus". With a nudge, it replaces the zero
-    gradient, and `beside` the other one. With `at_count`, the first step is taken at that count.
+    "plus_back" and "minus_back" start where "still" does, with the states after "plus" and "minus".
+
+    With an origin, the optimizer is initialized there and the weights are offsets from it. With a nudge, it replaces
+    the zero gradient, and `beside` the other one. With `at_count`, the first step is taken at that count.
     """
     zeros = probes.scaled(probes.weights, 0.0) if nudge is None else nudge
     gradients = probes.gradients if nudge is None else beside or probes.scaled(nudge, 2.0)
@@ -80,7 +81,7 @@ def run(
     for name, one, given in (("plus", plus, zeros), ("minus", minus, zeros), ("still", still, probes.gradients)):
         steps[f"{name}_second"] = probes.step(one.end(), given, one.after).bare()
         steps[f"{name}_fresh"] = step_from(one.end(), given, to_second).bare()
-    for name, one in (("plus", plus), ("minus", minus)) if origin is not None else ():
+    for name, one in (("plus", plus), ("minus", minus)):
         steps[f"{name}_back"] = probes.step(still.start, zeros, one.after).bare()
     steps["foreign"] = probes.step(plus.start, zeros, still.after).bare()
     later = []
