@@ -13,6 +13,10 @@ optimizer (wdjax.wrappers): `with_decoupled_decay`, `with_sparse_decay`, `with_l
 (wdjax.states): `thaw`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
 (wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
 (wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+
+Less common methods have names in their rooms only: `weight_norm_control` and `tangential_update` in wdjax.in_update,
+`cpr` and `shrink_and_perturb` in wdjax.on_weights, `with_stable_decay` and `with_selective_decay` in wdjax.wrappers,
+`Lp`, `SparseGroupLasso`, `NuclearNorm`, `SpectralNorm` and `Orthogonality` in wdjax.penalties.
 """
 
 from . import rates as rates

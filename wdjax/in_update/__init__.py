@@ -7,8 +7,9 @@ it, is `decoupled_decay` in continuous time, which never overshoots.
 
 `cautious` is a modifier: it lets one of these decays act only where the decay agrees with the optimizer.
 `weight_norm_control` decays the norm of weights toward a target instead of toward zero.
-`scale_by_path` and `normalized_update` set the size of updates: by path, and relative to the weights.
-`tangential_update` removes the part of an update that is parallel to the weights.
+
+Three transformations do not decay. `scale_by_path` and `normalized_update` set the size of updates: by path, and
+relative to the weights. `tangential_update` removes the part of an update that is parallel to the weights.
 """
 
 from .._engine.loop import DecayState as DecayState

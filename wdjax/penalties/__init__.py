@@ -12,11 +12,11 @@ array and compute in its dtype. `gradient` and `prox` keep its shape.
 | `GroupLasso(per=-1)` | sum over groups of \\|\\|w\\|\\| | w / \\|\\|w\\|\\| | w max(1 - k / \\|\\|w\\|\\|, 0) |
 | `SparseGroupLasso(l1_ratio=r)` | r L1 + (1 - r) GroupLasso | the same of gradients | prox of L1 at k r, then that of \
 GroupLasso at k (1 - r) |
+| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
+| `Lp(p)` | sum \\|w\\|^p / p | sign(w) \\|w\\|^(p - 1) | sign(w) v with v + k v^(p - 1) = \\|w\\|, or 0 |
 | `NuclearNorm()` | sum of singular values s | U V^T | U diag(max(s - k, 0)) V^T |
 | `SpectralNorm()` | s^2 / 2 of the largest one | s u v^T | singular values capped |
 | `Orthogonality()` | \\|\\|W^T W - I\\|\\|^2 / 4 | W (W^T W - I) | – |
-| `Huber(delta)` | w^2 / 2, linear beyond delta | w clipped to +-delta | that of L2; for large w, w - k delta sign(w) |
-| `Lp(p)` | sum \\|w\\|^p / p | sign(w) \\|w\\|^(p - 1) | sign(w) v with v + k v^(p - 1) = \\|w\\|, or 0 |
 
 Complex weights: |w| is the modulus, sign(w) is w / |w|.
 """

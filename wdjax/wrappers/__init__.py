@@ -1,6 +1,7 @@
 """Wrappers around a finished optimizer: `with_decoupled_decay` adds weight decay, and `freeze` freezes parameters.
 `with_sparse_decay` and `with_lazy_decay` decay only the rows that have a gradient. `with_stable_decay` divides its
-decay by the size of the gradients. `with_selective_decay` holds an array back where its gradient does.
+decay by the size of the gradients. `with_selective_decay` holds an array back if its
+negative gradient points back.
 
 Around a finished optimizer, there is only one right place for a decay: after it, with the factor of the learning rate
 and the right sign. Two kinds of optimizers need more than that:

@@ -1,4 +1,4 @@
-"""Selective projection decay: it holds a parameter back only where the gradient pulls back, too.
+"""Selective projection decay: it holds an array back only if its negative gradient points back, too.
 
 Why a wrapper: the condition is about the gradient, and the projection is of the weights after the step. A wrapper
 around the optimizer sees both.
@@ -36,7 +36,7 @@ def with_selective_decay(
     axis_name: Any = None,
     stacked_axes: StackedAxes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Moves an array back toward its anchor if its gradient points there and the step still leads away: SPD.
+    """Moves an array back toward its anchor if its negative gradient points there and the step leads away: SPD.
 
     Rule:   for each array, with the gradient g, d = p - toward and new = p + u - toward: if <g, d> > 0,
             u <- u - strength * max(0, 1 - ||d|| / ||new||) * new. Otherwise u keeps every bit.
