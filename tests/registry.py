@@ -118,10 +118,31 @@ def into_l1_ball(w: np.ndarray, radius: float) -> np.ndarray:
     return soft(w, thresholds[count - 1])
 
 
-CONSTRAINTS: dict[str, tuple[Any, Callable[[np.ndarray, float], np.ndarray]]] = {
-    "L2Ball": (wdjax.L2Ball(), into_ball),
-    "L2Sphere": (wdjax.L2Sphere(), onto_sphere),
-    "L1Ball": (wdjax.L1Ball(), into_l1_ball),
+class Limit(NamedTuple):
+    """A constraint under test, and its definition in NumPy float64.
+
+    Attributes:
+        constraint: the object. If it takes `axis` and `per`, this one has neither, so that an array is one group.
+        project: (w, radius) -> the nearest array that obeys.
+        is_elementwise: whether it is a constraint on each weight.
+        has_radius: whether it takes a radius. `project` then gets one.
+        is_real: whether it is for real weights only.
+    """
+
+    constraint: Any
+    project: Callable[[np.ndarray, Any], np.ndarray]
+    is_elementwise: bool = False
+    has_radius: bool = True
+    is_real: bool = False
+
+
+CONSTRAINTS = {
+    "L2Ball": Limit(wdjax.L2Ball(), into_ball),
+    "L2Sphere": Limit(wdjax.L2Sphere(), onto_sphere),
+    "L1Ball": Limit(wdjax.L1Ball(), into_l1_ball),
+    "NonNegative": Limit(
+        wdjax.NonNegative(), lambda w, radius: np.maximum(w, 0), is_elementwise=True, has_radius=False, is_real=True
+    ),
 }
 
 
@@ -287,16 +308,20 @@ def _of_all(kind: Kind) -> Any:
 
 
 def _constrained(name: str) -> Row:
-    kind, project = CONSTRAINTS[name]
+    limit = CONSTRAINTS[name]
     return Row(
         f"constrain[{name}]",
-        lambda rate, mask=None, toward=None: wdjax.constrain(kind, rate, mask),
-        lambda u, w, rate, a: project(w + u, rate) - w,
+        lambda rate, mask=None, toward=None: wdjax.constrain(
+            limit.constraint, rate if limit.has_radius else None, mask
+        ),
+        lambda u, w, rate, a: limit.project(w + u, rate) - w,
         core=name == "L2Ball",  # It always acts.
         has_anchor=False,
         off_at=None,
-        is_elementwise=False,
-        has_norm=True,
+        is_elementwise=limit.is_elementwise,
+        has_norm=not limit.is_elementwise,
+        has_rate=limit.has_radius,
+        is_real=limit.is_real,
     )
 
 
@@ -491,15 +516,6 @@ ROWS = [
         has_anchor=False,
     ),
     *map(_constrained, CONSTRAINTS),
-    Row(
-        "constrain[NonNegative]",
-        lambda rate, mask=None, toward=None: wdjax.constrain(wdjax.NonNegative(), mask=mask),
-        lambda u, w, rate, a: np.maximum(w + u, 0) - w,
-        has_anchor=False,
-        off_at=None,
-        has_rate=False,
-        is_real=True,
-    ),
     *map(_held, ("L2", "GroupLasso")),
     Row(
         "normalized_update",

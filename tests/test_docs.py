@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from slow import slow_but
+from test_house import EVERYTHING
 
 import wdjax
 
@@ -158,21 +159,20 @@ def test_the_links_of_the_readme_are_absolute() -> None:
 def test_the_page_of_methods_has_a_row_for_each() -> None:
     rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "explanations" / "methods.md").read_text(), re.M)
     listed = set(re.findall(r"\w+", " ".join(rows)))
-    rooms = "in_loss in_gradient in_update on_weights low_precision low_rank penalties constraints"
-    modules = tuple(f"wdjax.{room}" for room in rooms.split())
-    methods = {name for name, value in vars(wdjax).items() if getattr(value, "__module__", "").startswith(modules)}
-    methods |= {
-        "with_decoupled_decay",
-        "with_sparse_decay",
-        "with_lazy_decay",
-        "relative",
-        "from_l2",
-        "corrected",
-        "EMA",
+    rooms = "in_loss in_gradient in_update on_weights wrappers low_precision low_rank penalties constraints rates"
+    public = [name for name in EVERYTHING if not name.endswith("State")]
+    methods = {
+        name.rpartition(".")[2]
+        for name in public
+        if EVERYTHING[name].__module__.startswith(tuple(f"wdjax.{room}" for room in rooms.split()))
     }
-    methods |= {"with_stable_decay", "with_selective_decay"}
-    assert sorted(methods - listed - {"Penalty", "ProximalPenalty", "apply_updates"}) == []
-    assert len(methods) > 30
+    # No methods: protocols, bounds of `cpr`, numbers for the rate of a decay, and what they mean.
+    others = {"Penalty", "ProximalPenalty", "Constraint", "AtInit", "WarmStart", "InflectionPoint", "apply_updates"}
+    others |= {"freeze", "from_timescale", "from_tokens", "from_normalized", "from_prior"}
+    others |= {"timescale", "prior_scale", "equilibrium_rms", "equilibrium_angle"}
+    assert others <= methods
+    assert sorted((methods | {"EMA"}) - listed - others) == []
+    assert len(methods) > 50
 
 
 @pytest.mark.peers

@@ -263,7 +263,7 @@ def warn_of(where):
     ]
     kinds = [message.kind for message in MESSAGES["messages"]()]
     assert kinds.count("ValueError") > 100
-    assert kinds.count("UserWarning") == 8
+    assert kinds.count("UserWarning") >= 8
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

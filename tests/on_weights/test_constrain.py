@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from registry import into_ball, into_l1_ball, onto_sphere
+from registry import CONSTRAINTS, Limit, onto_sphere
 from slow import slow
 from test_contract import assert_same_bits, float64
 
@@ -60,17 +60,25 @@ def grouped(kind: Any, project: Callable[..., np.ndarray]) -> Case:
     return Case(kind, functools.partial(by_group, project, kind))
 
 
+def cases_of(limit: Limit) -> list[Case]:
+    """The constraint as the registry has it, and with other groups, if it has groups."""
+    kind = type(limit.constraint)
+    if not hasattr(kind, "groups"):
+        return [Case(limit.constraint, limit.project, RADIUS if limit.has_radius else None)]
+    return [grouped(k, limit.project) for k in (limit.constraint, kind(per=-1), kind(per=0), kind(axis=0))]
+
+
 CASES = [
-    *(grouped(kind, into_ball) for kind in (L2Ball(), L2Ball(per=-1), L2Ball(per=0), L2Ball(axis=0))),
-    *(grouped(kind, onto_sphere) for kind in (L2Sphere(), L2Sphere(per=-1), L2Sphere(per=(0, 1)))),
-    *(grouped(kind, into_l1_ball) for kind in (L1Ball(), L1Ball(per=-1), L1Ball(axis=-1))),
+    *(case for limit in CONSTRAINTS.values() for case in cases_of(limit)),
+    grouped(L2Sphere(per=(0, 1)), onto_sphere),
     Case(SpectralBall(), lambda w, r: cap(w, r, (-1,))),
     Case(SpectralBall(per=0), lambda w, r: cap(w, r, (0,))),
     Case(SpectralBall(per=(0, -1)), lambda w, r: cap(w, r, (0, -1))),
-    Case(NonNegative(), lambda w, r: np.maximum(w, 0), None),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.kind))
-ONE_OF_EACH = [case for case in CASES if repr(case.kind).endswith(("()", "SpectralBall(per=-1)"))]
+ONE_OF_EACH = [
+    case for i, case in enumerate(CASES) if type(case.kind) not in {type(before.kind) for before in CASES[:i]}
+]
 each_kind = pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: repr(case.kind))
 # The other groups are those of the closed form.
 one_of_each_first = pytest.mark.parametrize(
@@ -166,6 +174,8 @@ def test_the_weights_obey_after_the_step(case: Case, dtype: Any) -> None:
             continue
         moved = np.abs(float64(updates["kernel"])) + np.abs(w)
         far = np.linalg.norm(float64(before["kernel"]) + 0.3 * np.abs(float64(grads["kernel"])))
+        if not hasattr(case.kind, "norm"):
+            continue  # Its closed form says all.
         slack = half * np.linalg.norm(moved) if not isinstance(case.kind, L1Ball) else half * moved.sum()
         slack += 2e-6 * far  # The projection itself, in float32.
         size = float64(case.kind.norm(jnp.asarray(w, jnp.float32)))
@@ -396,7 +406,7 @@ def test_sharded_weights(case: Case, axis_type: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, P("data", "model"))
     params, updates = make(0, np.float32, w=(8, 6)), make(1, np.float32, w=(8, 6))
-    for radius in (case.radius,) if case.radius is None else (case.radius, "init"):
+    for radius in (case.radius, "init") if hasattr(case.kind, "norm") else (case.radius,):
         optimizer = constrain(case.kind, radius)
         stack = constrain(case.kind, radius, stacked_axes=1)
         want, _ = optimizer.update(updates, optimizer.init(params), params)
