@@ -1177,8 +1177,8 @@ MUTATIONS = [
     Mutation(
         "an audit misses L2 in the gradient",
         "audits/_interpret.py",
-        '        place, is_remembered = "gradient", True\n    elif not same(',
-        '        place, is_remembered = "update", True\n    elif not same(',
+        '            place = "gradient"\n    elif not is_even:',
+        '            place = "update"\n    elif not is_even:',
         (AUDIT,),
     ),
     Mutation(
