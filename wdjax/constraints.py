@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from ._engine.groups import Groups, SplitGroups
-from ._engine.matrices import Matrices, capped, mapped, singular_values
+from ._engine.matrices import Matrices, above, mapped, singular_values
 from ._engine.norms import direction
 
 
@@ -199,7 +199,7 @@ class SpectralBall(Matrices):
 
     def project(self, w: jax.Array, radius: Any) -> jax.Array:
         matrix, back = self.as_matrix(w)
-        return back(mapped(capped, matrix, jnp.reshape(jnp.asarray(radius, jnp.finfo(w.dtype).dtype), ())))
+        return w - back(mapped(above, matrix, jnp.reshape(jnp.asarray(radius, jnp.finfo(w.dtype).dtype), ())))
 
 
 @dataclasses.dataclass(frozen=True)

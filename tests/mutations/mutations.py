@@ -602,8 +602,8 @@ MUTATIONS = [
     Mutation(
         "the nuclear norm's prox is the capped matrix",
         "penalties/matrices.py",
-        "return w - back(mapped(capped, matrix, _scalar(step, w)))",
-        "return back(mapped(capped, matrix, _scalar(step, w)))",
+        "return w - back(mapped(below, matrix, _scalar(step, w)))",
+        "return back(mapped(below, matrix, _scalar(step, w)))",
         ("penalties/", CONTRACT),
     ),
     Mutation(
@@ -623,8 +623,8 @@ MUTATIONS = [
     Mutation(
         "at a step of 0 the spectral norm's prox has no slope in the step",
         "penalties/matrices.py",
-        "is_above = s >= level * (1 - 16 * jnp.finfo(s.dtype).eps)",
-        "is_above = s > level",
+        "is_above = (s >= level * (1 - 16 * jnp.finfo(s.dtype).eps)).astype(s.dtype)",
+        "is_above = (s > level).astype(s.dtype)",
         (CONTRACT,),
     ),
     Mutation(

@@ -60,9 +60,18 @@ def singular_values(w: jax.Array) -> jax.Array:
 Function = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def capped(s: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Singular values above the limit become the limit. A matrix minus its capped one is its soft thresholding."""
+# The two parts of singular values. Subtract the part that goes: then only the change of the matrix is rounded.
+
+
+def below(s: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The part up to the limit. A matrix minus this one is its soft thresholding."""
     return jnp.minimum(s, limit), s <= limit, s > limit
+
+
+def above(s: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The part above the limit. A matrix minus this one has no larger singular values than the limit."""
+    is_over = (s > limit).astype(s.dtype)
+    return jnp.maximum(s - limit, 0), is_over, -is_over
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

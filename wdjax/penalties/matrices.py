@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._engine import checks
-from .._engine.matrices import Matrices, capped, mapped, product, singular_values, total
+from .._engine.matrices import Matrices, below, mapped, product, singular_values, total
 from .._engine.norms import direction, norm, square
 from .._engine.text import shown
 
@@ -54,7 +54,7 @@ class NuclearNorm(Matrices):
 
     def prox(self, w: jax.Array, step: jax.Array) -> jax.Array:
         matrix, back = self.as_matrix(w)
-        return w - back(mapped(capped, matrix, _scalar(step, w)))
+        return w - back(mapped(below, matrix, _scalar(step, w)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,7 +116,7 @@ class SpectralNorm(Matrices):
         s, step = singular_values(matrix), _scalar(step, w)
         # The level that holds for the n largest values is greatest for the right n.
         levels = jnp.cumsum(s) / (step + jnp.arange(1, 1 + s.size, dtype=s.dtype))
-        return back(mapped(_levelled, matrix, jnp.max(levels, initial=0)))
+        return w - back(mapped(_above, matrix, jnp.max(levels, initial=0)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -179,10 +179,10 @@ def _largest(s: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array, jax
     return share * s, share, jnp.zeros_like(s)
 
 
-def _levelled(s: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _above(s: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     # At a step of 0, the level is the largest singular value, up to rounding, and falls as the step grows.
-    is_above = s >= level * (1 - 16 * jnp.finfo(s.dtype).eps)
-    return jnp.minimum(s, level), ~is_above, is_above
+    is_above = (s >= level * (1 - 16 * jnp.finfo(s.dtype).eps)).astype(s.dtype)
+    return jnp.maximum(s - level, 0), is_above, -is_above
 
 
 def _vector(w: jax.Array, iterations: int) -> jax.Array:
