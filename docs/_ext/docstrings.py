@@ -13,6 +13,8 @@ from typing import Any
 from names import full_name
 from sphinx.application import Sphinx
 
+from wdjax._engine.types import Number
+
 WORDS = "Rule Place Units Source Args Returns Raises Warns Attributes Example"
 HEAD = re.compile(rf"((?:{'|'.join(WORDS.split())})(?:, (?:Args|Returns|Raises|Warns))*):(?: +|$)(.*)")
 ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)")
@@ -128,7 +130,7 @@ def on_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, sign
     if what == "class":
         is_made = obj.__module__.startswith(MADE) and not getattr(obj, "_is_protocol", False)
         shown = str(inspect.signature(obj)).removesuffix(" -> None") if is_made else ""
-        return shown.replace("typing.", ""), None
+        return shown.replace(inspect.formatannotation(Number), "Number").replace("typing.", ""), None
     if what not in ("function", "method"):
         return None
     written = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(obj)))).body[0]
