@@ -296,6 +296,26 @@ def test_while_the_bound_is_not_known_or_not_exceeded_every_bit_stays(bound: Any
             assert state.leaf["w"][0] == 0
 
 
+@pytest.mark.parametrize("weight", [np.inf, np.nan, 1e30])
+@pytest.mark.parametrize("bound", [WarmStart(5), InflectionPoint(2)], ids=repr)
+def test_while_the_bound_is_not_known_a_penalty_that_is_not_finite_does_nothing(bound: Any, weight: float) -> None:
+    params, updates = {"w": jnp.array([weight, 1.0])}, {"w": jnp.array([0.5, -0.0])}
+    optimizer = cpr(wdjax.L2(), bound)
+    state = optimizer.init(params)
+    for _ in range(3):
+        new, state = jax.jit(optimizer.update)(updates, state, params)
+        assert_same_bits(new, updates)
+        assert state.leaf["w"][0] == 0
+
+
+@pytest.mark.parametrize("factor", [0.0, jnp.zeros([]), 1e-50])
+def test_a_factor_of_zero_is_a_bound_of_zero(factor: Any) -> None:
+    params, updates = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+    new = [o.update(updates, o.init(params), params)[0] for o in (cpr(wdjax.L2(), b) for b in (AtInit(factor), 0.0))]
+    np.testing.assert_array_equal(new[0]["w"], new[1]["w"])
+    assert np.all(new[0]["w"] < 0)
+
+
 @pytest.mark.parametrize("kind", [wdjax.L2(), wdjax.GroupLasso(), wdjax.Huber()], ids=repr)
 def test_weights_of_zero_and_arrays_without_weights(kind: Any) -> None:
     for w in (jnp.zeros(3), jnp.zeros((0, 2))):
@@ -510,7 +530,11 @@ def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
         (lambda: cpr(wdjax.L2(), 1.0, update_rate=0.0), ValueError, r"update_rate must be a number > 0, got 0\.0"),
         (lambda: cpr(wdjax.L2(), 1.0, update_rate=jnp.ones([])), TypeError, r"constant of the program.*static_args"),
         (lambda: cpr(wdjax.GroupLasso(axis_name="x"), 1.0, axis_name="x"), ValueError, r"Leave axis_name out of cpr"),
-        (lambda: AtInit(0.0), ValueError, r"AtInit: factor must be a number > 0, got 0\.0\. Write AtInit\(0\.8\)"),
+        (
+            lambda: AtInit(optax.constant_schedule(0.5)),
+            TypeError,
+            r"AtInit: factor must be a number, got .*Write AtIni",
+        ),
         (lambda: AtInit(-1.0), ValueError, r"AtInit: factor must be finite and not negative, got -1\.0"),
         (lambda: WarmStart(0), ValueError, r"WarmStart: steps must be a whole number > 0, got 0\. Write WarmStart"),
         (lambda: WarmStart(1e3), ValueError, r"WarmStart: steps must be a whole number > 0, got 1000\.0"),

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from slow import slow
 
 import wdjax
+from wdjax._engine import draws
 from wdjax.on_weights import shrink_and_perturb
 
 STEPS = 60
@@ -293,6 +294,17 @@ def test_within_shard_map_parts_differ_and_whole_arrays_agree() -> None:
     chex.assert_trees_all_close(found["whole"], noise_of(optimizer, params)["whole"], rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**70])
+def test_the_numbers_of_a_seed_do_not_depend_on_the_x64_flag(seed: int) -> None:
+    found = []
+    for enabled in (False, True):
+        with jax.enable_x64(enabled):
+            found.append(np.asarray(jax.random.key_data(draws.keys("a", seed, jnp.int32(3), ["w"])[0])))
+            same = draws.keys("a", jnp.uint32(seed % 2**32), jnp.int32(3), ["w"])[0]
+            np.testing.assert_array_equal(found[-1], jax.random.key_data(same))
+    np.testing.assert_array_equal(*found)
+
+
 def test_seeds_may_be_traced_mapped_and_injected() -> None:
     params = make_params()
 
@@ -433,8 +445,9 @@ def test_what_is_refused() -> None:
             build(seed=seed)
     with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
         build()
-    with pytest.raises(ValueError, match=r"at most 1, got 1\.5\. Where shrinkage is the factor that is kept"):
-        shrink_and_perturb(1.5, 0.1, seed=0)
+    for shrink in (1.5, np.float32(1.5), jnp.array(1.5), {"a": 1.5}, wdjax.by_path({"a": 1.5}, default=0.1)):
+        with pytest.raises(ValueError, match=r"at most 1, got .*Where shrinkage is the factor that is kept"):
+            shrink_and_perturb(shrink, 0.1, seed=0)
     with pytest.raises(ValueError, match=r"noise must be finite and not negative, got -0\.1"):
         shrink_and_perturb(0.1, -0.1, seed=0)
     with pytest.raises(TypeError, match="a mask was given as noise"):

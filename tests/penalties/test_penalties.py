@@ -183,8 +183,10 @@ def test_group_lasso_does_not_hide_a_nan() -> None:
 
 
 def test_parameters_of_a_penalty_may_be_numpys() -> None:
-    assert wdjax.ElasticNet(np.float32(0.5)).l1_ratio == 0.5
-    assert wdjax.Huber(np.float32(0.5)).delta == 0.5
+    w, half = jnp.ones(2, jnp.float32), np.float64(0.5)
+    for kind in (wdjax.ElasticNet(half), wdjax.Huber(half), wdjax.penalties.SparseGroupLasso(l1_ratio=half)):
+        found = (kind.value(w), kind.gradient(w), kind.prox(w, jnp.float32(0.1)))
+        assert {x.dtype for x in found} == {w.dtype}
     assert wdjax.GroupLasso(np.int64(0)) == wdjax.GroupLasso(0)
     with pytest.raises(TypeError, match=r"GroupLasso: axis must be an integer, .*got 'in'"):
         wdjax.GroupLasso("in")

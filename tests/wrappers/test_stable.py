@@ -293,7 +293,7 @@ def test_without_a_second_moment_of_what_decays_init_says_so(name: str) -> None:
         with_stable_decay(WITHOUT[name], WD, wdjax.only("b"), learning_rate=LR).init(params)
 
 
-@pytest.mark.parametrize("b2", [1.0, 1.5, -0.1, np.nan, lambda count: 0.9])
+@pytest.mark.parametrize("b2", [1.0, 1.5, jnp.array(1.0), -0.1, np.nan, lambda count: 0.9])
 def test_a_b2_that_is_none_is_refused(b2: Any) -> None:
     with pytest.raises(ValueError, match=r"^with_stable_decay: b2 must be .*b2=0\.95"):
         with_stable_decay(optax.adam(LR), WD, learning_rate=LR, b2=b2)

@@ -27,11 +27,14 @@ def keys(where: str, seed: Any, count: Any, paths: Sequence[str]) -> list[jax.Ar
     """A key for each path.
 
     The first 64 bits of the SHA-256 of "<where> <path>" are folded into the key of seed and count, 32 bits at a time.
-    So transformations with the same seed do not share random numbers.
+    So transformations with the same seed do not share random numbers. Of the seed, the low 32 bits count, with 64-bit
+    numbers or without.
     """
     if not paths:
         return []
-    of_step = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
+    is_known = isinstance(seed, (int, np.integer, np.ndarray))
+    low = np.uint32(int(seed) & 0xFFFFFFFF) if is_known else seed.astype(jnp.uint32)
+    of_step = jax.random.fold_in(jax.random.key(low, impl="threefry2x32"), count)
     hashes = b"".join(hashlib.sha256(f"{where} {path}".encode()).digest()[:8] for path in paths)
     words = np.frombuffer(hashes, ">u4").astype(np.uint32).reshape(-1, 2)
     return list(jax.vmap(lambda word: jax.random.fold_in(jax.random.fold_in(of_step, word[0]), word[1]))(words))

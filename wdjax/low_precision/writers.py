@@ -80,11 +80,11 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
     Source: Gupta et al. 2015; for weight decay Zamirai et al. 2020 (arXiv 2010.06192).
 
     Args:
-        seed: an integer or 0-d integer array (may be traced). Seed, count and path of a parameter give the same random
-            numbers on any number of devices, with any sharding, and on every replica of `pmap`. Inside `shard_map` a
-            device draws for its part. With `check_vma=False` all parts get the same numbers: then add
-            `jax.lax.axis_index` of the axes that params are sharded over to the seed. Under `vmap` all members draw the
-            same numbers, unless the seed is mapped.
+        seed: an integer or 0-d integer array (may be traced), of which the low 32 bits count. Seed, count and path of a
+            parameter give the same random numbers on any number of devices, with any sharding, and on every replica of
+            `pmap`. Inside `shard_map` a device draws for its part. With `check_vma=False` all parts get the same
+            numbers: then add `jax.lax.axis_index` of the axes that params are sharded over to the seed. Under `vmap`
+            all members draw the same numbers, unless the seed is mapped.
 
     Returns:
         An `optax.GradientTransformation` with a `StochasticRoundingState`. Its `update` needs `params`. The updates of

@@ -1,6 +1,7 @@
 """Bounds of `cpr` that are taken from the weights themselves, in some step of the training.
 
-Each has a method `due`, a schedule: 0 in most steps, and something else in the steps in which the bound may be taken.
+Each has a method `due`, a schedule: -1 in most steps. In the steps in which the bound may be taken, it is the multiple
+of the penalty to take.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ class AtInit:
     """A bound for `cpr`: a multiple of the penalty of the weights before the first step.
 
     Attributes:
-        factor: the multiple, a number > 0 or a 0-d array, which may be traced. A factor below 1 shrinks the weights. In
-            units of the penalty: 0.8 of L2 is a norm of 0.89.
+        factor: the multiple, a number >= 0 or a 0-d array, which may be traced. A factor below 1 shrinks the weights.
+            It is in units of the penalty: 0.8 of L2 is a norm of 0.89.
 
     Raises: ValueError or TypeError for another factor.
 
@@ -35,12 +36,12 @@ class AtInit:
     def __post_init__(self) -> None:
         write = "AtInit(0.8)"
         factor = checks.rate("AtInit", "factor", self.factor, write=write)
-        if callable(factor) or (isinstance(factor, float) and factor == 0):
-            raise ValueError(f"AtInit: factor must be a number > 0, got {shown(self.factor)}. Write {write}.")
+        if callable(factor):
+            raise TypeError(f"AtInit: factor must be a number, got {shown(self.factor)}. Write {write}.")
         object.__setattr__(self, "factor", factor)
 
     def due(self, count: jax.Array) -> jax.Array:
-        return jnp.where(count == 0, self.factor, 0.0)
+        return jnp.where(count == 0, self.factor, -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class WarmStart:
         _check_steps("WarmStart", "steps", self.steps, "WarmStart(1000)")
 
     def due(self, count: jax.Array) -> jax.Array:
-        return jnp.where(count == self.steps, 1.0, 0.0)
+        return jnp.where(count == self.steps, 1.0, -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class InflectionPoint:
             )
 
     def due(self, count: jax.Array) -> jax.Array:
-        return jnp.where((count > 0) & (count % self.every == 0), 1.0, 0.0)
+        return jnp.where((count > 0) & (count % self.every == 0), 1.0, -1.0)
 
 
 TAKEN = (AtInit, WarmStart, InflectionPoint)

@@ -171,10 +171,11 @@ class _Held:
             has_turned, memory = _turned(due > 0, found, *memory, share=self.smoothing)
             bound = jnp.where(has_turned & jnp.isinf(bound), found, bound)
         elif self.is_taken:
-            bound = jnp.where(due > 0, due * found, bound)
+            bound = jnp.where(due >= 0, due * found, bound)
         else:
             bound = due
-        multiplier = jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)
+        excess = jnp.where(jnp.isinf(bound), -jnp.inf, found - bound)  # An infinite penalty is not above it, either.
+        multiplier = jnp.maximum(multiplier + self.update_rate * excess / size, 0)
         kept = jnp.stack([multiplier, bound, *memory]).astype(state.dtype)
         return minus(update, Strength(multiplier), gradient(self.kind, p)), kept
 

@@ -13,9 +13,10 @@ from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule, Strength, cast, minus, narrowed_like, plus, stateless, widened
 from .._engine.loop import Action, transformation
 from .._engine.probe import DecayProbe
-from .._engine.rules import check_no_mask
+from .._engine.rules import Rules, check_no_mask, possible_values
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
+from .._engine.unstable import is_traced
 
 PyTree = Any
 
@@ -48,10 +49,11 @@ def shrink_and_perturb(
     Args:
         shrink, mask: as `independent_decay`; numbers for shrink are at most 1.
         noise: a rate, as shrink. The two need not change together: a schedule for both makes steps with neither.
-        seed: an integer or 0-d integer array (may be traced). Seed, count of updates, and path and shape of a parameter
-            determine its noise, whatever the devices and the sharding are, and whatever happens to other parameters.
-            Two in one chain need two seeds. Inside `shard_map`, parts of an array differ if it knows them
-            (`check_vma=True`, the default). Under `vmap` all members draw the same numbers, unless the seed is mapped.
+        seed: an integer or 0-d integer array (may be traced), of which the low 32 bits count. Seed, count of updates,
+            and path and shape of a parameter determine its noise, whatever the devices and the sharding are, and
+            whatever happens to other parameters. Two in one chain need two seeds. Inside `shard_map`, parts of an array
+            differ if it knows them (`check_vma=True`, the default). Under `vmap` all members draw the same numbers,
+            unless the seed is mapped.
         fresh: None for Gaussian noise; or a function from a key to a tree like params, such as
             `lambda key: model.init(key, x)["params"]`, for noise as the initializers draw it. It is called in each
             update. What mask or rate leave out may be missing. In `optax.inject_hyperparams` name it in static_args.
@@ -82,11 +84,7 @@ def shrink_and_perturb(
         )
     # The state comes from an action that warns of nothing: beside noise, no shrink rounds to nothing on average.
     action = Action(where, {"shrink": shrink}, mask)
-    if isinstance(shrink, (int, float, np.number)) and shrink > 1:
-        raise ValueError(
-            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shrink}. Where shrinkage is "
-            "the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
-        )
+    _check_shrink(where, shrink)
     shrinking = transformation(dataclasses.replace(action, is_per_step=True), _SHRUNK, is_decay=True)
     perturbing = Action(where, {"noise": noise}, mask)
 
@@ -110,6 +108,16 @@ def shrink_and_perturb(
         return narrowed_like(wide, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shrink(where: str, shrink: Any) -> None:
+    for given in possible_values(shrink) if isinstance(shrink, Rules) else jax.tree.leaves(shrink):
+        is_known = not callable(given) and not is_traced(given) and getattr(given, "is_fully_addressable", True)
+        if is_known and np.any(np.asarray(given) > 1):
+            raise ValueError(
+                f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shown(given)}. Where "
+                "shrinkage is the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
+            )
 
 
 def _shrunk(update: jax.Array, p: jax.Array, _: Any, rate: Strength) -> jax.Array:

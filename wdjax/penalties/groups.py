@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._engine import mesh_axes
 from .._engine.groups import SplitGroups
 from .._engine.norms import direction
-from .kinds import L1, check_ratio
+from .kinds import L1, checked_ratio
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -89,7 +89,7 @@ class SparseGroupLasso(SplitGroups):
     l1_ratio: float = dataclasses.field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_ratio(self.called, "GroupLasso", self.l1_ratio)
+        object.__setattr__(self, "l1_ratio", checked_ratio(self.called, "GroupLasso", self.l1_ratio))
         super().__post_init__()
 
     def value(self, w: jax.Array) -> jax.Array:

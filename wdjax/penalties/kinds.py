@@ -98,7 +98,7 @@ class ElasticNet:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_ratio("ElasticNet", "L2", self.l1_ratio)
+        object.__setattr__(self, "l1_ratio", checked_ratio("ElasticNet", "L2", self.l1_ratio))
 
     def value(self, w: jax.Array) -> jax.Array:
         return self.l1_ratio * L1().value(w) + (1 - self.l1_ratio) * L2().value(w)
@@ -140,6 +140,7 @@ class Huber:
             raise ValueError(
                 f"Huber: delta must be positive and finite, got {shown(self.delta)}. Write Huber(delta=1.0)."
             )
+        object.__setattr__(self, "delta", float(self.delta))
 
     def value(self, w: jax.Array) -> jax.Array:
         size = modulus(w)
@@ -162,10 +163,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_ratio(name: str, other: str, ratio: Any) -> None:
-    """Raises an error if the share of L1 in a mixture with another penalty is not a share."""
+def checked_ratio(name: str, other: str, ratio: Any) -> float:
+    """The share of L1 in a mixture with another penalty. A NumPy number would set the dtype of the result."""
     if not is_number(ratio) or not 0 <= ratio <= 1:
         raise ValueError(
             f"{name}: l1_ratio must be a number from 0 to 1, got {shown(ratio)}. "
             f"It splits one strength between L1 and {other}: write {name}(l1_ratio=0.5)."
         )
+    return float(ratio)

@@ -50,7 +50,7 @@ def with_selective_decay(
     Args:
         optimizer: an `optax.GradientTransformation` that ends with a learning rate.
         strength: as the weight_decay of `decoupled_decay`, one for each array or layer. Above 1, an array ends closer
-            to its anchor than before.
+            to its anchor than before, or beyond it after a long step.
         mask: as `decoupled_decay`, for whole arrays.
         toward: as `decoupled_decay`. By default, the weights at `init`: for fine-tuning, the pretrained ones. For
             adapters that start at zero, such as LoRA's, None.

@@ -18,6 +18,7 @@ from .._engine.loop import Action
 from .._engine.steps import injected
 from .._engine.text import listed, shown
 from .._engine.types import Anchor, Mask, Number, Optimizer, Rate
+from .._engine.unstable import is_traced
 from .decay import Factor, around
 
 PyTree = Any
@@ -59,15 +60,16 @@ def with_stable_decay(
             mask leaves out. Deviation: while v is 0, their code divides by 0.
 
     Args:
-        optimizer: an optimizer that keeps second moments: `optax.adam`, `nadam`, `yogi`, `radam`, `amsgrad`, `rmsprop`,
-            also in chains and wrappers. Do not wrap `adamax` or `contrib.adopt`: their states look like that of `adam`,
+        optimizer: an optimizer that keeps second moments: `optax.adam`, `nadam`, `yogi`, `radam`, `amsgrad`, `rmsprop`
+            (not centered), also in chains and wrappers. Do not wrap `adamax` or `contrib.adopt`: their states look like that of `adam`,
             but hold something else.
         weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: as `with_decoupled_decay`.
         b2: the optimizer's b2, for the bias correction of v, which the state does not hold. If `inject_hyperparams`
             keeps one b2 in the state, the decay takes that one. A wrong b2 matters only in the first steps: in step
             t it multiplies the decay by sqrt((1 - wrong**t) / (1 - b2**t)).
-        axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters.
+        axis_name: within `shard_map`, the mesh axis, or a tuple of axes, that splits parameters. With check_vma=False,
+            every parameter counts as split, so give it only if all of them are.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `WithDecoupledDecayState`; its `update` needs `params`.
@@ -95,7 +97,7 @@ def with_stable_decay(
 def _checked(where: str, b2: Any) -> Any:
     write = f"{where}(optax.adam(1e-3, b2=0.95), 0.1, learning_rate=1e-3, b2=0.95)"
     number = checks.rate(where, "b2", b2, write=write)
-    if callable(number) or (isinstance(number, float) and number >= 1):
+    if callable(number) or (not is_traced(number) and number >= 1):
         raise ValueError(f"{where}: b2 must be a number from 0 to less than 1, got {shown(b2)}. Write {write}.")
     return number
 
@@ -119,8 +121,8 @@ def _check_moments(action: Action, params: PyTree, state: Any) -> None:
     if missing := [path for (path, leaf), acts in each if acts and trees.is_decayable(leaf) and path not in held]:
         raise ValueError(
             f"{action.where}: the optimizer keeps no second moment of {listed(missing)}, and the decay is divided by "
-            "the root of the mean second moment. Wrap optax.adam, amsgrad or rmsprop, or leave these parameters out by "
-            "the mask. For other optimizers there is with_decoupled_decay."
+            "the root of the mean second moment. Wrap optax.adam, amsgrad or rmsprop (not centered), or leave these "
+            "parameters out by the mask. For other optimizers there is with_decoupled_decay."
         )
 
 
