@@ -296,6 +296,17 @@ def test_while_the_bound_is_not_known_or_not_exceeded_every_bit_stays(bound: Any
             assert state.leaf["w"][0] == 0
 
 
+@pytest.mark.parametrize("bound", [AtInit(), WarmStart(5), InflectionPoint(2)], ids=repr)
+def test_a_penalty_that_overflows_does_not_exceed_a_bound_that_is_not_known(bound: Any) -> None:
+    large, params, updates = jnp.array([1e25, 1.0]), jnp.array([3.0, 4.0]), jnp.array([0.5, -0.5])
+    optimizer = cpr(wdjax.L2(), bound)
+    state = optimizer.init(large)
+    for w in (large, params, params):
+        new, state = optimizer.update(updates, state, w)
+        assert_same_bits(new, updates)
+        assert state.leaf[0] == 0
+
+
 @pytest.mark.parametrize("kind", [wdjax.L2(), wdjax.GroupLasso(), wdjax.Huber()], ids=repr)
 def test_weights_of_zero_and_arrays_without_weights(kind: Any) -> None:
     for w in (jnp.zeros(3), jnp.zeros((0, 2))):
