@@ -431,10 +431,19 @@ def test_what_is_refused() -> None:
             TypeError, match=r"seed must be an integer, got .* Write shrink_and_perturb\(\.\.\., seed=0\)"
         ):
             build(seed=seed)
+    with pytest.raises(TypeError, match=r"got a key, key<fry>\[\]"):
+        build(seed=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"got float32\[\]"):
+        build(seed=jnp.array(1.0))
+    with pytest.raises(ValueError, match=rf"seed must fit into 64 bits, got {2**64}"):
+        build(seed=2**64)
     with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
         build()
     with pytest.raises(ValueError, match=r"at most 1, got 1\.5\. Where shrinkage is the factor that is kept"):
         shrink_and_perturb(1.5, 0.1, seed=0)
+    for table in ({"kernel": 1.5, "bias": 0.1}, wdjax.by_path({"kernel": 1.5}, default=0.1), np.array(1.5)):
+        with pytest.raises(ValueError, match=r"at most 1, got 1\.5"):
+            shrink_and_perturb(table, 0.1, seed=0)
     with pytest.raises(ValueError, match=r"noise must be finite and not negative, got -0\.1"):
         shrink_and_perturb(0.1, -0.1, seed=0)
     with pytest.raises(TypeError, match="a mask was given as noise"):

@@ -13,7 +13,7 @@ from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule, Strength, cast, minus, narrowed_like, plus, stateless, widened
 from .._engine.loop import Action, transformation
 from .._engine.probe import DecayProbe
-from .._engine.rules import check_no_mask
+from .._engine.rules import Rules, check_no_mask, possible_values
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
 
@@ -82,9 +82,15 @@ def shrink_and_perturb(
         )
     # The state comes from an action that warns of nothing: beside noise, no shrink rounds to nothing on average.
     action = Action(where, {"shrink": shrink}, mask)
-    if isinstance(shrink, (int, float, np.number)) and shrink > 1:
+    given = action.rates["shrink"]
+    numbers = [
+        rate
+        for rate in (possible_values(given) if isinstance(given, Rules) else [given])
+        if isinstance(rate, (int, float))
+    ]
+    if any(number > 1 for number in numbers):
         raise ValueError(
-            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shrink}. Where shrinkage is "
+            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {max(numbers)}. Where shrinkage is "
             "the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
         )
     shrinking = transformation(dataclasses.replace(action, is_per_step=True), _SHRUNK, is_decay=True)
