@@ -1467,7 +1467,7 @@ MUTATIONS = [
     Mutation(
         "a multiplier becomes negative below the bound",
         "on_weights/cpr.py",
-        "jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)",
+        "jnp.maximum(multiplier + self.update_rate * excess / size, 0)",
         "multiplier + self.update_rate * jnp.where(jnp.isinf(bound), 0, found - bound) / size",
         (CPR,),
     ),

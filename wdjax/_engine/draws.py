@@ -18,11 +18,12 @@ from .unstable import varying_axes
 
 def check_seed(where: str, seed: Any, write: str) -> None:
     """Raises an error for a seed that is not an integer. It may be a 0-d array, also a traced one."""
-    is_integer = isinstance(seed, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(seed, bool)
-    if isinstance(seed, int) and is_integer:
+    if isinstance(seed, int) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{where}: seed must fit into 64 bits, got {seed}. Write {write}.")
-    elif not is_integer or not jnp.issubdtype(seed.dtype, jnp.integer) or jnp.ndim(seed):
+        return
+    is_array = isinstance(seed, (np.integer, np.ndarray, jax.Array))
+    if not is_array or not jnp.issubdtype(seed.dtype, jnp.integer) or jnp.ndim(seed):
         found = shown(seed)
         if isinstance(seed, jax.Array):
             is_key = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)

@@ -90,8 +90,8 @@ def shrink_and_perturb(
     ]
     if any(number > 1 for number in numbers):
         raise ValueError(
-            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {max(numbers)}. Where shrinkage is "
-            "the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
+            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {max(numbers)}. Where "
+            "shrinkage is the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
         )
     shrinking = transformation(dataclasses.replace(action, is_per_step=True), _SHRUNK, is_decay=True)
     perturbing = Action(where, {"noise": noise}, mask)
