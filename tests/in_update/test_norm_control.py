@@ -166,6 +166,13 @@ def test_norms_whose_squares_underflow_or_overflow(scale: float) -> None:
     np.testing.assert_allclose(got, scale * want, rtol=1e-13)
 
 
+def test_weights_near_the_largest_number_have_a_direction() -> None:
+    w = jnp.array([1e38, 1e38])
+    np.testing.assert_allclose(new_updates(weight_norm_control(0.1, "init"), jnp.zeros(2), w), 0, atol=1e32)
+    onto = wdjax.on_weights.constrain(wdjax.constraints.L2Sphere(), "init")
+    np.testing.assert_allclose(new_updates(onto, jnp.zeros(2), w), 0, atol=1e32)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_derivative_with_respect_to_the_rate_and_the_radius() -> None:
     w, u = make(0)["conv"], make(1)["conv"]

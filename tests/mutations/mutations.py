@@ -644,7 +644,7 @@ MUTATIONS = [
     Mutation(
         "a zero group has a NaN gradient",
         "_engine/norms.py",
-        "return jnp.where(size == 0, 0, w / jnp.where(size == 0, 1, size))",
+        "return jnp.where(size == 0, 0, w * scale / jnp.where(size == 0, 1, size * scale))",
         "return w / norm",
         ("penalties/",),
     ),
