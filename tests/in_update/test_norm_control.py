@@ -166,6 +166,13 @@ def test_norms_whose_squares_underflow_or_overflow(scale: float) -> None:
     np.testing.assert_allclose(got, scale * want, rtol=1e-13)
 
 
+def test_weights_near_the_largest_number_have_a_direction() -> None:
+    w = jnp.array([1e38, 1e38])
+    np.testing.assert_allclose(new_updates(weight_norm_control(0.1, "init"), jnp.zeros(2), w), 0, atol=1e32)
+    onto = wdjax.on_weights.constrain(wdjax.constraints.L2Sphere(), "init")
+    np.testing.assert_allclose(new_updates(onto, jnp.zeros(2), w), 0, atol=1e32)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_derivative_with_respect_to_the_rate_and_the_radius() -> None:
     w, u = make(0)["conv"], make(1)["conv"]
@@ -317,8 +324,13 @@ def test_errors_in_the_update() -> None:
     params = {"w": jnp.ones((2, 3))}
     uneven = {"w": np.array([[1.0], [2.0]])}
     for control in (weight_norm_control(uneven, 1.0), weight_norm_control(0.1, uneven)):
-        with pytest.raises(ValueError, match=r"weight_decay or radius of shape \(2, 1\) differs within a group"):
+        with pytest.raises(
+            ValueError, match=r"weight_decay, ratio, radius or mask of shape \(2, 1\) differs within a group"
+        ):
             control.update(params, control.init(params), params)
+    of_parts = weight_norm_control(0.1, 1.0, {"w": np.array([[True], [False]])})
+    with pytest.raises(ValueError, match=r"a weight_decay, ratio, radius or mask of shape \(2, 1\) differs within"):
+        of_parts.update(params, of_parts.init(params), params)
     new_updates(weight_norm_control(0.1, uneven, per=0), params, params)
     with pytest.raises(ValueError, match=r"^weight_norm_control: per=2 is out of range for a 2-dimensional array"):
         new_updates(weight_norm_control(0.1, per=2), params, params)

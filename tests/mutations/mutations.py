@@ -644,7 +644,7 @@ MUTATIONS = [
     Mutation(
         "a zero group has a NaN gradient",
         "_engine/norms.py",
-        "return jnp.where(size == 0, 0, w / jnp.where(size == 0, 1, size))",
+        "return jnp.where(size == 0, 0, w * scale / jnp.where(size == 0, 1, size * scale))",
         "return w / norm",
         ("penalties/",),
     ),
@@ -942,8 +942,8 @@ MUTATIONS = [
     Mutation(
         "the same random numbers in each step",
         "_engine/draws.py",
-        'jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)',
-        'jax.random.key(seed, impl="threefry2x32")',
+        'jax.random.fold_in(jax.random.key(low, impl="threefry2x32"), count)',
+        'jax.random.key(low, impl="threefry2x32")',
         (WRITERS,),
     ),
     Mutation(
@@ -1467,7 +1467,7 @@ MUTATIONS = [
     Mutation(
         "a multiplier becomes negative below the bound",
         "on_weights/cpr.py",
-        "jnp.maximum(multiplier + self.update_rate * (found - bound) / size, 0)",
+        "jnp.maximum(multiplier + self.update_rate * excess / size, 0)",
         "multiplier + self.update_rate * jnp.where(jnp.isinf(bound), 0, found - bound) / size",
         (CPR,),
     ),

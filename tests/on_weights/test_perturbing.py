@@ -443,6 +443,10 @@ def test_what_is_refused() -> None:
             TypeError, match=r"seed must be an integer, got .* Write shrink_and_perturb\(\.\.\., seed=0\)"
         ):
             build(seed=seed)
+    with pytest.raises(TypeError, match=r"got a key, key<fry>\[\]"):
+        build(seed=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"got float32\[\]"):
+        build(seed=jnp.array(1.0))
     with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
         build()
     for shrink in (1.5, np.float32(1.5), jnp.array(1.5), {"a": 1.5}, wdjax.by_path({"a": 1.5}, default=0.1)):

@@ -118,7 +118,7 @@ def test_it_is_written_as_it_was_made_and_names_itself_in_errors() -> None:
     for written in (
         "SparseGroupLasso(l1_ratio=0.5)",
         "SparseGroupLasso(axis=(0, 1), l1_ratio=0.25)",
-        "SparseGroupLasso(per=-1, axis_name='data', l1_ratio=0)",
+        "SparseGroupLasso(per=-1, axis_name='data', l1_ratio=0.0)",
     ):
         kind = eval(written, {"SparseGroupLasso": SparseGroupLasso})
         assert repr(kind) == written

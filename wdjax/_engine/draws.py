@@ -18,9 +18,15 @@ from .unstable import varying_axes
 
 def check_seed(where: str, seed: Any, write: str) -> None:
     """Raises an error for a seed that is not an integer. It may be a 0-d array, also a traced one."""
-    is_integer = isinstance(seed, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(seed, bool)
-    if not is_integer or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
-        raise TypeError(f"{where}: seed must be an integer, got {shown(seed)}. Write {write}.")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return
+    is_array = isinstance(seed, (np.integer, np.ndarray, jax.Array))
+    if not is_array or not jnp.issubdtype(seed.dtype, jnp.integer) or jnp.ndim(seed):
+        found = shown(seed)
+        if isinstance(seed, jax.Array):
+            is_key = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+            found = f"{'a key, ' * is_key}{seed.dtype}{list(seed.shape)}"
+        raise TypeError(f"{where}: seed must be an integer, got {found}. Write {write}.")
 
 
 def keys(where: str, seed: Any, count: Any, paths: Sequence[str]) -> list[jax.Array]:

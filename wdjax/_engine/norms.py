@@ -41,7 +41,9 @@ def _norm_jvp(
 
 def direction(w: jax.Array, size: jax.Array) -> jax.Array:
     """w / size, its norm; zero for a zero group, where the norm has no derivative."""
-    return jnp.where(size == 0, 0, w / jnp.where(size == 0, 1, size))
+    # XLA multiplies by 1 / size, which is denormal, so perhaps zero, where the size is near the largest number.
+    scale = jnp.where(size > 1, 0.125, 1).astype(size.dtype)
+    return jnp.where(size == 0, 0, w * scale / jnp.where(size == 0, 1, size * scale))
 
 
 def square(w: jax.Array) -> jax.Array:

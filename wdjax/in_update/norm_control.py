@@ -121,7 +121,7 @@ class _Grown:
     def __call__(
         self, update: jax.Array, p: jax.Array, a: Any, rate: Strength, kept: Any, totals: Any
     ) -> tuple[jax.Array, Any]:
-        check_even("weight_norm_control", "weight_decay or radius", self.groups, rate.value)
+        check_even("weight_norm_control", "weight_decay, ratio, radius or mask", self.groups, rate.value)
         if self.is_init:
             check_kept("weight_norm_control", self.groups, kept, p)
         inward = direction(-p, self.groups.norm(p))

@@ -174,7 +174,8 @@ class _Held:
             bound = jnp.where(due >= 0, due * found, bound)
         else:
             bound = due
-        excess = jnp.where(jnp.isinf(bound), -jnp.inf, found - bound)  # An infinite penalty is not above it, either.
+        # A penalty that overflows does not exceed a bound that is not known: inf - inf is NaN.
+        excess = jnp.where(jnp.isinf(bound), -jnp.inf, found - bound)
         multiplier = jnp.maximum(multiplier + self.update_rate * excess / size, 0)
         kept = jnp.stack([multiplier, bound, *memory]).astype(state.dtype)
         return minus(update, Strength(multiplier), gradient(self.kind, p)), kept

@@ -84,7 +84,7 @@ def shrink_and_perturb(
         )
     # The state comes from an action that warns of nothing: beside noise, no shrink rounds to nothing on average.
     action = Action(where, {"shrink": shrink}, mask)
-    _check_shrink(where, shrink)
+    _check_shrink(where, action.rates["shrink"])
     shrinking = transformation(dataclasses.replace(action, is_per_step=True), _SHRUNK, is_decay=True)
     perturbing = Action(where, {"noise": noise}, mask)
 
@@ -111,7 +111,7 @@ def shrink_and_perturb(
 
 
 def _check_shrink(where: str, shrink: Any) -> None:
-    for given in possible_values(shrink) if isinstance(shrink, Rules) else jax.tree.leaves(shrink):
+    for given in possible_values(shrink) if isinstance(shrink, Rules) else [shrink]:
         is_known = not callable(given) and not is_traced(given) and getattr(given, "is_fully_addressable", True)
         if is_known and np.any(np.asarray(given) > 1):
             raise ValueError(

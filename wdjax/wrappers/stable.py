@@ -61,8 +61,8 @@ def with_stable_decay(
 
     Args:
         optimizer: an optimizer that keeps second moments: `optax.adam`, `nadam`, `yogi`, `radam`, `amsgrad`, `rmsprop`
-            (not centered), also in chains and wrappers. Do not wrap `adamax` or `contrib.adopt`: their states look like that of `adam`,
-            but hold something else.
+            (not centered), also in chains and wrappers. Do not wrap `adamax` or `contrib.adopt`: their states look like
+            that of `adam`, but hold something else.
         weight_decay, mask, toward: as `decoupled_decay`.
         learning_rate: as `with_decoupled_decay`.
         b2: the optimizer's b2, for the bias correction of v, which the state does not hold. If `inject_hyperparams`
