@@ -33,10 +33,10 @@ class AtInit:
     factor: Number = 1.0
 
     def __post_init__(self) -> None:
-        write = "AtInit(0.8)"
-        factor = checks.rate("AtInit", "factor", self.factor, write=write)
-        if callable(factor) or (isinstance(factor, float) and factor == 0):
-            raise ValueError(f"AtInit: factor must be a number > 0, got {shown(self.factor)}. Write {write}.")
+        write, wanted = "AtInit(0.8)", "a number > 0"
+        factor = checks.number("AtInit", "factor", self.factor, write, wanted)
+        if isinstance(factor, float) and factor == 0:
+            raise ValueError(f"AtInit: factor must be {wanted}, got {shown(self.factor)}. Write {write}.")
         object.__setattr__(self, "factor", factor)
 
     def due(self, count: jax.Array) -> jax.Array:
