@@ -305,7 +305,8 @@ def test_a_b2_of_another_type_is_refused_without_offering_a_schedule_or_a_table(
         TypeError, match=r"^with_stable_decay: b2 must be a number from 0 to less than 1, got .*"
     ) as error:
         with_stable_decay(optax.adam(LR), WD, learning_rate=LR, b2=b2)
-    assert "schedule" not in str(error.value) and "rates by path" not in str(error.value)
+    assert "schedule" not in str(error.value)
+    assert "rates by path" not in str(error.value)
 
 
 def test_the_learning_rate_is_the_one_in_the_state() -> None:
