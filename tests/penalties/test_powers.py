@@ -57,6 +57,14 @@ def test_the_proximal_map_is_the_closed_form_for_all_sizes(name: str) -> None:
         np.testing.assert_allclose(narrow, found, rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.parametrize("p", [1.0001, 1.001, 1.01])
+def test_near_the_power_one_the_proximal_map_is_exact_up_to_rounding(p: float) -> None:
+    v, ratio = np.meshgrid(np.logspace(-3, 3, 61), np.linspace(0.2, 4, 20))
+    k = ratio * v
+    found = Lp(p).prox(jnp.asarray(v + k * v ** (p - 1)), jnp.asarray(k))
+    np.testing.assert_allclose(found, v, rtol=1e-14)
+
+
 @every_power
 def test_the_proximal_map_solves_its_equation_or_is_zero(p: float) -> None:
     w, k = np.meshgrid(np.logspace(-4, 4, 81), np.logspace(-4, 4, 41))

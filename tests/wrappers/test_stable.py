@@ -299,6 +299,16 @@ def test_a_b2_that_is_none_is_refused(b2: Any) -> None:
         with_stable_decay(optax.adam(LR), WD, learning_rate=LR, b2=b2)
 
 
+@pytest.mark.parametrize("b2", ["a", None, True, wdjax.by_path({"w": 0.9}), {"w": 0.9}])
+def test_a_b2_of_another_type_is_refused_without_offering_a_schedule_or_a_table(b2: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^with_stable_decay: b2 must be a number from 0 to less than 1, got .*"
+    ) as error:
+        with_stable_decay(optax.adam(LR), WD, learning_rate=LR, b2=b2)
+    assert "schedule" not in str(error.value)
+    assert "rates by path" not in str(error.value)
+
+
 def test_the_learning_rate_is_the_one_in_the_state() -> None:
     optimizer = with_stable_decay(optax.inject_hyperparams(optax.adam)(LR), WD, learning_rate=LR)
     params = jax.tree.map(jnp.asarray, make_params())

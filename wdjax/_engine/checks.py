@@ -80,12 +80,22 @@ def as_float(value: Any) -> float:
         return math.inf
 
 
+def number(where: str, name: str, value: Any, write: str, wanted: str) -> Any:
+    """Checks a number as `rate` does, but takes no schedule, and its errors offer none."""
+    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)
+    if not is_number:
+        kind = ValueError if callable(value) else TypeError
+        raise kind(f"{where}: {name} must be {wanted}, got {shown(value)}. Write {write}.")
+    return rate(where, name, value, write=write)
+
+
 def positive(where: str, name: str, value: Any, write: str) -> float:
     """Checks a number > 0, as `rate` does."""
-    number = rate(where, name, value, write=write)
-    if callable(number) or not isinstance(number, float) or number == 0:
-        raise ValueError(f"{where}: {name} must be a number > 0, got {shown(value)}. Write {write}.")
-    return number
+    wanted = "a number > 0"
+    found = number(where, name, value, write, wanted)
+    if not isinstance(found, float) or found == 0:
+        raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}. Write {write}.")
+    return found
 
 
 def finished(where: str, optimizer: Any, write: str) -> optax.GradientTransformationExtraArgs:

@@ -34,10 +34,7 @@ class AtInit:
     factor: Number = 1.0
 
     def __post_init__(self) -> None:
-        write = "AtInit(0.8)"
-        factor = checks.rate("AtInit", "factor", self.factor, write=write)
-        if callable(factor):
-            raise TypeError(f"AtInit: factor must be a number, got {shown(self.factor)}. Write {write}.")
+        factor = checks.number("AtInit", "factor", self.factor, "AtInit(0.8)", "a number >= 0")
         object.__setattr__(self, "factor", factor)
 
     def due(self, count: jax.Array) -> jax.Array:

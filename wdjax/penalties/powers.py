@@ -93,7 +93,7 @@ def _fraction(w: jax.Array, step: jax.Array, p: float) -> jax.Array:
         q, most = 1 / (p - 1), jnp.finfo(w.dtype).eps ** -2  # If 1 / c is that large, t is 1.
         b = jnp.minimum(jnp.where(step == 0, most, _power(size, 2 - p) / step), most)
         x = _root(b, q)
-        return jnp.where(x < 0.5, 1 - x, _power(b * x, q))
+        return jnp.where(x < 1 / p, 1 - x, _power(b * x, q))  # The one that rounding changes less.
     c = jnp.where(step == 0, 0, step * _power(size, p - 2))
     # Where 0 and the larger solution are equally low, t is `least`. That is the smallest t, except 0.
     least = (2 - 2 * p) / (2 - p)
