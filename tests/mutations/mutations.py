@@ -1474,8 +1474,8 @@ MUTATIONS = [
     Mutation(
         "a multiplier grows with the size of the parameter",
         "on_weights/cpr.py",
-        "(found - bound) / size, 0)",
-        "(found - bound), 0)",
+        "multiplier + self.update_rate * excess / size",
+        "multiplier + self.update_rate * excess",
         (CPR,),
     ),
     Mutation(

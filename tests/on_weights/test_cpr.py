@@ -532,7 +532,7 @@ def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
         (lambda: cpr(wdjax.GroupLasso(axis_name="x"), 1.0, axis_name="x"), ValueError, r"Leave axis_name out of cpr"),
         (
             lambda: AtInit(optax.constant_schedule(0.5)),
-            TypeError,
+            ValueError,
             r"AtInit: factor must be a number, got .*Write AtIni",
         ),
         (lambda: AtInit(-1.0), ValueError, r"AtInit: factor must be finite and not negative, got -1\.0"),
