@@ -147,12 +147,22 @@ def test_a_decay_that_is_divided_by_the_size_of_the_gradients() -> None:
         assert shown(row) == ("update", "L2", to, True)
         assert row.scales_with_learning_rate
         assert names(audit) == {"divided by gradients"}
+        assert row.rates == ()  # Moments are new at each count, so later rates would not be those of a real run.
         # The root mean square of the audit's gradients, of magnitudes from 2 to 4, of the bias too.
         assert 2.5 < RATE / row.rate < 3.5
         (finding,) = audit.findings
         half = f"{row.rate:.6g} per step, and {row.rate / 2:.6g} beside a gradient of twice the size"
         assert (finding.harm, finding.measured) == ("note", (half,))
         assert not audit["bias"].decays
+
+
+def test_behind_a_clip_a_decay_that_is_divided_by_gradients_does_not_seem_to_catch_up() -> None:
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LR))
+    audit = wdjax.audit(with_stable_decay(clipped, WD, WEIGHTS, learning_rate=LR), make_params())
+    assert shown(audit["embedding"]) == UPDATE
+    # The clip makes gradients of one size, so the audit can't see that the decay is divided by it.
+    assert names(audit) == {"needs a gradient"}
+    assert audit["embedding"].rates == ()
 
 
 def test_a_selective_decay_is_not_seen() -> None:
@@ -268,7 +278,7 @@ AVERAGES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(AVERAGES, "adamw, 0.9", "adamw, 0.999", "momentum"))
+@pytest.mark.parametrize("name", slow_but(AVERAGES, "adamw, 0.9", "adamw, 0.999", "momentum", "adam_l2"))
 def test_a_pull_toward_a_moving_average(name: str) -> None:
     optimizer, place = AVERAGES[name]
     audit = wdjax.audit(optimizer, make_params())

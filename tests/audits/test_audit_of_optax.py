@@ -57,6 +57,7 @@ FAST = (
     "MultiSteps of adamw",
     "sgd, keep_params_nonnegative",
     "yogi",
+    "dog, first step given",
 )
 
 

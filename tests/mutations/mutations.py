@@ -637,7 +637,7 @@ MUTATIONS = [
     Mutation(
         "audit: weights that move one another under the spectral norm grow",
         "audits/_moves.py",
-        " or _is_mixed(np.real(odd / w))",
+        " or (may_mix and _is_mixed(np.real(odd / w)))",
         "",
         ("audits/test_audit_of_methods.py",),
     ),
@@ -753,16 +753,23 @@ MUTATIONS = [
     Mutation(
         "an audit takes a decay that is divided by gradients for one that catches up",
         "audits/_beside.py",
-        " and not fact.is_divided",
-        "",
+        "late[i] > 1.45 * usual[i]",
+        "late[i] > 1.2 * usual[i]",
         (METHODS,),
     ),
     Mutation(
         "an audit takes a strength that adapts for a memory of moments",
         "audits/_interpret.py",
-        "if is_at_rest and is_even:",
+        "if adapts:",
         "if False:",
         (METHODS,),
+    ),
+    Mutation(
+        "an audit takes a step size that gradients change for a strength that adapts",
+        "audits/_interpret.py",
+        " and same(farther, beside_farther, noise, probes.tolerance)",
+        "",
+        ("audits/test_audit_of_optax.py",),
     ),
     Mutation(
         "an audit judges the rate of a strength that adapts by its probe weights",
@@ -1212,8 +1219,8 @@ MUTATIONS = [
     Mutation(
         "an audit calls L2 behind the moments unknown",
         "audits/_moments.py",
-        "kind_of(penalty, penalty_double, w) if is_known",
-        "kind_of(penalty, penalty_double, w) if not is_known",
+        'if is_known and kind != "L2":',
+        "if False:",
         (AUDIT,),
     ),
     Mutation(
@@ -1249,6 +1256,20 @@ MUTATIONS = [
         "audits/_beside.py",
         '(row.place != "gradient" or (is_even and not new.rescaled))',
         "row.rate",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit takes mixed memories for weights that move one another",
+        "audits/_moments.py",
+        'may_mix=fact.row.kind == "other"',
+        "may_mix=True",
+        (METHODS,),
+    ),
+    Mutation(
+        "an audit shows later rates of a decay that is divided by moments that are new at each count",
+        "audits/_beside.py",
+        "if fact.is_divided or (",
+        "if False and (",
         (METHODS,),
     ),
     Mutation(

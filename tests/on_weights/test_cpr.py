@@ -533,7 +533,7 @@ def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
         (
             lambda: AtInit(optax.constant_schedule(0.5)),
             ValueError,
-            r"AtInit: factor must be a number, got .*Write AtIni",
+            r"AtInit: factor must be a number >= 0, got .*Write AtI",
         ),
         (lambda: AtInit(-1.0), ValueError, r"AtInit: factor must be finite and not negative, got -1\.0"),
         (lambda: WarmStart(0), ValueError, r"WarmStart: steps must be a whole number > 0, got 0\. Write WarmStart"),

@@ -449,7 +449,7 @@ def test_what_is_refused() -> None:
         build(seed=jnp.array(1.0))
     with pytest.raises(TypeError, match="missing a required argument: 'seed'"):
         build()
-    for shrink in (1.5, np.float32(1.5), jnp.array(1.5), {"a": 1.5}, wdjax.by_path({"a": 1.5}, default=0.1)):
+    for shrink in (1.5, np.float32(1.5), np.array(1.5), jnp.array(1.5)):
         with pytest.raises(ValueError, match=r"at most 1, got .*Where shrinkage is the factor that is kept"):
             shrink_and_perturb(shrink, 0.1, seed=0)
     with pytest.raises(ValueError, match=r"noise must be finite and not negative, got -0\.1"):

@@ -81,8 +81,12 @@ def _decays(
     units = _units(probes, origin, steps, list(found))
     usual, late = (_second_rates(probes, origin, share) for share in (1.0, 0.0))
     for i, fact in found.items():
-        catches_up = late[i] > 1.2 * usual[i] and not fact.is_divided
+        # Of a decay that is divided by the second moment, it is up to the root of 2 times as large.
+        catches_up = late[i] > 1.45 * usual[i]
         fact = fact._replace(needed_by=units[i], late_rate=late[i] if catches_up else 0.0)
+        if fact.is_divided or (late[i] > 1.2 * usual[i] and not catches_up):
+            # Moments are new at each count, so at later ones the decay is divided by too little.
+            fact = fact._replace(row=fact.row._replace(rates=()), later=(), lapse="")
         plus, minus = (np.abs(up.steps[name].total(i) - up.steps["still"].total(i)) for name in ("plus", "minus"))
         # Where a cautious decay acts on a weight, it does not act on the weight's negative. The mean is half of it.
         is_cautious = fact.row.kind == "L2" and np.all(np.minimum(plus, minus) < 1e-3 * np.maximum(plus, minus))

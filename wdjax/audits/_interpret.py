@@ -61,12 +61,17 @@ def facts_of(probes: Probes, runs: Runs, i: int, origin: Arrays | None = None, *
     is_even = same(beside - along(beside - odd, (plus_grad + minus_grad) / 2), odd, noise, probes.tolerance)
     # What moments remember moves weights without a distance, too. A strength that has changed does not.
     is_at_rest = bool(np.all(np.abs(back) <= rounding))
+    # A step size that gradients change is no strength of the decay either.
+    farther, beside_farther = (
+        (total[f"plus_{name}"] - total[f"minus_{name}"]) / 2 for name in ("farther", "grad_farther")
+    )
+    adapts = is_at_rest and is_even and same(farther, beside_farther, noise, probes.tolerance)
     # Weights next to zero, if they move at all, move exactly to zero.
     if kind != "L2" and np.any(tiny) and np.all((tiny == 0) | (tiny == -start["tiny"])):
         place = "weights"
     elif not nudged and _is_remembered(total, start, 8 * rounding, has_copy=not is_at_rest):
         is_remembered = True
-        if is_at_rest and is_even:
+        if adapts:
             # Doubled weights double the strength too, so the kind is not measured. New states have no strength yet.
             kind, later, rates, next_rate = "other", [], (), rate_of(second, at_second)
         else:

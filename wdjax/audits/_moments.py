@@ -76,7 +76,10 @@ def _behind_the_moments(probes: Probes, fact: Facts, i: int, w: np.ndarray, firs
         strengths = np.real(remembered[0] / remembered[2])
         strength = float(np.median(strengths)) if np.std(strengths) <= 1e-2 * np.abs(np.mean(strengths)) else 0.0
     is_known = np.any(part) and np.all(np.isfinite(penalty) & np.isfinite(penalty_double))
-    kind = fact.row.kind if fact.row.kind == "L2" else kind_of(penalty, penalty_double, w) if is_known else "unknown"
+    kind = fact.row.kind if fact.row.kind == "L2" else "unknown"
+    if is_known and kind != "L2":
+        # Weights that move one another do so in the first step too. Where several memories mix, ratios have any sign.
+        kind = kind_of(penalty, penalty_double, w, may_mix=fact.row.kind == "other")
     row = fact.row._replace(kind=kind)
     # A decay in the update is the part of the first step that the penalty does not explain.
     rest = odd - strength * response

@@ -11,14 +11,14 @@ def rate_of(moved: np.ndarray, weights: np.ndarray) -> float:
     return float(np.median(-np.real(moved[moves] / weights[moves]))) if np.any(moves) else 0.0
 
 
-def kind_of(odd: np.ndarray, double: np.ndarray, w: np.ndarray) -> str:
-    """The kind of decay, by how it grows when the weights are doubled."""
+def kind_of(odd: np.ndarray, double: np.ndarray, w: np.ndarray, *, may_mix: bool = True) -> str:
+    """The kind of decay, by how it grows when the weights are doubled. `may_mix`: whether weights may move others."""
     is_real = np.all(np.abs(np.imag(odd / w)) <= 1e-3 * np.abs(odd / w))
     with np.errstate(divide="ignore", invalid="ignore"):
         growth = np.where(odd == 0, np.nan, np.abs(double) / np.abs(odd))
     growth = growth[np.isfinite(growth)]
     linear, constant = np.abs(growth - 2) < 0.02, np.abs(growth - 1) < 0.02
-    if growth.size == 0 or not is_real or _is_mixed(np.real(odd / w)):
+    if growth.size == 0 or not is_real or (may_mix and _is_mixed(np.real(odd / w))):
         return "other"
     if np.all(linear):
         return "L2"

@@ -42,7 +42,9 @@ def run(
     and "plus_fresh" there too, with a new state at its count; the same after "minus", and after "still" with a
     gradient. "foreign" starts at the probe weights with the state of "still".
 
-    "plus_back" and "minus_back" start where "still" does, with the states after "plus" and "minus".
+    "plus_back" and "minus_back" start where "still" does, with the states after "plus" and "minus"; "plus_farther"
+    starts at 2 times the probe weights with the state after "plus", "plus_grad_farther" with that after "plus_grad";
+    the same after "minus" at -2 times.
 
     With an origin, the optimizer is initialized there and the weights are offsets from it. With a nudge, it replaces
     the zero gradient, and `beside` the other one. With `at_count`, the first step is taken at that count.
@@ -77,7 +79,12 @@ def run(
 
     steps = {"plus": plus.bare(), "minus": minus.bare(), "still": still.bare()}
     steps |= {"double": step(2.0).bare(), "tiny": step(1e-6).bare()}
-    steps |= {"plus_grad": step(1.0, gradients).bare(), "minus_grad": step(-1.0, gradients).bare()}
+    plus_grad, minus_grad = step(1.0, gradients), step(-1.0, gradients)
+    steps |= {"plus_grad": plus_grad.bare(), "minus_grad": minus_grad.bare()}
+    for name, one, other in (("plus", plus, plus_grad), ("minus", minus, minus_grad)):
+        farther = weights_from(origin, probes.weights, 2.0 if name == "plus" else -2.0)
+        steps[f"{name}_farther"] = probes.step(farther, zeros, one.after).bare()
+        steps[f"{name}_grad_farther"] = probes.step(farther, zeros, other.after).bare()
     for name, one, given in (("plus", plus, zeros), ("minus", minus, zeros), ("still", still, probes.gradients)):
         steps[f"{name}_second"] = probes.step(one.end(), given, one.after).bare()
         steps[f"{name}_fresh"] = step_from(one.end(), given, to_second).bare()

@@ -13,7 +13,7 @@ from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule, Strength, cast, minus, narrowed_like, plus, stateless, widened
 from .._engine.loop import Action, transformation
 from .._engine.probe import DecayProbe
-from .._engine.rules import Rules, check_no_mask, possible_values
+from .._engine.rules import check_no_mask
 from .._engine.text import shown
 from .._engine.types import Mask, Params, Rate
 from .._engine.unstable import is_traced
@@ -47,7 +47,7 @@ def shrink_and_perturb(
     `optimizer.init(params)`.
 
     Args:
-        shrink, mask: as `independent_decay`; numbers for shrink are at most 1.
+        shrink, mask: as `independent_decay`; a number given for shrink is at most 1.
         noise: a rate, as shrink. The two need not change together: a schedule for both makes steps with neither.
         seed: an integer or 0-d integer array (may be traced), of which the low 32 bits count. Seed, count of updates,
             and path and shape of a parameter determine its noise, whatever the devices and the sharding are, and
@@ -111,13 +111,13 @@ def shrink_and_perturb(
 
 
 def _check_shrink(where: str, shrink: Any) -> None:
-    for given in possible_values(shrink) if isinstance(shrink, Rules) else [shrink]:
-        is_known = not callable(given) and not is_traced(given) and getattr(given, "is_fully_addressable", True)
-        if is_known and np.any(np.asarray(given) > 1):
-            raise ValueError(
-                f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shown(given)}. Where "
-                "shrinkage is the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
-            )
+    """Raises an error for a number above 1. In a table it may be a multiplier."""
+    is_known = isinstance(shrink, float) or (isinstance(shrink, jax.Array) and not is_traced(shrink))
+    if is_known and getattr(shrink, "is_fully_addressable", True) and np.asarray(shrink) > 1:
+        raise ValueError(
+            f"{where}: shrink is the fraction of a weight that is removed, at most 1, got {shown(shrink)}. Where "
+            "shrinkage is the factor that is kept, as in Ash & Adams 2020, write shrink=1 - factor."
+        )
 
 
 def _shrunk(update: jax.Array, p: jax.Array, _: Any, rate: Strength) -> jax.Array:

@@ -98,7 +98,7 @@ def _checked(where: str, b2: Any) -> Any:
     write = f"{where}(optax.adam(1e-3, b2=0.95), 0.1, learning_rate=1e-3, b2=0.95)"
     wanted = "a number from 0 to less than 1"
     number = checks.number(where, "b2", b2, write, wanted)
-    if not is_traced(number) and number >= 1:
+    if not is_traced(number) and np.asarray(number) >= 1:
         raise ValueError(f"{where}: b2 must be {wanted}, got {shown(b2)}. Write {write}.")
     return number
 
