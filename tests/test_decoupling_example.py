@@ -1,7 +1,5 @@
 """The numbers of examples/decoupling.py on grids whose answer is known, and what its text says about its methods."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,24 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from load_example import load_example
 
 import wdjax
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 RATES = 0.001 * 2.0 ** np.arange(8)
 DECAYS = 0.02 * 2.0 ** np.arange(13)
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("decoupling", EXAMPLES / "decoupling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)  # As where the script runs: it imports its neighbour.
-        spec.loader.exec_module(module)
-    return module
+    return load_example("decoupling")
 
 
 def grid(width: int, slope: int) -> np.ndarray:

@@ -1,43 +1,30 @@
 """Arrays of which no process has all, and the example that trains on several processes."""
 
-import importlib.util
 import os
 import pickle
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from load_example import load_example
 
 TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)  # As where the script runs: it imports its neighbours.
-        spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def run_together() -> Callable[..., None]:
-    return load("_processes").run_together
+    return load_example("_processes").run_together
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    return load("train_on_processes")
+    return load_example("train_on_processes")
 
 
 @pytest.mark.slow

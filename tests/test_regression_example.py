@@ -5,7 +5,6 @@
 in the columns that the JSON beside it names. The concise version's loss has no 1/2, and its bias is drawn too.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from load_example import load_example
 from scipy import stats
 from slow import slow, slow_but
 
 DATA = Path(__file__).parent / "data"
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SEEDS = 20
 VERSIONS = {"scratch": 1.0, "concise": 2.0}  # The factor of half the mean squared error in the loss.
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("regression", EXAMPLES / "high_dimensional_regression.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)  # As where the script runs: it imports its neighbour.
-        spec.loader.exec_module(module)
-    return module
+    return load_example("high_dimensional_regression")
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient", "update"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from in_numpy import adam, momentum
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import CONSTRAINTS, Limit, onto_sphere
@@ -208,17 +209,6 @@ def test_groups_within_the_ball_keep_every_bit() -> None:
 
 
 # Around optimizers.
-
-
-def adam(g: np.ndarray, memory: Any, count: int) -> Any:
-    m, v = memory or (np.zeros_like(g), np.zeros_like(g))
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-    return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8), (m, v)
-
-
-def momentum(g: np.ndarray, memory: Any, count: int) -> Any:
-    m = g + 0.9 * (0.0 if memory is None else memory)
-    return m, m
 
 
 DIRECTIONS: dict[str, tuple[Any, Any]] = {
@@ -513,7 +503,7 @@ def test_errors_when_it_runs() -> None:
     rows = wdjax.by_path({"kernel": np.array([[1.0], [2.0], [3.0]])}, default=1.0)
     half = {"kernel": np.array([[True], [False], [True]]), "bias": False, "scale": False}
     for optimizer, words in (
-        (constrain(SpectralBall(), 1.0), r"SpectralBall\(per=-1\): an array of shape \(2,\) is no matrix.*mask"),
+        (constrain(SpectralBall(), 1.0), r"SpectralBall\(per=-1\): an array of shape \(2,\) is not a matrix.*mask"),
         (constrain(L2Ball(per=-1), 1.0), r"L2Ball: per=-1 is out of range for a 0-dimensional array.*mask"),
         (constrain(L2Ball(per=-1), rows, wdjax.only("kernel")), r"radius of shape \(3, 1\) differs within a group"),
         (constrain(SpectralBall(), rows, wdjax.only("kernel")), r"radius of shape \(3, 1\) differs within a group"),

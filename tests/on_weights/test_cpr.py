@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from in_numpy import adam, momentum
 from jax.sharding import PartitionSpec as P
 from slow import slow_but
 from test_contract import assert_same_bits
@@ -111,17 +112,6 @@ def targets() -> np.ndarray:
     far = 4 * rng.normal(size=SHAPE)
     rise = 1 / (1 + np.exp((40 - np.arange(STEPS)) / 8))
     return rise[:, None, None] * far + 0.1 * rng.normal(size=(STEPS, *SHAPE))
-
-
-def adam(g: np.ndarray, memory: Any, count: int) -> Any:
-    m, v = memory or (np.zeros_like(g), np.zeros_like(g))
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-    return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8), (m, v)
-
-
-def momentum(g: np.ndarray, memory: Any, count: int) -> Any:
-    m = g + 0.9 * (0.0 if memory is None else memory)
-    return m, m
 
 
 DIRECTIONS: dict[str, tuple[Any, Any, float]] = {

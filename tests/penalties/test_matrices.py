@@ -340,7 +340,7 @@ def test_iterations_within_shard_map_on_a_matrix_that_is_whole() -> None:
 @pytest.mark.parametrize("kind", [*EACH, ITERATED], ids=repr)
 def test_a_vector_is_refused_in_every_place(kind: Any) -> None:
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    said = rf"^{type(kind).__name__}\(per=-1.*\): an array of shape \(2,\) is no matrix. Use a mask to select matrices"
+    said = rf"^{type(kind).__name__}\(per=-1.*\): an array of shape \(2,\) is not a matrix. Use a mask to select"
     with pytest.raises(ValueError, match=said):
         wdjax.penalty(params, kind, 0.1)
     places = [wdjax.add_penalty_to_grads(kind, 0.1)]

@@ -10,6 +10,9 @@
 `masks`       turns any kind of mask into one answer for each parameter
 `trees`       the leaves of a parameter tree, each with its canonical path
 `draws`       random keys for each parameter
+`groups`      the base class of kinds that act on groups of weights
+`matrices`    the base class of kinds that act on whole matrices, and functions of singular values
+`radii`       the radius that a rule takes: a number, or the norm at `init`
 `norms`       norms that neither overflow nor underflow, also over devices
 `mesh_axes`   sums over devices within `shard_map`
 `probe`       how `monitor` reads a decay

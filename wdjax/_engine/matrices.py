@@ -38,7 +38,7 @@ class Matrices(Groups):
         columns = tuple(axis for axis in range(w.ndim) if axis not in rows)
         if not rows or not columns:
             raise UnfitShapeError(
-                f"{self}: an array of shape {w.shape} is no matrix. Use a mask to select matrices, such as "
+                f"{self}: an array of shape {w.shape} is not a matrix. Use a mask to select matrices, such as "
                 "weights_only() or only('kernel')."
             )
         order = (*rows, *columns) if _size(w, rows) >= _size(w, columns) else (*columns, *rows)

@@ -1,5 +1,4 @@
-"""From what you know to a rate, and back: the memory of AdamW, the AdamW paper's normalization, L2 under
-momentum, a Gaussian prior.
+"""From what you know to a rate, and back: the memory of AdamW, normalized rates, L2 under momentum, a Gaussian prior.
 
 The arguments are numbers or 0-d arrays, which may be traced, as in `wdjax.sweep`. Of a learning-rate schedule, give the
 peak.
