@@ -174,9 +174,9 @@ def test_the_rows_of_an_embedding_in_flax() -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("wrapper", [wdjax.with_sparse_decay, wdjax.with_lazy_decay])
 def test_accumulated_gradients_use_the_rows_of_all_their_parts(wrapper: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{wrapper.__name__}: the optimizer holds the state MultiStepsState.*MultiSteps\("):
+    with pytest.raises(ValueError, match=rf"^{wrapper.__name__}: .* holds the state MultiStepsState.*MultiSteps\("):
         wrapper(optax.MultiSteps(optax.sgd(0.1), 2), 0.1, learning_rate=0.1).init(jnp.ones((2, 1)))
-    with pytest.raises(ValueError, match=rf"^{wrapper.__name__}: the optimizer holds a ScheduleFreeState"):
+    with pytest.raises(ValueError, match=rf"^{wrapper.__name__}: the optimizer holds the state ScheduleFreeState"):
         wrapper(optax.contrib.schedule_free_sgd(0.1), 0.1, learning_rate=0.1).init(jnp.ones((2, 1)))
     around = optax.MultiSteps(wrapper(optax.set_to_zero(), 0.5, learning_rate=1.0), 2)
     params, state = jnp.ones((3, 1)), around.init(jnp.ones((3, 1)))

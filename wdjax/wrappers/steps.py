@@ -88,8 +88,8 @@ def refuse_what_skips(where: str, state: Any, write: str) -> None:
     """Raises an error if an optimizer takes other steps than those of its gradients. `write` is a call of `where`."""
     for node in nodes(state, _OWN_STEPS):
         raise ValueError(
-            f"{where}: the optimizer holds the state {type(node).__name__}, whose steps are not those of the gradients. "
-            f"Put it around the decay, as in optax.MultiSteps({write}, 4)."
+            f"{where}: the optimizer holds the state {type(node).__name__}, whose steps are not those of the "
+            f"gradients. Put it around the decay, as in optax.MultiSteps({write}, 4)."
         )
 
 
