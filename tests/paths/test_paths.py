@@ -448,10 +448,15 @@ def test_leaves_that_are_functions_are_no_parameters() -> None:
 
 def test_two_parameters_of_one_path() -> None:
     params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
-    fails(r"two parameters have the path 'a/b'.*Rename one", lambda: wdjax.decoupled_decay(0.1).init(params))
-    many = {**{f"w{i}": np.ones(1) for i in range(20_000)}, **params}
+    fails(
+        r"two parameters have the path 'a/b': those at \['a'\]\['b'\] and \['a/b'\]\. Rename one",
+        lambda: wdjax.decoupled_decay(0.1).init(params),
+    )
+    many = {**{f"w{i}": np.ones(1) for i in range(10_000)}, **{f"w{i}/x": np.ones(1) for i in range(10_000)}, **params}
+    all_nested = {**many, **{f"w{i}": {"x": np.ones(1)} for i in range(10_000)}}
     start = time.perf_counter()
     fails("two parameters have the path 'a/b'", lambda: canonical_paths(many))
+    fails(r"'w0/x': those at .* and .*\. 9999 more paths are repeated|10000 more", lambda: canonical_paths(all_nested))
     assert time.perf_counter() - start < 3
 
 

@@ -174,6 +174,60 @@ class OwnLinear(nnx.Linear):
         self.norm = OwnNorm()
 
 
+class NNXEinsum(nnx.Module):
+    """Its attributes have the names of an array's."""
+
+    def __init__(self, kind: Any) -> None:
+        self.w, self.shape, self.dtype = nnx.Param(jnp.ones((2, 4, 4))), (2, 4, 4), kind
+
+
+class EquinoxEinsum(eqx.Module):
+    w: jax.Array
+    inner: eqx.nn.Linear
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
+class LinenEinsum(nn.Module):
+    shape: tuple[int, ...] = (4, 4)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.param("w", nn.initializers.ones, self.shape)
+
+
+class LinenAround(nn.Module):
+    @nn.compact
+    def __call__(self, inner: LinenEinsum, x: jax.Array) -> jax.Array:
+        return nn.Dense(inner.shape[0])(x)
+
+
+def test_a_module_with_a_shape_and_a_dtype_is_no_array() -> None:
+    for kind in (jnp.float32, jnp.dtype("float32")):
+        model = nnx.List([NNXEinsum(kind)])
+        assert decided(weights_only(model), nnx.state(model, nnx.Param)) == {"0/w": True}
+    inner = eqx.nn.Linear(4, 4, key=jax.random.key(0))
+    typed = {"attn": EquinoxEinsum(jnp.ones((2, 4, 4)), inner)}
+    expected = {"attn/w": True, "attn/inner/weight": True, "attn/inner/bias": False}
+    assert decided(weights_only(typed), eqx.filter(typed, eqx.is_array)) == expected
+    # Among the inputs of a Linen model, and as params.
+    rules = weights_only(LinenAround(), LinenEinsum(), array(1, 4))
+    assert decided(rules, {"Dense_0": {"kernel": array(4, 4)}}) == {"Dense_0/kernel": True}
+    for wrong in (LinenEinsum(), {"layer": LinenEinsum()}, nn.Dense(4, dtype=jnp.float32)):
+        fails(
+            r"adamw: params must be a tree of parameters, got a",
+            lambda wrong=wrong: wdjax.adamw(0.1, 0.1).init(wrong),
+            TypeError,
+        )
+
+
 def test_what_a_module_adds_to_a_layer_of_the_library() -> None:
     model = OwnLinear(nnx.Rngs(0))
     expected = {"kernel": True, "bias": False, "weight": False, "norm/weight": False}

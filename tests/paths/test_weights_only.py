@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,10 @@ from flax.traverse_util import unflatten_dict
 
 import wdjax
 from wdjax import Rules, all_but, by_path, weights_only
-from wdjax._engine.trees import flatten_with_paths
+from wdjax._engine.decision import Tree
+from wdjax._engine.trees import Leaf, flatten_with_paths
+from wdjax.paths import hints, language
+from wdjax.paths._question import _patterns
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "masks"
 JAX_LISTS, TORCH_LISTS = (sorted((DATA / family).glob("*.json")) for family in ("jax", "torch"))
@@ -608,63 +612,117 @@ def test_what_is_unknown_is_an_error_that_says_what_to_write() -> None:
         wdjax.decoupled_decay(0.1, weights_only()).init(STRANGE)
     assert str(caught.value) == (
         "decoupled_decay: weights_only can't tell what these parameters are: 'spline/coef' (3, 4), 'spline/grid' (5,). "
-        "Say for each whether it decays, True or False: "
-        "by_path({'coef': True, 'grid': False}, default=weights_only()). "
+        "Write True for each that decays, False for others: "
+        "by_path({'coef': ..., 'grid': ...}, default=weights_only()). "
         "Or exclude all of them: weights_only(unknown=False). For your own layer class, write register_layer(MyLayer, "
-        "weights=('coef',)) and weights_only(model). Linen models also need their inputs."
+        "weights=('those that decay',)) and weights_only(model). Linen models also need their inputs."
     )
     many = {f"Block_{number}": {"theta": array(2), "mix": array(3, 3)} for number in range(20)}
     fails(
         r"are: 'Block_\{0\.\.19\}/mix' \(3, 3\), 'Block_\{0\.\.19\}/theta' \(2,\)\. .*"
-        r"by_path\(\{'mix': True, 'theta': False\}, default=weights_only\(\)\)",
+        r"by_path\(\{'mix': \.\.\., 'theta': \.\.\.\}, default=weights_only\(\)\)",
         lambda: weights_only().mask(many),
     )
     fails(
-        r"register_layer\(MyLayer, weights=\('x',\)\)", lambda: weights_only().mask({"a": array(3), "x": array(2, 2)})
+        r"can't tell what this parameter is: 'theta' \(2,\)\. Write", lambda: weights_only().mask({"theta": array(2)})
     )
-    fails(r"can't tell what this parameter is: 'theta' \(2,\)\. Say", lambda: weights_only().mask({"theta": array(2)}))
+
+
+def test_lists_without_names_are_told_how_to_get_them() -> None:
+    remedy = r"all names are numbers, which tell nothing\. From a Keras model, pass \{v\.path: v\.value for v in "
+    for params in ([array(3, 4), array(4)], [(array(3, 4), array(4))] * 2):
+        fails(remedy, lambda params=params: weights_only().mask(params))
+    fails(r"can't tell (?!.*Keras)", lambda: weights_only().mask([{"theta": array(3, 4)}]))
 
 
 STACK = {"weight": array(12, 64, 64), "bias": array(12, 64)}
 
 
 @pytest.mark.parametrize(
-    ("params", "options", "decaying"),
+    ("params", "options", "rows"),
     [
-        (STRANGE, {}, {"spline/coef"}),
-        ([(array(3, 4), array(4))] * 3, {}, {"0/0", "1/0", "2/0"}),
+        (STRANGE, {}, "'coef' 'grid'"),
+        ([(array(3, 4), array(4))] * 3, {}, "'*/0' '*/1'"),
         # The name alone would take the norm's weight too.
         (
             {"layers": [{"weight": array(4, 4)}, {"weight": array(4)}], "norm": {"weight": array(4)}},
             {"embeddings": False},
-            {"layers/0/weight"},
+            "'layers/0/weight'",
         ),
-        # One vector, tables of positions, and a vector in each layer of a stack.
-        ({"theta": array(1, 1, 8), "coef": array(8, 1), "pos_w": array(16, 8), "pos": {"theta": array(4, 4)}}, {}, ()),
-        ({"pre": {"weight": array(12, 64)}, "fc": STACK}, {}, ()),
-        ({"coef": array(3, 8), "theta": array(3, 8, 8)}, {"stacked_axes": 1}, {"theta"}),
-        # Patterns with stars, where they match nothing else, and names with characters that are special in a pattern.
+        ({"pre": {"weight": array(12, 64)}, "fc": STACK}, {}, "'pre/weight'"),
+        ({"coef": array(3, 8), "theta": array(3, 8, 8)}, {"stacked_axes": 1}, "'coef' 'theta'"),
         (
             {"a": {f"x_{i}": array(3, 3) for i in range(3)}, "b": {"x_9": array(3, 3)}},
             {},
-            {"a/x_0", "a/x_1", "a/x_2", "b/x_9"},
+            "'a/x_*' 'x_9'",
         ),
-        ({"a": {"x_0": array(3, 3), "x_2": array(3, 3), "x_1": array(3)}, "x_y": array(3)}, {}, {"a/x_0", "a/x_2"}),
-        ({"a": {"x[0]*": array(3, 3)}, "x0": array(3), "x00": array(3)}, {}, {"a/x[0]*"}),
-        ({"a": {"theta": array(3, 3)}, "b": {"theta": array(3)}, "theta": {"kernel": array(3, 3)}}, {}, {"a/theta"}),
+        ({f"scale_{i}/variable_{j}": array(3) for i in range(2) for j in range(9)}, {}, "'scale_*/variable_*'"),
+        (
+            {"a": {"x_0": array(3, 3), "x_2": array(3, 3), "x_1": array(3)}, "x_y": array(3)},
+            {},
+            "re.compile('a/x_(?:0|2)') 'x_1' 'x_y'",
+        ),
+        # Names with characters that are special in a pattern, or that no pattern has.
+        ({"a": {"x[0]*": array(3, 3)}, "x0": array(3), "x00": array(3)}, {}, "'x[[]0][*]' re.compile('x(?:0|00)')"),
+        ({"a//theta": array(3, 3), "b": {"theta": array(4)}}, {}, "re.compile('a//theta') 'b/theta'"),
+        # At the root, or above a known parameter.
+        (
+            {"theta": array(3, 3), "b": {"theta": {"kernel": array(3, 3)}}},
+            {},
+            "re.compile('theta')",
+        ),
+        ({"a/theta": array(3, 3), "a/theta/kernel": array(3, 3)}, {}, "re.compile('a/theta')"),
     ],
 )
-def test_the_line_to_add_works(params: Any, options: Any, decaying: Any) -> None:
+def test_the_line_to_complete(params: Any, options: Any, rows: str) -> None:
+    assert rows_of_the_question(params, **options) == rows.split()
+
+
+def rows_of_the_question(params: Any, **options: Any) -> list[str]:
+    """The rows of the line to paste: completed, it answers all that is unknown, and nothing else."""
     rules, found = weights_only(**options), answers(params, **options)
     with pytest.raises(ValueError, match="can't tell") as caught:
         rules.mask(params)
     line = re.search(r"by_path\(\{.*?\}, default=weights_only\(.*?\)\)", str(caught.value))
     assert line is not None
-    told = eval(line[0], vars(wdjax))
-    assert repr(told).endswith(f"default={rules!r})")
-    assert untold(found)
-    # A matrix decays, a vector or a position doesn't, until the person who knows has corrected the line.
-    assert decided(told, params) == {path: path in decaying if flag is None else flag for path, flag in found.items()}
+    fails(
+        r"by_path: the value of .* is still '\.\.\.'\. In a mask, write True for what decays, or False",
+        lambda: eval(line[0], {"re": re, **vars(wdjax)}),
+    )
+    for answer in (True, False):
+        told: Any = eval(line[0].replace(": ...", f": {answer}"), {"re": re, **vars(wdjax)})
+        assert repr(told).endswith(f"default={rules!r})")
+        assert decided(told, params) == {path: answer if flag is None else flag for path, flag in found.items()}
+    return [repr(row.match) for row in told.rules]
+
+
+@pytest.mark.parametrize("model", UNTOLD)
+def test_the_line_to_complete_for_named_models(model: str) -> None:
+    flat = arrays(row[:2] for row in NAMED[model]["rows"])
+    assert len(rows_of_the_question(flat)) <= len(untold(answers(flat)))
+
+
+LISTS = {
+    **{path.stem: [(row["path"].replace(".", "/"), row["shape"]) for row in rows_of(path)] for path in JAX_LISTS},
+    **{path.stem: [(row["path"], row["shape"]) for row in rows_of(path)] for path in TORCH_LISTS},
+    **{name: [tuple(row[:2]) for row in model["rows"]] for name, model in NAMED.items()},
+}
+
+
+@pytest.mark.parametrize("model", LISTS)
+def test_the_rows_of_a_question_are_exact_whatever_is_unknown(model: str) -> None:
+    draws = random.Random(model)
+    leaves = [Leaf(path, tuple(shape), jnp.float32) for path, shape in LISTS[model]]
+    tree = Tree("", leaves, frozenset(range(len(leaves))))
+    # Single parameters, and all of some names, so that whole groups are among them.
+    names = draws.sample(sorted({leaf.path.rpartition("/")[2] for leaf in leaves}), 1)
+    for unknown in (draws.sample(leaves, (len(leaves) + 3) // 4), [x for x in leaves if x.path.endswith(names[0])]):
+        matched = []
+        for written in _patterns(unknown, tree):
+            (pattern,) = language.checked_patterns("", eval(written, {"re": re}))
+            matched.append({leaves[i].path for i in language.matching_all(tree, [pattern])})
+        groups = [{leaf.path for leaf in group} for group in hints.grouped(unknown)]
+        assert matched == groups
 
 
 def test_the_question_names_a_registered_class() -> None:
@@ -673,7 +731,7 @@ def test_the_question_names_a_registered_class() -> None:
 
     wdjax.paths.register_layer(Spline, weights=("coef_of_spline",))
     fails(
-        r"by_path\(\{'coef_of_spline': True\}, .*Spline is registered with 'coef_of_spline', but only the model has "
+        r"by_path\(\{'coef_of_spline': \.\.\.\}, .*Spline is registered with 'coef_of_spline', but only the model has "
         r"types: weights_only\(model\)\.$",
         lambda: weights_only().mask({"a": {"coef_of_spline": array(3, 3)}}),
     )

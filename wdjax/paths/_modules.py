@@ -125,7 +125,7 @@ def _held_by_linen(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any
         return call(*args, **kwargs)
 
     leaves, treedef = jax.tree.flatten(tuple(inputs))
-    arrays = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
+    arrays = [leaf if trees.is_array(leaf) else None for leaf in leaves]
 
     def init(key: jax.Array, arrays: list[Any]) -> Any:
         filled = [leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)]
@@ -152,14 +152,14 @@ def _held_by_linen(model: Any, inputs: Sequence[Any], call_kwargs: dict[str, Any
 
 def _held_by_tree(node: Any, path: tuple[str, ...], start: int, kind: type, above: frozenset[int]) -> Iterator[Held]:
     """Every array, number or NNX Variable below a node, whose module is of this class and has a path of this length."""
-    is_array = isinstance(node, (float, complex)) or (hasattr(node, "shape") and hasattr(node, "dtype"))
+    is_number = isinstance(node, (float, complex, *trees.classes("flax.nnx.Variable")))
     if isinstance(node, trees.classes(*_STATE)):
         yield "/".join(path), Role("statistic", f"a {type(node).__name__}")
-    elif is_array or isinstance(node, trees.classes("flax.nnx.Variable")):
+    elif is_number or trees.is_array(node):
         yield "/".join(path), (kind, "/".join(path[start:]).partition("/")[0])
     elif id(node) not in above:
         # nnx.List and nnx.Dict are modules, but the parameters in them belong to their owner.
-        if isinstance(node, trees.classes(*_MODULES)) and not type(node).__module__.startswith("flax.nnx.helpers"):
+        if trees.is_module(node) and not type(node).__module__.startswith("flax.nnx.helpers"):
             start, kind = len(path), type(node)
         for key, child in _children(node):
             if child is not node:

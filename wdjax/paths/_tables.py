@@ -125,10 +125,11 @@ def by_path(
     for pair in rules.items() if isinstance(rules, Mapping) else rules:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"by_path: a rule must be a pair (pattern, value), got {shown(pair)}. Write {TABLE}.")
-        table.append(Row(language.checked_patterns("by_path", pair[0], syntax), _checked_value(pair[1])))
+        patterns = language.checked_patterns("by_path", pair[0], syntax)
+        table.append(Row(patterns, _checked_value(pair[1], f"the value of {patterns}")))
     if not table and default is MISSING:
         raise ValueError(f"by_path: no rules and no default were given. Write {TABLE}.")
-    return Table(tuple(table), None if default is MISSING else _checked_value(default))
+    return Table(tuple(table), None if default is MISSING else _checked_value(default, "default"))
 
 
 @checks.known_arguments
@@ -180,7 +181,12 @@ def stacks(where: str, stacked_axes: Any) -> Any:
     return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
 
 
-def _checked_value(value: Any) -> Any:
+def _checked_value(value: Any, of: str) -> Any:
+    if value is ...:
+        raise ValueError(
+            f"by_path: {of} is still '...'. In a mask, write True for what decays, or False. In a table of rates, "
+            "write the rate."
+        )
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (str, Rules, EMA)) or is_flag(value):

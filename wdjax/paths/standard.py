@@ -1,23 +1,19 @@
 """The standard rule, `weights_only`: the weights of layers decay, and nothing else does."""
 
-import collections
 import dataclasses
-import glob
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._engine import checks
 from .._engine.decision import Decision, Tree
 from .._engine.rules import Rules, read
-from .._engine.text import call, merged_texts, shown
-from .._engine.trees import Leaf
+from .._engine.text import call, shown
 from . import _modules, hints, language
 from ._modules import Owner
-from ._shell import compiled
+from ._question import question
 from ._stacked import STACKED, stacks_of, unstacked
 from .parameters import parameter_at
-from .roles import ADAPTER, EMBEDDING, KERNEL, Role, is_layer, role, says_position, words
+from .roles import ADAPTER, EMBEDDING, KERNEL, Role, is_layer, role, words
 
 # Linen's collections beside "params".
 _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
@@ -40,7 +36,7 @@ class WeightsOnly(Rules, kind="weights_only"):
             )
         stacked = self._stacked(tree)
         roles = self._roles(tree, [i for i in asked if i in tree.required], stacked)
-        decided, unknown = {}, {}
+        decided, unknown = {}, []
         for i in asked:
             leaf, found = tree.leaves[i], roles.get(i)
             if i not in tree.required:
@@ -52,11 +48,10 @@ class WeightsOnly(Rules, kind="weights_only"):
             elif isinstance(self.unknown, bool):
                 decided[i] = Decision(self.unknown, "weights_only", f"unknown={self.unknown}")
             else:
-                is_matrix = sum(size > 1 for size in leaf.shape[stacked.get(i, 0) :]) > 1
-                is_position = any(map(says_position, re.split("[/.]", leaf.path)))
-                unknown[leaf] = is_matrix and not is_position and found is not STACKED
+                unknown.append(leaf)
         if unknown:
-            raise ValueError(f"{tree.where}: {self._question(unknown, tree)}")
+            default = self._written().replace("<model>", "model")
+            raise ValueError(f"{tree.where}: {question(unknown, tree, default, self.owners)}")
         return decided
 
     def _stacked(self, tree: Tree) -> dict[int, int]:
@@ -111,30 +106,6 @@ class WeightsOnly(Rules, kind="weights_only"):
                 f"{len(self.owners)}: {near}. Give weights_only the model that these params belong to."
             )
         return found
-
-    def _question(self, unknown: Mapping[Leaf, bool], tree: Tree) -> str:
-        """The message about unknown parameters, with the lines to paste. Each has a guess of whether it decays."""
-        lines, names = _lines(unknown, tree), {leaf.path.rpartition("/")[2] for leaf in unknown}
-        default = self._written().replace("<model>", "model")
-        message = (
-            f"weights_only can't tell what {'these parameters are' if len(unknown) > 1 else 'this parameter is'}: "
-            f"{hints.with_shapes(unknown)}. Say for each whether it decays, True or False: "
-            f"by_path({lines}, default={default}). Or exclude all of them: weights_only(unknown=False)."
-        )
-        registered = {name: layer for layer, name in _modules.registered() if name in names}
-        if registered and self.owners is None:
-            name, layer = next(iter(registered.items()))
-            return f"{message} {layer} is registered with {name!r}, but only the model has types: weights_only(model)."
-        first = max(unknown, key=lambda leaf: unknown[leaf]).path  # One that decays, if any does.
-        owner, name = (self.owners or {}).get(first), first.rpartition("/")[2]
-        layer = owner.name if isinstance(owner, Owner) else "MyLayer"
-        message += (
-            f" For your own layer class, write register_layer({layer}, weights=({name!r},)) and weights_only(model). "
-            "Linen models also need their inputs."
-        )
-        if self.owners is None and any(leaf.path.endswith("weight") for leaf in unknown):
-            message += " For layers that are stacked in one array, write stacked_axes={'the layers': 1}."
-        return message
 
     def _values(self) -> list[Any]:
         return [True]
@@ -212,31 +183,3 @@ def weights_only(
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
     return WeightsOnly(embeddings, unknown, stacks, owners)
-
-
-def _lines(unknown: Mapping[Leaf, bool], tree: Tree) -> dict[str, bool]:
-    """The rows of a table that gives each unknown parameter its answer, and no other: names where they are enough."""
-    answers = {leaf.path: decays for leaf, decays in unknown.items()}
-    paths_with: dict[str, list[str]] = collections.defaultdict(list)
-    for leaf in tree.leaves:
-        for name in dict.fromkeys(leaf.path.split("/")):
-            paths_with[name].append(leaf.path)
-    lines: dict[str, bool] = {}
-    covered: set[str] = set()
-    for group in hints.grouped(unknown):
-        paths = [leaf.path for leaf in group if leaf.path not in covered]
-        if not paths:
-            continue
-        decays, names = answers[paths[0]], {path.rpartition("/")[2] for path in paths}
-        # By name at any depth, then with stars for numbers. Both may also match parameters that are known.
-        name = glob.escape(names.pop()) if len(names) == 1 else ""
-        starred = re.sub(r"\{[\d.,]+\}", "*", glob.escape(merged_texts([leaf.path for leaf in group])))
-        matched = {name: paths_with[paths[0].rpartition("/")[2]]} if name and not name.isdigit() else {}
-        if len(paths) > 1:
-            search = compiled(starred).search
-            matched[starred] = [leaf.path for leaf in tree.leaves if search(leaf.path)]
-        fits = (pattern for pattern, found in matched.items() if all(answers.get(path) is decays for path in found))
-        pattern = next(fits, None)
-        lines.update(dict.fromkeys(map(glob.escape, paths), decays) if pattern is None else {pattern: decays})
-        covered.update(paths if pattern is None else matched[pattern])
-    return lines

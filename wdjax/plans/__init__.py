@@ -95,7 +95,7 @@ def plan(
     rows = [
         row_of(trees.describe(path, leaf), trees.is_decayable(leaf), choice, rate, keep, factor, values=values)
         for (path, leaf), choice, rate, keep, factor in zip(leaves, chosen, rates, kept, factors, strict=True)
-        if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+        if trees.is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
     ]
     _warn(rows)
     return Plan(tuple(rows))

@@ -17,6 +17,8 @@ from .companions import of_each as of_each
 from .flattening import canonical_paths as canonical_paths
 from .flattening import classes as classes
 from .flattening import flatten_with_paths as flatten_with_paths
+from .flattening import is_array as is_array
+from .flattening import is_module as is_module
 from .flattening import key_text as key_text
 from .flattening import prefixes as prefixes
 from .flattening import structure as structure

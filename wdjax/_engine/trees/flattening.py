@@ -19,7 +19,8 @@ def canonical_paths(params: PyTree) -> list[str]:
     Args:
         params: a tree of parameters, or their shapes as from `jax.eval_shape`.
 
-    Returns: a list of strings: the keys that lead to each leaf, joined by "/".
+    Returns: a list of strings: the keys that lead to each leaf, joined by "/". A Keras variable in a list has its own
+        path instead of an index.
     Raises: ValueError if two leaves have the same path.
 
     Example:
@@ -42,12 +43,21 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     found = [("/".join(keys), leaf) for keys, leaf in _walk(tree, (), is_stop)]
     paths = [path for path, _ in found]
     if len(set(paths)) < len(paths):
-        twice = next(path for path, times in collections.Counter(paths).items() if times > 1)
-        raise ValueError(
-            f"wdjax: two parameters have the path {twice!r}, as in {{'a/b': ..., 'a': {{'b': ...}}}}. "
-            "Rename one: a rule by path could not tell them apart."
-        )
+        raise ValueError(f"wdjax: {_on_repeated(tree, paths)}")
     return found
+
+
+def _on_repeated(tree: PyTree, paths: list[str]) -> str:
+    """The message about parameters with one path, with the places of the first two."""
+    repeated = [path for path, times in collections.Counter(paths).items() if times > 1]
+    places = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]
+    same = [entry for path, entry in zip(paths, places, strict=True) if path == repeated[0]]
+    remedy = "Rename one: a rule by path could not tell them apart."
+    if isinstance(same[0][1], _variables_of_keras()):
+        remedy += " Keras repeats the paths of layers with one name: name the layers, or write a dictionary."
+    more = f" {len(repeated) - 1} more paths are repeated." if len(repeated) > 1 else ""
+    first, second = (keystr(keys) for keys, _ in same[:2])
+    return f"two parameters have the path {repeated[0]!r}: those at {first} and {second}.{more} {remedy}"
 
 
 def structure(tree: PyTree) -> Any:
@@ -58,11 +68,13 @@ def structure(tree: PyTree) -> Any:
 def _walk(
     tree: PyTree, prefix: tuple[str, ...], is_stop: Callable[[Any], bool], *, box: bool = False
 ) -> list[tuple[tuple[str, ...], Any]]:
-    found = []
+    found, of_keras = [], _variables_of_keras()
     # We look inside the box, so its root is not a leaf, and its own key ("value") is not part of the path.
     stop = (lambda x: x is not tree and is_stop(x)) if box else is_stop
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
         path = prefix + tuple(map(key_text, keys[1:] if box else keys))
+        if isinstance(node, of_keras) and keys and isinstance(keys[-1], SequenceKey):
+            path = (*path[:-1], node.path)
         if is_stop(node) and not is_hole(node):
             found += _walk(node, path, is_stop, box=True)
         else:
@@ -92,6 +104,19 @@ def key_text(key: Any) -> str:
 
 def box_types() -> tuple[type, ...]:
     return classes("flax.core.meta.AxisMetadata", "flax.nnx.Variable")
+
+
+def _variables_of_keras() -> tuple[type, ...]:
+    return classes("keras.Variable")
+
+
+def is_module(node: Any) -> bool:
+    return isinstance(node, classes("flax.linen.Module", "flax.nnx.Module", "equinox.Module"))
+
+
+def is_array(node: Any) -> bool:
+    """Whether a node is an array or describes one. A module may have attributes of the same names."""
+    return hasattr(node, "shape") and hasattr(node, "dtype") and not is_module(node)
 
 
 def classes(*names: str) -> tuple[type, ...]:

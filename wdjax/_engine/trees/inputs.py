@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import checks
 from ..text import shown
-from .flattening import classes, flatten_with_paths, key_text
+from .flattening import classes, flatten_with_paths, is_array, is_module, key_text
 
 PyTree = Any
 
@@ -36,7 +36,7 @@ def parameters(
     if not (is_whole or isinstance(params, Iterator)):
         nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, of_nnx) or is_state(x))[0]
     # A model holds arrays beside its functions; `hk.transform` makes a pair of functions.
-    is_model = "functions" in may_hold and any(hasattr(node, "shape") for _, node in nodes)
+    is_model = "functions" in may_hold and any(is_array(node) for _, node in nodes)
     for keys, node in nodes:
         if is_whole:
             remedy = "Pass state['params']." if isinstance(params, Mapping) else "Pass state.params."
@@ -50,6 +50,8 @@ def parameters(
             remedy = "It is the gradient of an integer. Pass the parameters, not their gradients."
         elif _holds_numbers(node) or (is_model and keys):
             continue
+        elif isinstance(node, classes("keras.Variable")):
+            remedy = "Pass {v.path: v.value for v in model.trainable_variables}."
         else:
             remedy = (
                 "Pass the arrays of a model: model.init(key, inputs)['params'] in Linen, nnx.state(model, nnx.Param) "
@@ -64,7 +66,7 @@ def parameters(
 def _holds_numbers(leaf: Any) -> bool:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, bool, int, float, complex)):
         return True
-    dtype = getattr(leaf, "dtype", None)
+    dtype = None if is_module(leaf) else getattr(leaf, "dtype", None)
     return dtype.kind not in "OSUMm" if isinstance(dtype, np.dtype) else isinstance(dtype, type)
 
 
