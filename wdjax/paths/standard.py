@@ -156,7 +156,7 @@ def weights_only(
 
     Returns: `Rules` of booleans.
     Raises: TypeError, ValueError for arguments that are not as above, and for a model that is none of these; and where
-            the mask is used, ValueError if a parameter can't be identified. It has the lines to write for these.
+            the mask is used, ValueError if a parameter can't be identified. It has the line to complete for these.
 
     Example:
 

@@ -50,10 +50,11 @@ def flatten_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
 def _on_repeated(tree: PyTree, paths: list[str]) -> str:
     """The message about parameters with one path, with the places of the first two."""
     repeated = [path for path, times in collections.Counter(paths).items() if times > 1]
-    places = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)[0]
+    of_keras = _variables_of_keras()
+    places = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, (*HOLES, *of_keras)))[0]
     same = [entry for path, entry in zip(paths, places, strict=True) if path == repeated[0]]
     remedy = "Rename one: a rule by path could not tell them apart."
-    if isinstance(same[0][1], _variables_of_keras()):
+    if isinstance(same[0][1], of_keras):
         remedy += " Keras repeats the paths of layers with one name: name the layers, or write a dictionary."
     more = f" {len(repeated) - 1} more paths are repeated." if len(repeated) > 1 else ""
     first, second = (keystr(keys) for keys, _ in same[:2])

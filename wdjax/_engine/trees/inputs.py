@@ -28,13 +28,17 @@ def parameters(
     variables = () if "variables" in may_hold else ("BatchStat", "Cache", "Intermediate", "OptState", "RngState")
     of_nnx = classes(*(f"flax.nnx.{kind}" for kind in ("Optimizer", *variables)))
 
+    # `init` would see their paths, and `update`, which gets their values, would not.
+    of_keras = () if may_hold else classes("keras.Variable")
+
     def is_state(node: Any) -> bool:
         return type(node).__name__.endswith("State") and _package(node) in ("optax", "wdjax")
 
     is_whole = has("params") and (has("opt_state") or has("tx"))
     nodes: list[tuple[Any, Any]] = [((), params)]
     if not (is_whole or isinstance(params, Iterator)):
-        nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, of_nnx) or is_state(x))[0]
+        stops = (*of_nnx, *of_keras)
+        nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, stops) or is_state(x))[0]
     # A model holds arrays beside its functions; `hk.transform` makes a pair of functions.
     is_model = "functions" in may_hold and any(is_array(node) for _, node in nodes)
     for keys, node in nodes:
@@ -48,10 +52,10 @@ def parameters(
             remedy = "Convert them: {name: jnp.asarray(x.detach().numpy()) for name, x in model.state_dict().items()}."
         elif getattr(node, "dtype", None) == jax.dtypes.float0:
             remedy = "It is the gradient of an integer. Pass the parameters, not their gradients."
+        elif isinstance(node, of_keras):
+            remedy = "Pass {v.path: v.value for v in model.trainable_variables}."
         elif _holds_numbers(node) or (is_model and keys):
             continue
-        elif isinstance(node, classes("keras.Variable")):
-            remedy = "Pass {v.path: v.value for v in model.trainable_variables}."
         else:
             remedy = (
                 "Pass the arrays of a model: model.init(key, inputs)['params'] in Linen, nnx.state(model, nnx.Param) "
