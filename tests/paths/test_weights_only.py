@@ -206,10 +206,8 @@ UNTOLD = {
         "lm/transformer/repeat/sub/x_layers_0/self_attention/v",
         "lm/transformer/repeat/sub/x_layers_0/ff_layer/gate",
     },
-    "axlearn_causal_lm": {
-        "decoder/transformer/repeat/layer/self_attention/residual_gate_theta",
-        "lora/layer/weight",
-    },
+    "axlearn_causal_lm": {"lora/layer/weight"},
+    "maxtext_deepseek_scanned": {"decoder/moe_layers/mhc_attention/res_beta"},
     "zipnerf_grids": {"MLP_0/VignetteWeights"},
 }
 # Of an Equinox list, without the bias that the list of names leaves out.
@@ -336,8 +334,21 @@ DECAYS = """
     weight_orig (8,4) weight_u (8)
     conv/weight_bar (8,4,3,3)
     W_U (1,50)
+    ema_gate/kernel (4,4)
+    ema/proj/kernel (4,4)
+    weights_re (8,4)
+    weights_im (8,4)
 """
 DOES_NOT = """
+    temporal_embedding (1,8,64)
+    position_emb/emb_var (40,64)
+    layer_scale/variable_0 (48)
+    A_diag (48)
+    raw_decay (4)
+    vector_u (8)
+    w_avg (64)
+    slots_mu (1,1,64)
+    PReLU_0/negative_slope (2,3)
     exploration/b (3,4)
     attn/inv_freq (4)
     attn/causal_mask (4,4)
@@ -428,6 +439,19 @@ DOES_NOT = """
     parametrizations/weight/0/_u (8)
 """
 UNKNOWN = """
+    beta (8,4)
+    Lambda (8,2)
+    c_cos (5,2,5)
+    kernel_sin (5,2,5)
+    self_attention/embeddings (32,4)
+    queries/embed (20,64)
+    codebook/embed (128,64)
+    gabor_kernel (40,2)
+    sinc_kernel (40,2)
+    sigma_w (64,6)
+    filter_state/w (2,2,19)
+    regression/weight (10,48) regression/bias (10,48)
+    weight_g (3,32,1,1)
     LayerNormMLP_0/wi_kernel (4,4)
     layers/0/weight (1,1,3)
     adaLN/weight (24,4)
@@ -477,6 +501,38 @@ def test_misleading_names(row: str, expected: bool | None) -> None:
     found = re.findall(r"(\S+) \(([\d,]*)\)", row)
     params = arrays((path, [int(size) for size in shape.split(",") if size]) for path, shape in found)
     assert answers(params)[found[0][0]] is expected
+
+
+EVERY_LIST: dict[str, dict[str, Any]] = {
+    **{path.stem: arrays((row["path"], row["shape"]) for row in rows_of(path)) for path in (*JAX_LISTS, *TORCH_LISTS)},
+    **{model: arrays(row[:2] for row in named["rows"]) for model, named in NAMED.items()},
+}
+STACKED_AND_WRONG: dict[str, set[str]] = {}
+PREFIXES = ("params", "encoder", "ema_model", "ema")
+
+
+@pytest.mark.parametrize("model", EVERY_LIST)
+def test_a_prefix_changes_no_flag(model: str) -> None:
+    params = EVERY_LIST[model]
+    expected = answers(params)
+    for prefix in PREFIXES:
+        prefixed = {f"{prefix}/{path}": leaf for path, leaf in params.items()}
+        assert answers(prefixed) == {f"{prefix}/{path}": flag for path, flag in expected.items()}
+        try:
+            nested = unflatten_dict(prefixed, sep="/")
+        except (TypeError, ValueError):  # A path continues another one.
+            continue
+        assert answers(nested) == answers(prefixed)
+
+
+@pytest.mark.parametrize("model", EVERY_LIST)
+def test_what_is_a_vector_alone_is_none_the_less_one_in_a_stack(model: str) -> None:
+    alone = EVERY_LIST[model]
+    stacked = {path: array(3, *leaf.shape) for path, leaf in alone.items()}
+    expected = answers(alone)
+    assert answers(stacked, stacked_axes=1) == expected
+    changed = {path for path, flag in answers(stacked).items() if flag and expected[path] is False}
+    assert changed == STACKED_AND_WRONG.get(model, set())
 
 
 def test_lora_factors_are_adapters() -> None:
@@ -656,7 +712,7 @@ STACK = {"weight": array(12, 64, 64), "bias": array(12, 64)}
             {},
             "'a/x_*' 'x_9'",
         ),
-        ({f"scale_{i}/variable_{j}": array(3) for i in range(2) for j in range(9)}, {}, "'scale_*/variable_*'"),
+        ({f"layer_{i}/variable_{j}": array(3) for i in range(2) for j in range(9)}, {}, "'layer_*/variable_*'"),
         (
             {"a": {"x_0": array(3, 3), "x_2": array(3, 3), "x_1": array(3)}, "x_y": array(3)},
             {},

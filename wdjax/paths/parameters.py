@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 Axes = tuple[int, ...]
 # Names of the box around an array (a Variable, a named array). They tell nothing about the parameter.
-_STORAGE = frozenset(("value", "raw_value", "array", "param"))
+_STORAGE = re.compile("value|raw_value|array|param|variable(_[0-9]+)?")
 _WEIGHTS = ("weight", "kernel", "w", "W", "weight_orig", "weight_bar")
 
 
@@ -22,12 +22,23 @@ class Parameter(NamedTuple):
     around: str = ""  # The name of the owner's owner.
     is_own: bool = False  # Whether the model says that the owner is a class of the user's, and not a library layer.
     is_beside_weight: bool = False  # Whether it is named `u` or `v`, and the module holds a weight too.
+    is_beside_a: bool = False  # Whether the module holds a matrix `a` too. Then its `b` is a matrix and not a bias.
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its shape is not that of a vector. A convolution's bias may have axes of size 1 beside its own."""
+        return sum(size > 1 for size in self.shape) > 1
+
+    @property
+    def is_added(self) -> bool:
+        """Whether it is (1, T, C), to be added to activations. No table that is looked up begins with an axis of 1."""
+        return len(self.shape) > 2 and self.shape[0] == 1 and self.is_wide
 
 
 def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
     """What names and shapes say about the parameter at a path. PyTorch's names have "." instead of "/"."""
     found = [(match.start(), match.group()) for match in re.finditer(r"[^/.]+", path)] or [(0, "")]
-    while len(found) > 1 and found[-1][1] in _STORAGE:
+    while len(found) > 1 and _STORAGE.fullmatch(found[-1][1]):
         found.pop()
     said = [k for k, (_, segment) in enumerate(found) if not segment.isdigit() and not segment.startswith("~")]
     own = said[-1] if said else len(found) - 1
@@ -46,6 +57,7 @@ def parameter_at(path: str, shapes: Mapping[str, Axes]) -> Parameter:
         in_list=own > 0 and found[own - 1][1].isdigit(),
         around=around,
         is_beside_weight=name.strip("_0123456789") in ("u", "v") and beside(_WEIGHTS) is not None,
+        is_beside_a=name in ("b", "B") and len(beside(("a", "A")) or ()) > 1,
     )
 
 

@@ -12,8 +12,9 @@ from . import _modules, hints, language
 from ._modules import Owner
 from ._question import question
 from ._stacked import STACKED, stacks_of, unstacked
+from ._words import words
 from .parameters import parameter_at
-from .roles import ADAPTER, EMBEDDING, KERNEL, Role, is_layer, role, words
+from .roles import ADAPTER, EMBEDDING, KERNEL, Role, is_layer, role
 
 # Linen's collections beside "params".
 _COLLECTIONS = frozenset(("batch_stats", "cache", "intermediates", "aqt", "_overwrite_with_gradient"))
