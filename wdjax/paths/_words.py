@@ -64,9 +64,7 @@ LOOKED_UP = some("position_embedding position_embeddings embed_positions positio
 # What holds an array named as a table, but looks nothing up.
 NOT_LOOKED_UP = TOKENS | some("attention attn codebook")
 OF_BUFFER = BUFFER | POSITION | some("inv cis cached table mask masks")
-STATISTIC = some(
-    "mean means var variance average avg count counts counter ema amax history sigma running moving zeros"
-)
+STATISTIC = some("mean means var variance average avg count counts counter ema amax history sigma running moving zeros")
 STATE = some("state states carry hidden memory h c")
 # What a module that is a moving average holds itself.
 OF_AVERAGE = some("hidden average counter embeddings codebook")

@@ -162,6 +162,8 @@ def _weight_without_bias(parameter: Parameter, qualifier: Words, owner: Words, o
         return kernel if any(_is_part(word) or word in w.LAYER for word in qualifier) else None
     if is_layer("_".join(owner)) or "patch" in owner:
         return kernel
+    if is_norm(parameter.around) and not (w.SCALE | w.BIAS).isdisjoint(owner[-1:]):  # Perhaps in a stack of layers.
+        return None
     if rank <= 3 and w.TABLE.intersection(owner):
         if some("time timestep out output").intersection(owner):
             return kernel._replace(or_table=True)
@@ -247,14 +249,18 @@ def _is_buffer(parameter: Parameter, own: Words) -> bool:
     """Whether it is a mask, is frozen, or is a table of sines that is named as nothing else."""
     is_of_positions = set(own) <= w.OF_BUFFER and (len(own) > 1 or says_position(parameter.owner))
     is_table = is_of_positions and not w.BUFFER.isdisjoint(own)
-    return is_table or own[-1] in ("mask", "masks") or not {"freeze", "frozen"}.isdisjoint(own)
+    return is_table or not {"mask", "masks"}.isdisjoint(own[-1:]) or not {"freeze", "frozen"}.isdisjoint(own)
 
 
 def _is_average(parameter: Parameter, own: Words) -> bool:
     """Whether it is what a moving average holds, or the state of an Equinox layer."""
     owner = words(parameter.owner)
     is_hidden = own[-1] in ("hidden", "average", "counter") and "ema" in owner
-    return is_hidden or (owner[-1:] == ("ema",) and own[-1] in w.OF_AVERAGE) or owner[:2] == ("state", "index")
+    return (
+        is_hidden
+        or (owner[-1:] == ("ema",) and not w.OF_AVERAGE.isdisjoint(own[-1:]))
+        or owner[:2] == ("state", "index")
+    )
 
 
 def _is_of_power_iteration(parameter: Parameter, own: Words) -> bool:
