@@ -927,6 +927,29 @@ def test_the_remedy_for_a_lost_decay_fits_the_dtype(learning_rate: float, dtype:
     assert f"{learning_rate * 0.1:g} per step in {np.dtype(dtype).name}, which keeps no change below" in str(finding)
 
 
+# The rate, and whether rounding to bfloat16 makes it another one, and of what the finding speaks.
+@pytest.mark.parametrize(
+    ("rate", "says"),
+    [
+        (2e-3, ""),
+        (3e-3, "0.003 per step in bfloat16 acts as 0 a step once weights are where"),
+        (4e-3, "0.004 per step in bfloat16 acts as 0.0054 a step"),
+        (5e-3, ""),
+        (8e-3, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*rounding changes the decay")
+def test_a_decay_that_rounding_makes_faster_or_slower(rate: float, says: str) -> None:
+    for optimizer in (wdjax.adamw(LR, rate / LR, WEIGHTS), optax.adamw(LR, weight_decay=rate / LR, mask=WEIGHTS.mask)):
+        audit = wdjax.audit(optimizer, BF16)
+        finding = audit.finding("changed by rounding")
+        assert says in (str(finding) if finding else "")
+        assert bool(finding) == bool(says)
+        assert ("rounds to nothing" in names(audit)) == (rate == 2e-3)
+    remedied = optax.chain(wdjax.in_float32(wdjax.adamw(LR, rate / LR, WEIGHTS)), wdjax.compensated())
+    assert not wdjax.audit(remedied, BF16).findings
+
+
 # Optimizers with a step size that is not the learning rate: the name of the number, and arguments.
 STEP_SIZES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dadapt_adamw": (contrib.dadapt_adamw(1.0, weight_decay=0.0), "state[0].estim_lr", {}),

@@ -461,8 +461,8 @@ MUTATIONS = [
     Mutation(
         "no warning of a rate that overshoots",
         "_engine/hazards.py",
-        "        elif fraction >= 1 and can_overshoot:\n",
-        "        elif fraction > 2 and can_overshoot:\n",
+        "        elif fraction >= 1:\n",
+        "        elif fraction > 2:\n",
         ("_engine/test_hazards.py",),
     ),
     # Trees, masks, meshes, checks.
