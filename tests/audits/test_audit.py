@@ -950,6 +950,79 @@ def test_a_decay_that_rounding_makes_faster_or_slower(rate: float, says: str) ->
     assert not wdjax.audit(remedied, BF16).findings
 
 
+INTEGERS = {"kernel": jnp.ones((8, 6)), "q": jnp.array([-127, -3, 3, 127], jnp.int8), "mask": jnp.array([True, False])}
+MOVING = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR))
+
+
+@pytest.mark.parametrize("is_described", [False, True])
+@pytest.mark.parametrize("optimizer", [MOVING, optax.MultiSteps(MOVING, 2)], ids=["plain", "accumulated"])
+def test_integers_that_an_optimizer_moves(optimizer: Any, is_described: bool) -> None:
+    params = jax.eval_shape(lambda: INTEGERS) if is_described else INTEGERS
+    finding = wdjax.audit(optimizer, params, frozen=wdjax.only("q")).finding("moves integers")
+    assert finding is not None
+    assert (finding.harm, finding.paths) == ("wrong", ("q",))
+    assert all(word in finding.remedy for word in ("freeze(", "optax.masked", "optax.partition"))
+    with pytest.raises(AssertionError, match="moves integers"):
+        testing.assert_audit(optimizer, params, frozen=wdjax.only("q"))
+    integers = wdjax.all_but("kernel")
+    frozen = wdjax.freeze(optimizer, integers)
+    parted = optax.partition({True: optax.set_to_zero(), False: MOVING}, {"kernel": False, "q": True, "mask": True})
+    masked = optax.masked(MOVING, {"kernel": True, "q": False, "mask": False})
+    for remedied in (frozen, parted, masked, wdjax.adamw(LR, WD)):
+        assert "moves integers" not in names(wdjax.audit(remedied, params, frozen=integers))
+
+
+def test_a_state_that_drifts_because_of_integers_names_their_remedy() -> None:
+    finding = wdjax.audit(optax.adam(LR), INTEGERS).finding("state drifts")
+    assert finding is not None
+    assert "freeze(" in finding.remedy
+    assert "in_float32" not in finding.remedy
+
+
+def skipping(optimizer: Any, calls: int) -> Any:
+    multi = optax.MultiSteps(optimizer, calls, should_skip_update_fn=optax.skip_not_finite)
+    return multi.gradient_transformation()
+
+
+DECAY = wdjax.independent_decay(WD, WEIGHTS)
+# Whether a skipped step decays.
+SKIPS: dict[str, tuple[Any, bool]] = {
+    "behind apply_if_finite": (optax.chain(optax.apply_if_finite(optax.adam(LR), 3), DECAY), True),
+    "behind apply_if_finite, without moments": (optax.chain(optax.apply_if_finite(SGD, 3), DECAY), True),
+    "behind MultiSteps": (optax.chain(skipping(SGD, 1), DECAY), True),
+    "behind MultiSteps of three": (optax.chain(skipping(SGD, 3), DECAY), True),
+    "in one of two groups": (
+        optax.partition(
+            {"a": optax.chain(optax.apply_if_finite(SGD, 3), DECAY), "b": SGD},
+            {"Dense_0": {"kernel": "a", "bias": "b"}, "norm": {"scale": "b"}},
+        ),
+        True,
+    ),
+    "inside apply_if_finite": (optax.apply_if_finite(optax.chain(SGD, DECAY), 3), False),
+    "inside MultiSteps": (skipping(optax.chain(SGD, DECAY), 3), False),
+    "around apply_if_finite": (
+        wdjax.with_decoupled_decay(optax.apply_if_finite(optax.adam(LR), 3), WD, WEIGHTS, learning_rate=LR),
+        False,
+    ),
+    "around MultiSteps": (wdjax.with_decoupled_decay(skipping(SGD, 3), WD, WEIGHTS, learning_rate=LR), False),
+    "adamw, which becomes NaN": (wdjax.adamw(LR, WD, WEIGHTS), False),
+    "a clip by global norm": (optax.chain(optax.clip_by_global_norm(1.0), SGD, DECAY), False),
+    "NaN is 0, and the step a real one": (optax.chain(optax.zero_nans(), SGD, DECAY), False),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+@pytest.mark.parametrize("has_debug", [False, True])
+def test_a_decay_in_skipped_steps(name: str, has_debug: bool) -> None:
+    optimizer, moves = SKIPS[name]
+    with jax.debug_nans(has_debug):
+        finding = wdjax.audit(optimizer, make_params()).finding("moves in skipped steps")
+    assert bool(finding) == moves
+    if finding:
+        assert (finding.harm, finding.paths) == ("wrong", ("Dense_0/kernel",))
+        assert "inside the wrapper that skips" in finding.remedy
+
+
 # Optimizers with a step size that is not the learning rate: the name of the number, and arguments.
 STEP_SIZES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dadapt_adamw": (contrib.dadapt_adamw(1.0, weight_decay=0.0), "state[0].estim_lr", {}),

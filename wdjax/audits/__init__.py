@@ -82,7 +82,7 @@ def audit(
         mask: which parameters should decay, at the rate `expected` if it is given.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
-        frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
+        frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay. Integers must never move.
         steps: the counts at which rates are measured.
         extra_args: keyword arguments for `update`, the same for all probes: {"value": 1.0}.
         full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
