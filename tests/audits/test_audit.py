@@ -1023,6 +1023,29 @@ def test_a_decay_in_skipped_steps(name: str, has_debug: bool) -> None:
         assert "inside the wrapper that skips" in finding.remedy
 
 
+def has_a_weight(params: Any) -> Any:
+    return jax.tree.map(lambda p: bool(jnp.any(p != 0)), params)
+
+
+def has_a_weight_in_numpy(params: Any) -> Any:
+    return {name: bool(np.any(np.asarray(leaf))) for name, leaf in params.items()}
+
+
+def has_a_weight_by_if(params: Any) -> Any:
+    return {name: True for name, leaf in params.items() if jnp.max(leaf) > 0}
+
+
+@pytest.mark.parametrize("mask", [has_a_weight, has_a_weight_in_numpy, has_a_weight_by_if])
+@pytest.mark.parametrize("adamw", [optax.adamw, wdjax.adamw])
+def test_a_mask_that_looks_at_values_is_named(adamw: Any, mask: Any) -> None:
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    whose = "audit: the optimizer does not run under jax.jit" if adamw is optax.adamw else "decoupled_decay: the mask"
+    with pytest.raises(TypeError, match=rf"^{whose}.*{mask.__name__}.* looks at the values .*mask=mask\(params\)\."):
+        wdjax.audit(adamw(LR, weight_decay=WD, mask=mask), params)
+    audit = wdjax.audit(adamw(LR, weight_decay=WD, mask={"bias": False} | mask(params)), params)
+    assert [row.path for row in audit.parameters if row.decays] == ["kernel"]
+
+
 # Optimizers with a step size that is not the learning rate: the name of the number, and arguments.
 STEP_SIZES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dadapt_adamw": (contrib.dadapt_adamw(1.0, weight_decay=0.0), "state[0].estim_lr", {}),

@@ -465,6 +465,34 @@ MUTATIONS = [
         "        elif fraction > 2:\n",
         ("_engine/test_hazards.py",),
     ),
+    Mutation(
+        "rounding changes no rate",
+        "_engine/hazards.py",
+        "return abs(share - 1) > _MOST_CHANGE",
+        "return False",
+        (HAZARDS, AUDIT),
+    ),
+    Mutation(
+        "a weight that gets stuck on its way decays",
+        "_engine/hazards.py",
+        " if np.all(lost) else 0.0",
+        " if np.any(lost) else 0.0",
+        (HAZARDS,),
+    ),
+    Mutation(
+        "no integer is looked at",
+        "audits/_integers.py",
+        "if not any(_is_integer(leaf) for _, leaf in found):",
+        "if True:",
+        (AUDIT,),
+    ),
+    Mutation(
+        "a NaN that becomes 0 skips the step",
+        "audits/_skips.py",
+        "and np.array_equal(moved, opposite.total(i).flat[1:])",
+        "and True",
+        (AUDIT,),
+    ),
     # Trees, masks, meshes, checks.
     Mutation(
         "integers are decayed",

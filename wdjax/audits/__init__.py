@@ -43,6 +43,7 @@ from ._rows import Finding as Finding
 from ._skips import moved_in_skipped_steps
 from ._states import drift_of
 from ._step_sizes import find_step_sizes
+from ._tracing import values_are_unknown
 from .findings import findings_of
 
 PyTree = Any
@@ -89,8 +90,9 @@ def audit(
             about twenty training steps.
 
     Returns: an `Audit`.
-    Raises: TypeError, ValueError for what is not an optimizer, for masks and rates that `decoupled_decay` refuses, and
-            for other arguments that are not as above. Errors of the optimizer itself are passed on.
+    Raises: TypeError, ValueError for what is not an optimizer, for masks and rates that `decoupled_decay` refuses, for
+            optimizers that look at values, and so do not run under `jax.jit`, and for other arguments that are not as
+            above. Errors of the optimizer itself are passed on.
 
     Example:
 
@@ -128,8 +130,9 @@ def audit(
         frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
         mask_flags = flags(where, mask, params, leaves)
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
-        state = jax.eval_shape(finished.init, params)
-        after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
+        with values_are_unknown():
+            state = jax.eval_shape(finished.init, params)
+            after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
         drift, writers = drift_of(state, after), {type(node) for node in nodes(state, WRITERS)}
 
         def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
