@@ -1148,7 +1148,8 @@ def test_assert_audit() -> None:
     ):
         testing.assert_audit(wdjax.adamw(LR, 2 * WD, WEIGHTS), params, 3 * LR * WD, WEIGHTS)
     with pytest.raises(
-        ValueError, match=r"no finding is named 'momentum'. The names are: 'adapts', 'catches up', 'constrained', "
+        ValueError,
+        match=r"no finding is named 'momentum'. The names are: 'adapts', 'catches up', 'changed by rounding', ",
     ):
         testing.assert_audit(l2, params, allow=["momentum"])
     with pytest.raises(TypeError, match=r"audit\(\) has no argument 'lr' .* Did you mean learning_rate"):

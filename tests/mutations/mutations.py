@@ -482,8 +482,8 @@ MUTATIONS = [
     Mutation(
         "no integer is looked at",
         "audits/_integers.py",
-        "if not any(_is_integer(leaf) for _, leaf in found):",
-        "if True:",
+        "if is_integer(old) and not np.array_equal(old, new)",
+        "if False",
         (AUDIT,),
     ),
     Mutation(

@@ -32,7 +32,6 @@ from ..paths import Rules
 from ..paths.parameters import parameter_at
 from ..paths.roles import role
 from ._facts import Facts
-from ._integers import moved_integers
 from ._measures import measure
 from ._moments import look_behind_the_moments
 from ._probes import Probes
@@ -200,7 +199,7 @@ def audit(
             }
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
-        integers = moved_integers(finished, params, extra_args, probes)
+        integers = sorted(probes.moved_integers)
         findings = findings_of(list(facts.values()), drift, narrow, integers, offset + calls)
         return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
 

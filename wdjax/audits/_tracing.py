@@ -24,5 +24,5 @@ def values_are_unknown() -> Iterator[None]:
         who = f"{codes[-1].co_qualname} in {pathlib.Path(codes[-1].co_filename).name}" if codes else "it"
         raise TypeError(
             f"audit: the optimizer does not run under jax.jit: {who} looks at the values of arrays. A mask function "
-            "may look at paths, shapes and dtypes. Or call it once and give the optimizer its result: mask=mask(params)."
+            "may look at paths, shapes and dtypes. Or call it once and pass on its result: mask=mask(params)."
         ) from error
