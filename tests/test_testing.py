@@ -108,6 +108,7 @@ def test_assert_only_decays_sees_a_decay_that_rounds_to_nothing() -> None:
         testing.assert_only_decays(wdjax.sgdw(1.0, rates), stack, rates)
 
 
+@pytest.mark.filterwarnings("ignore:.*rounding changes the decay")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
 def test_assert_only_decays_sees_a_wrong_rate_in_every_precision(dtype: Any, factor: float) -> None:

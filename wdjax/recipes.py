@@ -84,7 +84,7 @@ def sgdw(
 
     Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
     Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
-    Warns: UserWarning at `init`, if learning_rate * weight_decay rounds to nothing or overshoots.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay is changed by rounding or overshoots.
 
     Example:
 
@@ -97,7 +97,7 @@ def sgdw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("sgdw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
+    return _watched("sgdw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask, toward)
 
 
 @checks.known_arguments
@@ -171,7 +171,7 @@ def adamw(
 
     Returns: an `optax.GradientTransformation`, a chain with its states. Its `update` needs `params`.
     Raises: as `decoupled_decay`; the learning rate is checked like the weight decay.
-    Warns: UserWarning at `init`, if learning_rate * weight_decay rounds to nothing or overshoots.
+    Warns: UserWarning at `init`, if learning_rate * weight_decay is changed by rounding or overshoots.
 
     Example:
 
@@ -184,12 +184,12 @@ def adamw(
         decoupled_decay(weight_decay, mask, toward=toward),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _watched("adamw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask)
+    return _watched("adamw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask, toward)
 
 
-def _watched(where: str, chain: Any, rates: dict[str, Any], mask: Mask) -> optax.GradientTransformation:
-    """The chain. Its `init` warns if learning_rate * weight_decay is known to do nothing or to overshoot."""
-    action = Action(where, rates, mask)
+def _watched(where: str, chain: Any, rates: dict[str, Any], mask: Mask, toward: Any) -> optax.GradientTransformation:
+    """The chain. Its `init` warns if rounding changes learning_rate * weight_decay, or if that overshoots."""
+    action = Action(where, rates, mask, toward)
 
     def init_fn(params: Any) -> Any:
         trees.parameters(where, params)  # Before Adam's zeros are made of it.

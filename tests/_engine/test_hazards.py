@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import wdjax
+from wdjax._engine.hazards import share_kept
 
 LOW = {jnp.bfloat16: 2.0**-9, jnp.float16: 2.0**-12, jnp.float32: 2.0**-25, jnp.float8_e4m3fn: 2.0**-5}
 every_dtype = pytest.mark.parametrize("dtype", LOW, ids=lambda dtype: dtype.__name__)
@@ -45,9 +46,64 @@ def test_a_decay_that_rounds_to_nothing_is_warned_of_and_one_that_does_not_is_no
     build = DECAYS[name]
     (message,) = said(build(0.5, 2 * least * 0.99), params(dtype))
     assert "rounds to nothing" in message
-    assert not said(build(0.5, 2 * least), params(dtype))
-    assert not said(build(0.5, 2 * least * 1.01), params(dtype))
+    (message,) = said(build(0.5, 2 * least), params(dtype))
+    assert "rounding changes the decay" in message
     assert not said(build(0.5, 0.0), params(dtype))
+
+
+# The rate in units of the smallest that moves all weights, and whether rounding changes it by more than a fifth.
+CHANGES = {0.51: True, 0.8: True, 1.01: True, 1.1: True, 1.25: False, 1.5: False, 2.0: False, 10.0: False}
+
+
+@every_decay
+@pytest.mark.parametrize("units", CHANGES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda dtype: dtype.__name__)
+def test_a_decay_that_rounding_changes_by_a_fifth_is_warned_of(name: str, units: float, dtype: Any) -> None:
+    rate = units * 2 * LOW[dtype]
+    assert (
+        any("rounding changes the decay" in each for each in said(DECAYS[name](0.5, 2 * rate), params(dtype)))
+        == (CHANGES[units])
+    )
+
+
+@pytest.mark.parametrize("rate", [2e-3, 3e-3, 3.9e-3, 4e-3, 5e-3, 6e-3, 8e-3, 1e-2, 2e-2, 0.1])
+def test_the_rate_that_is_said_to_act_is_the_one_that_acts(rate: float) -> None:
+    weights = jnp.exp(jnp.linspace(0.0, 4.0, 4096)).astype(jnp.bfloat16)
+    optimizer = wdjax.independent_decay(rate)
+
+    @jax.jit
+    def after(weights: Any) -> Any:
+        def step(_: Any, weights: Any) -> Any:
+            updates, _ = optimizer.update(jnp.zeros_like(weights), state, weights)
+            return optax.apply_updates(weights, updates)
+
+        return jax.lax.fori_loop(0, 400, step, weights)
+
+    state = wdjax.in_update.DecayState(jnp.zeros([], jnp.int32))
+    start, end = (np.asarray(x, np.float64) for x in (after(weights), after(after(weights))))
+    acts = 1 - np.exp(np.mean(np.log(end / start)) / 400)
+    np.testing.assert_allclose(acts, share_kept(rate, jnp.bfloat16) * rate, rtol=0.02, atol=0)
+    assert bool(said(optimizer, weights)) == (abs(acts / rate - 1) > 0.2)
+
+
+def test_the_warning_of_a_changed_rate_in_full() -> None:
+    (message,) = said(wdjax.adamw(1e-2, 0.4), params())
+    assert message == (
+        "adamw: rounding changes the decay: learning_rate * weight_decay is 0.004 a step, and rounding to bfloat16 "
+        "makes it 0.0054 a step: 'Dense_0/bias', 'Dense_0/kernel'. "
+        "Keep the parameters in float32 and compute in a narrower dtype, or write "
+        "optax.chain(in_float32(optimizer), compensated()) with the decay inside."
+    )
+    (message,) = said(wdjax.adamw(1e-2, 0.2), params())
+    assert "is 0.002 a step, and rounding to bfloat16 makes it 0 a step once weights are" in message
+    assert not said(optax.chain(wdjax.in_float32(wdjax.adamw(1e-2, 0.4)), wdjax.compensated()), params())
+
+
+def test_what_rounding_changes_is_said_only_of_a_constant_rate_toward_zero() -> None:
+    assert not said(wdjax.decoupled_decay(4e-3), params())
+    assert not said(wdjax.independent_decay(lambda count: 4e-3 + 0.0 * count), params())
+    assert not said(wdjax.adamw(1e-2, 0.4, toward="init"), params())
+    assert not said(wdjax.in_update.weight_norm_control(4e-3, 1.0), params())
 
 
 def test_the_warning_in_full() -> None:

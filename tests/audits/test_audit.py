@@ -927,6 +927,125 @@ def test_the_remedy_for_a_lost_decay_fits_the_dtype(learning_rate: float, dtype:
     assert f"{learning_rate * 0.1:g} per step in {np.dtype(dtype).name}, which keeps no change below" in str(finding)
 
 
+# The rate, and whether rounding to bfloat16 makes it another one, and of what the finding speaks.
+@pytest.mark.parametrize(
+    ("rate", "says"),
+    [
+        (2e-3, ""),
+        (3e-3, "0.003 per step in bfloat16 acts as 0 a step once weights are where"),
+        (4e-3, "0.004 per step in bfloat16 acts as 0.0054 a step"),
+        (5e-3, ""),
+        (8e-3, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*rounding changes the decay")
+def test_a_decay_that_rounding_makes_faster_or_slower(rate: float, says: str) -> None:
+    for optimizer in (wdjax.adamw(LR, rate / LR, WEIGHTS), optax.adamw(LR, weight_decay=rate / LR, mask=WEIGHTS.mask)):
+        audit = wdjax.audit(optimizer, BF16)
+        finding = audit.finding("changed by rounding")
+        assert says in (str(finding) if finding else "")
+        assert bool(finding) == bool(says)
+        assert ("rounds to nothing" in names(audit)) == (rate == 2e-3)
+    remedied = optax.chain(wdjax.in_float32(wdjax.adamw(LR, rate / LR, WEIGHTS)), wdjax.compensated())
+    assert not wdjax.audit(remedied, BF16).findings
+
+
+INTEGERS = {"kernel": jnp.ones((8, 6)), "q": jnp.array([-127, -3, 3, 127], jnp.int8)}
+MOVING = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR))
+
+
+@pytest.mark.parametrize("is_described", [False, True])
+@pytest.mark.parametrize("optimizer", [MOVING, optax.MultiSteps(MOVING, 2)], ids=["plain", "accumulated"])
+def test_integers_that_an_optimizer_moves(optimizer: Any, is_described: bool) -> None:
+    params = jax.eval_shape(lambda: INTEGERS) if is_described else INTEGERS
+    finding = wdjax.audit(optimizer, params, frozen=wdjax.only("q")).finding("moves integers")
+    assert finding is not None
+    assert (finding.harm, finding.paths) == ("wrong", ("q",))
+    assert all(word in finding.remedy for word in ("freeze(", "optax.masked", "optax.partition"))
+    with pytest.raises(AssertionError, match="moves integers"):
+        testing.assert_audit(optimizer, params, frozen=wdjax.only("q"))
+    integers = wdjax.all_but("kernel")
+    frozen = wdjax.freeze(optimizer, integers)
+    parted = optax.partition({True: optax.set_to_zero(), False: MOVING}, {"kernel": False, "q": True})
+    masked = optax.masked(MOVING, {"kernel": True, "q": False})
+    for remedied in (frozen, parted, masked, wdjax.adamw(LR, WD)):
+        assert "moves integers" not in names(wdjax.audit(remedied, params, frozen=integers))
+
+
+def test_a_state_that_drifts_because_of_integers_names_their_remedy() -> None:
+    finding = wdjax.audit(optax.adam(LR), INTEGERS).finding("state drifts")
+    assert finding is not None
+    assert "freeze(" in finding.remedy
+    assert "in_float32" not in finding.remedy
+
+
+def skipping(optimizer: Any, calls: int) -> Any:
+    multi = optax.MultiSteps(optimizer, calls, should_skip_update_fn=optax.skip_not_finite)
+    return multi.gradient_transformation()
+
+
+DECAY = wdjax.independent_decay(WD, WEIGHTS)
+# Whether a skipped step decays.
+SKIPS: dict[str, tuple[Any, bool]] = {
+    "behind apply_if_finite": (optax.chain(optax.apply_if_finite(optax.adam(LR), 3), DECAY), True),
+    "behind apply_if_finite, without moments": (optax.chain(optax.apply_if_finite(SGD, 3), DECAY), True),
+    "behind MultiSteps": (optax.chain(skipping(SGD, 1), DECAY), True),
+    "behind MultiSteps of three": (optax.chain(skipping(SGD, 3), DECAY), True),
+    "in one of two groups": (
+        optax.partition(
+            {"a": optax.chain(optax.apply_if_finite(SGD, 3), DECAY), "b": SGD},
+            {"Dense_0": {"kernel": "a", "bias": "b"}, "norm": {"scale": "b"}},
+        ),
+        True,
+    ),
+    "inside apply_if_finite": (optax.apply_if_finite(optax.chain(SGD, DECAY), 3), False),
+    "inside MultiSteps": (skipping(optax.chain(SGD, DECAY), 3), False),
+    "around apply_if_finite": (
+        wdjax.with_decoupled_decay(optax.apply_if_finite(optax.adam(LR), 3), WD, WEIGHTS, learning_rate=LR),
+        False,
+    ),
+    "around MultiSteps": (wdjax.with_decoupled_decay(skipping(SGD, 3), WD, WEIGHTS, learning_rate=LR), False),
+    "adamw, which becomes NaN": (wdjax.adamw(LR, WD, WEIGHTS), False),
+    "a clip by global norm": (optax.chain(optax.clip_by_global_norm(1.0), SGD, DECAY), False),
+    "NaN is 0, and the step a real one": (optax.chain(optax.zero_nans(), SGD, DECAY), False),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+@pytest.mark.parametrize("has_debug", [False, True])
+def test_a_decay_in_skipped_steps(name: str, has_debug: bool) -> None:
+    optimizer, moves = SKIPS[name]
+    with jax.debug_nans(has_debug):
+        finding = wdjax.audit(optimizer, make_params()).finding("moves in skipped steps")
+    assert bool(finding) == moves
+    if finding:
+        assert (finding.harm, finding.paths) == ("wrong", ("Dense_0/kernel",))
+        assert "inside the wrapper that skips" in finding.remedy
+
+
+def has_a_weight(params: Any) -> Any:
+    return jax.tree.map(lambda p: bool(jnp.any(p != 0)), params)
+
+
+def has_a_weight_in_numpy(params: Any) -> Any:
+    return {name: bool(np.any(np.asarray(leaf))) for name, leaf in params.items()}
+
+
+def has_a_weight_by_if(params: Any) -> Any:
+    return {name: True for name, leaf in params.items() if jnp.max(leaf) > 0}
+
+
+@pytest.mark.parametrize("mask", [has_a_weight, has_a_weight_in_numpy, has_a_weight_by_if])
+@pytest.mark.parametrize("adamw", [optax.adamw, wdjax.adamw])
+def test_a_mask_that_looks_at_values_is_named(adamw: Any, mask: Any) -> None:
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    whose = "audit: the optimizer does not run under jax.jit" if adamw is optax.adamw else "decoupled_decay: the mask"
+    with pytest.raises(TypeError, match=rf"^{whose}.*{mask.__name__}.* looks at the values .*mask=mask\(params\)\."):
+        wdjax.audit(adamw(LR, weight_decay=WD, mask=mask), params)
+    audit = wdjax.audit(adamw(LR, weight_decay=WD, mask={"bias": False} | mask(params)), params)
+    assert [row.path for row in audit.parameters if row.decays] == ["kernel"]
+
+
 # Optimizers with a step size that is not the learning rate: the name of the number, and arguments.
 STEP_SIZES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "dadapt_adamw": (contrib.dadapt_adamw(1.0, weight_decay=0.0), "state[0].estim_lr", {}),
@@ -1029,7 +1148,8 @@ def test_assert_audit() -> None:
     ):
         testing.assert_audit(wdjax.adamw(LR, 2 * WD, WEIGHTS), params, 3 * LR * WD, WEIGHTS)
     with pytest.raises(
-        ValueError, match=r"no finding is named 'momentum'. The names are: 'adapts', 'catches up', 'constrained', "
+        ValueError,
+        match=r"no finding is named 'momentum'. The names are: 'adapts', 'catches up', 'changed by rounding', ",
     ):
         testing.assert_audit(l2, params, allow=["momentum"])
     with pytest.raises(TypeError, match=r"audit\(\) has no argument 'lr' .* Did you mean learning_rate"):

@@ -461,9 +461,37 @@ MUTATIONS = [
     Mutation(
         "no warning of a rate that overshoots",
         "_engine/hazards.py",
-        "        elif fraction >= 1 and can_overshoot:\n",
-        "        elif fraction > 2 and can_overshoot:\n",
+        "        elif fraction >= 1:\n",
+        "        elif fraction > 2:\n",
         ("_engine/test_hazards.py",),
+    ),
+    Mutation(
+        "rounding changes no rate",
+        "_engine/hazards.py",
+        "return abs(share - 1) > _MOST_CHANGE",
+        "return False",
+        (HAZARDS, AUDIT),
+    ),
+    Mutation(
+        "a weight that gets stuck on its way decays",
+        "_engine/hazards.py",
+        " if np.all(lost) else 0.0",
+        " if np.any(lost) else 0.0",
+        (HAZARDS,),
+    ),
+    Mutation(
+        "no integer is looked at",
+        "audits/_integers.py",
+        "if is_integer(old) and not np.array_equal(old, new)",
+        "if False",
+        (AUDIT,),
+    ),
+    Mutation(
+        "a NaN that becomes 0 skips the step",
+        "audits/_skips.py",
+        "and np.array_equal(moved, opposite.total(i).flat[1:])",
+        "and True",
+        (AUDIT,),
     ),
     # Trees, masks, meshes, checks.
     Mutation(

@@ -61,11 +61,11 @@ class Action:
         rates: the arguments whose product is the rate, by name: numbers, 0-d arrays, schedules, `Rules` or trees of
             these. If it is empty, the rule acts on all parameters of the mask.
         mask: anything that `masks.flags` takes.
-        toward: None, a tree like params (0.0 may stand for an array or a subtree of zeros), "init", an `EMA`, or a
-            table of the last two.
+        toward: None, a tree like params (0.0 for zeros in all below), "init", an `EMA`, or a table of the last two.
         is_per_step: whether the rate is the fraction of a weight that one step removes. Then `init` warns of rates
-            that round to nothing or overshoot.
+            that rounding removes or changes, or that overshoot.
         can_overshoot: whether a rate above 1 moves a weight past its anchor.
+        is_toward_zero: whether, without an anchor, the whole weight decays, and not its distance to a norm.
         off_at: the rate at which the rule does nothing: 0 for a decay, 1 for a multiplier. None if it always acts, as a
             projection onto a radius of 0 does.
         stacked_axes: how many leading axes stack layers: a number, or `Rules` of numbers.
@@ -78,6 +78,7 @@ class Action:
     toward: Any = None
     is_per_step: bool = False
     can_overshoot: bool = True
+    is_toward_zero: bool = True
     off_at: float | None = 0.0
     stacked_axes: Any = 0
     probed: dict[int, Any] = dataclasses.field(default_factory=dict, init=False)
@@ -246,8 +247,10 @@ class Action:
             for (path, leaf), row in zip(leaves, rows, strict=True)
             if row is not None and self._acts(row)
         )
-        argument = " * ".join(self.rates)
-        hazards.warn_of_rates(self.where, argument, decays, self.probed, can_overshoot=self.can_overshoot)
+        argument, to_zero = " * ".join(self.rates), self.is_toward_zero and self.toward is None
+        hazards.warn_of_rates(
+            self.where, argument, decays, self.probed, can_overshoot=self.can_overshoot, is_toward_zero=to_zero
+        )
 
     def _acts(self, term: Term | None) -> bool:
         if term is None or self.off_at is None:

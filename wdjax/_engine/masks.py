@@ -17,6 +17,12 @@ from .unstable import is_traced
 
 PyTree = Any
 _IS_DECIDED = "A mask must be known during tracing: build it with NumPy, from paths and shapes."
+# What JAX raises where Python needs the value of something traced.
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def flags(
@@ -79,6 +85,12 @@ def _called(where: str, mask: Any, params: PyTree) -> PyTree:
         raise TypeError(f"{where}: the mask is the function {mask.__name__}. Call it: mask={mask.__name__}(...).")
     try:
         return mask(params)
+    except NEEDS_VALUES as error:
+        name = getattr(mask, "__name__", type(mask).__name__)
+        raise TypeError(
+            f"{where}: the mask function {name} looks at the values of params, which are traced here. {_IS_DECIDED} Or "
+            "call it once, before tracing, and give its result: mask=mask(params)."
+        ) from error
     except (AttributeError, TypeError) as error:
         raise TypeError(
             f"{where}: the mask function failed on params: {error}. It gets the whole tree: write "

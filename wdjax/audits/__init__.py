@@ -39,7 +39,10 @@ from ._progress import progress
 from ._report import Audit as Audit
 from ._rows import Audited as Audited
 from ._rows import Finding as Finding
+from ._skips import moved_in_skipped_steps
+from ._states import drift_of
 from ._step_sizes import find_step_sizes
+from ._tracing import values_are_unknown
 from .findings import findings_of
 
 PyTree = Any
@@ -79,15 +82,16 @@ def audit(
         mask: which parameters should decay, at the rate `expected` if it is given.
         learning_rate: the number or schedule of the optimizer. With a schedule, the audit tests whether the decay
             follows it. If `optimizer` is a function, it is called with this value (1e-3 if left out).
-        frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay.
+        frozen: a mask, as for `freeze`. It is a finding if these parameters move or decay. Integers must never move.
         steps: the counts at which rates are measured.
         extra_args: keyword arguments for `update`, the same for all probes: {"value": 1.0}.
         full_size: whether to probe with arrays of full size, for other libraries' rules that depend on it. This costs
             about twenty training steps.
 
     Returns: an `Audit`.
-    Raises: TypeError, ValueError for what is not an optimizer, for masks and rates that `decoupled_decay` refuses, and
-            for other arguments that are not as above. Errors of the optimizer itself are passed on.
+    Raises: TypeError, ValueError for what is not an optimizer, for masks and rates that `decoupled_decay` refuses, for
+            optimizers that look at values, and so do not run under `jax.jit`, and for other arguments that are not as
+            above. Errors of the optimizer itself are passed on.
 
     Example:
 
@@ -125,9 +129,10 @@ def audit(
         frozen_paths = {path for (path, _), flag in zip(leaves, frozen_flags, strict=True) if flag is True}
         mask_flags = flags(where, mask, params, leaves)
         grads = params.fast if isinstance(params, optax.LookaheadParams) else params
-        state = jax.eval_shape(finished.init, params)
-        after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
-        drift, writers = _drift(state, after), {type(node) for node in nodes(state, WRITERS)}
+        with values_are_unknown():
+            state = jax.eval_shape(finished.init, params)
+            after = jax.eval_shape(lambda *args: finished.update(*args, **extra_args)[1], grads, state, params)
+        drift, writers = drift_of(state, after), {type(node) for node in nodes(state, WRITERS)}
 
         def probed(optimizer: Any, longest: int | None, exact: bool) -> tuple[Probes, dict[int, Facts]]:
             with jax.enable_x64(True) if exact else contextlib.nullcontext():
@@ -148,6 +153,7 @@ def audit(
 
         with jax.enable_x64(True) if probes.exact else contextlib.nullcontext():
             facts = find_step_sizes(probes, look_behind_the_moments(probes, facts), extra_args)
+            skipped = moved_in_skipped_steps(probes)
         scales: dict[int, bool | None] = {}
         if is_function:
             halved = (lambda count: rate(count) / 2) if callable(learning_rate) else rate / 2
@@ -162,7 +168,7 @@ def audit(
             is_narrow = any(is_low(own.leaves[i]) for i in own.indices)
             no_number = own.without_a_number() if is_narrow else set()
             rows = {i: fact.row for i, fact in facts.items()}
-            return _kept(own, writers, probes.calls, rows, can_run=not (drift or no_number)), no_number
+            return _kept(own, writers, probes.calls, rows, can_run=not (drift[0] or no_number)), no_number
 
         # Thousands of steps are slow with large arrays, so small ones come first.
         kept, no_number = _first_that_runs(in_own_dtypes, (16 if probes.longest else None, probes.longest))
@@ -185,13 +191,16 @@ def audit(
                 row = row._replace(scales_with_learning_rate=scales.get(i))
             said = {"expected": wanted.get(path), "is_frozen": path in frozen_paths, "tolerance": probes.tolerance}
             said |= {
+                "is_rounded_to_nearest": not writers,
+                "moves_when_skipped": i in skipped,
                 "should_decay": masked.get(path),
                 "is_meant": path in meant,
                 "expected_later": {c: at[path] for c, at in wanted_later.items()},
             }
             facts[i] = fact._replace(row=row, is_finite=fact.is_finite and i not in no_number, **said)
         narrow = next((str(each.message) for each in caught if NARROW_UPDATES in str(each.message)), "")
-        findings = findings_of(list(facts.values()), drift, narrow, offset + calls)
+        integers = sorted(probes.moved_integers)
+        findings = findings_of(list(facts.values()), drift, narrow, integers, offset + calls)
         return Audit(tuple(fact.row for fact in facts.values()), findings, calls, probes.first)
 
 
@@ -267,18 +276,3 @@ def _kept(own: Probes, writers: set[type], calls: int, rows: dict[int, Audited],
         is_seen = abs(meant) >= 8 * smallest_fraction(row.dtype) * float(np.sum(np.abs(start[i])))
         shares[i] = math.nan if writers and not is_seen else moved / meant if meant else 1.0
     return shares
-
-
-def _drift(before: PyTree, after: PyTree) -> str:
-    """How an update changes the structure, shapes or dtypes of the state, in words. Each change costs a compilation."""
-    if jax.tree.structure(after) != jax.tree.structure(before):
-        return "the structure of the state changes with an update"
-    leaves = jax.tree_util.tree_leaves_with_path(before)
-    types = [[f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)] for tree in (before, after)]
-    changes = [
-        f"state{jax.tree_util.keystr(path)} is {old} before the first update and {new} after"
-        for (path, _), old, new in zip(leaves, *types, strict=True)
-        if old != new
-    ]
-    more = f" (and {len(changes) - 1} more changes)" if len(changes) > 1 else ""
-    return changes[0] + more if changes else ""

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._engine.hazards import remedy as remedy_for
 from .._engine.hazards import smallest_fraction
 from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
+from . import _rounding
 from ._facts import LAPSES, Facts
 from ._rows import GRADIENT_AND_UPDATE, in_words
 
@@ -122,9 +122,17 @@ CHECKS = (
         "wrong",
         "rounds to nothing",
         "the decay is lost in rounding to the parameter's dtype",
-        lambda f: remedy_for(f.row.dtype).replace(" and ignore this warning", ""),
-        lambda f: f.row.decays and f.row.kept < 0.5,
+        _rounding.remedy,
+        _rounding.is_lost,
         lambda f: f"{rate_text(f)} in {f.row.dtype}, which keeps no change below {smallest_fraction(f.row.dtype):.3g}",
+    ),
+    _Check(
+        "wrong",
+        "changed by rounding",
+        "rounding to the parameter's dtype makes the decay another one",
+        _rounding.remedy,
+        _rounding.is_changed,
+        _rounding.text,
     ),
     _Check(
         "wrong",
@@ -132,6 +140,14 @@ CHECKS = (
         "a step takes several calls of update, and the decay acts in each of them",
         "Put the decay inside the wrapper that accumulates the gradients, or with_decoupled_decay around it.",
         lambda f: f.is_repeated,
+        rate_text,
+    ),
+    _Check(
+        "wrong",
+        "moves in skipped steps",
+        "a step is skipped if a gradient is NaN, but the parameter still moves in it",
+        "Put the decay inside the wrapper that skips: optax.apply_if_finite(optax.chain(optimizer, decay), ...).",
+        lambda f: f.moves_when_skipped,
         rate_text,
     ),
     _Check(

@@ -34,6 +34,8 @@ class Facts(NamedTuple):
     lapse: str = ""  # In which way the decay pauses while gradients still move the leaf; a finding's name.
     strength: float = 0.0  # The factor of L2 in the gradient, where a decay in the update acts too.
     step_size: str = ""  # A number in the state that scales the step of the gradient, but not the decay.
+    is_rounded_to_nearest: bool = False  # Whether nothing in the optimizer keeps what rounding loses.
+    moves_when_skipped: bool = False  # Whether it moves in a step that is skipped because a gradient is NaN.
     tolerance: float = 0.0  # By how much rates may differ, relatively.
     expected: tuple[float, float] | None = None  # The smallest and the largest expected rate, if one was given.
     expected_later: Mapping[int, float] = {}  # The expected rates by count, if a schedule was given.

@@ -14,6 +14,7 @@ import optax
 from .._engine import trees
 from ..low_precision import apply_updates
 from ..low_precision.rounding import is_low
+from ._integers import is_integer, moved_integers, spread
 from ._states import Change, is_a
 
 PyTree = Any
@@ -50,7 +51,7 @@ class Probes:
         leaves, indices: descriptions of the leaves, with their true shapes and dtypes; and which are numbers.
         weights, origin, gradients: probe values of both signs, with magnitudes of 0.1 to 2, 0.1 to 2 and 2 to 4.
         eps, update_eps: the relative rounding errors of the measurements, and of the updates in their own dtype.
-        moved: the leaves that gradients move.
+        moved, moved_integers: the leaves that gradients move; the paths of the integers that move without one.
         first, calls, offset: the first call that makes a real step, how many make one, and how many come before.
     """
 
@@ -64,7 +65,9 @@ class Probes:
         self.eps, self.update_eps = 2.0 ** (-52 if exact else -23), 0.0
         self.first, self.calls, self.offset = 0, 1, 0
         self.moved: set[int] = set()
-        self._treedef, self._given = trees.structure(params), [leaf for _, leaf in found]
+        self.moved_integers: set[str] = set()
+        self._treedef = trees.structure(params)
+        self._given = [spread(leaf) if is_integer(leaf) else leaf for _, leaf in found]
         shapes = _probe_shapes(self.leaves, longest)
         rng = np.random.default_rng(0)
 
@@ -184,6 +187,7 @@ class Probes:
             results = [self.call(grads, state, params) for grads, state in zip(kinds, states, strict=True)]
             with_gradients, without = (added for added, *_ in results)
             states = [state for _, state, _ in results]
+            self.moved_integers |= moved_integers(params, results[1][2])
             if moved := {i for i in self.indices if not np.array_equal(with_gradients[i], without[i])}:
                 reacting.append(call)
                 self.moved |= moved

@@ -13,6 +13,10 @@ from .._engine.steps import nodes
 
 PyTree = Any
 Change = Callable[[PyTree], PyTree]  # From a state to a state.
+KEEP_INTEGERS_OUT = (
+    "Keep integers out of the optimizer: write freeze(optimizer, mask), where the mask selects them, or use "
+    "optax.partition, or optax.masked with a mask that leaves them out."
+)
 _FEW = 64  # The most step sizes that an optimizer keeps in one array.
 
 
@@ -58,3 +62,26 @@ def moving_anchors(before: PyTree, after: PyTree) -> set[str]:
         pairs = zip(trees.flatten_with_paths(one.anchor), trees.flatten_with_paths(other.anchor), strict=True)
         moved |= {path for (path, old), (_, new) in pairs if not trees.is_hole(old) and np.any(old != new)}
     return moved
+
+
+def drift_of(before: PyTree, after: PyTree) -> tuple[str, str]:
+    """How an update changes the structure, shapes or dtypes of the state, in words, and the remedy."""
+    wide = "For low precision, write in_float32(...)."
+    if jax.tree.structure(after) != jax.tree.structure(before):
+        return "the structure of the state changes with an update", wide
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    pairs = [(keys, old, new) for (keys, old), new in zip(leaves, jax.tree.leaves(after), strict=True)]
+    changes = [
+        (f"state{jax.tree_util.keystr(keys)} is {_type(old)} before the first update and {_type(new)} after", old)
+        for keys, old, new in pairs
+        if _type(old) != _type(new)
+    ]
+    if not changes:
+        return "", ""
+    more = f" (and {len(changes) - 1} more changes)" if len(changes) > 1 else ""
+    are_integers = all(is_a(old, jnp.integer) or is_a(old, jnp.bool_) for _, old in changes)
+    return changes[0][0] + more, KEEP_INTEGERS_OUT if are_integers else wide
+
+
+def _type(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -7,18 +7,27 @@ from ..paths.roles import ADAPTER, EMBEDDING, KERNEL
 from ._checks import CHECKS, rate_text
 from ._facts import Facts
 from ._rows import Finding
+from ._states import KEEP_INTEGERS_OUT
 
 _DRIFTS, _NARROW, _NOTHING = "state drifts", "lost beside gradients", "no decay"
+_INTEGERS = "moves integers"
 _LEFT_OUT, _UNEVEN = "weights left out", "uneven"
-NAMES = tuple(dict.fromkeys((_DRIFTS, _NARROW, *(check.name for check in CHECKS), _LEFT_OUT, _UNEVEN, _NOTHING)))
+NAMES = tuple(
+    dict.fromkeys((_DRIFTS, _INTEGERS, _NARROW, *(check.name for check in CHECKS), _LEFT_OUT, _UNEVEN, _NOTHING))
+)
 
 
-def findings_of(facts: Sequence[Facts], drift: str, narrow: str, calls: int) -> tuple[Finding, ...]:
+def findings_of(
+    facts: Sequence[Facts], drift: tuple[str, str], narrow: str, integers: Sequence[str], calls: int
+) -> tuple[Finding, ...]:
     """The findings: from each parameter, from all together, and from changes of the state and warnings of a writer."""
     found = []
-    if drift:
-        remedy = "So the step compiles again, and scan and checkpoints fail. For low precision, write in_float32(...)."
-        found.append(Finding("wrong", _DRIFTS, drift, remedy))
+    if drift[0]:
+        remedy = f"So the step compiles again, and scan and checkpoints fail. {drift[1]}"
+        found.append(Finding("wrong", _DRIFTS, drift[0], remedy))
+    if integers:
+        message = "integers or booleans move, although they have no gradient"
+        found.append(Finding("wrong", _INTEGERS, message, KEEP_INTEGERS_OUT, tuple(integers)))
     if narrow:
         message, _, remedy = narrow.partition(". ")
         found.append(Finding("wrong", _NARROW, message, remedy))

@@ -77,7 +77,8 @@ def independent_decay(weight_decay: Rate, mask: Mask = None, *, toward: Anchor =
 
     Warns:
         UserWarning: at `init`, if weight_decay is known by then and so small that it rounds to nothing in the dtype of
-            a parameter, or so large (1 or more) that weights overshoot. Of a schedule the largest value counts.
+            a parameter, or so large (1 or more) that weights overshoot. Of a schedule the largest value counts. Also
+            if rounding makes a constant decay toward zero more than a fifth faster or slower.
 
     Example:
 

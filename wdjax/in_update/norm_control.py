@@ -81,7 +81,9 @@ def weight_norm_control(
     in_stacks = stacks(where, stacked_axes)
     # The rule is the sum of two, each with one product of rates, as the engine wants it: the plain decay, and a growth
     # by weight_decay * ratio * radius along the weights.
-    decay = Action(where, {"weight_decay": weight_decay}, mask, is_per_step=True, can_overshoot=False)
+    decay = Action(
+        where, {"weight_decay": weight_decay}, mask, is_per_step=True, can_overshoot=False, is_toward_zero=False
+    )
     growth = Action(where, {"weight_decay": weight_decay, **target}, mask, stacked_axes=in_stacks)
     grown = LeafRule(_Grown(groups, is_init), InitialNorm(groups) if is_init else None)
 

@@ -66,7 +66,7 @@ def with_decoupled_decay(
     Raises:
         TypeError, ValueError: for the optimizer; and for rates, masks and anchors, as `decoupled_decay`. At `init`: if
             the optimizer undoes or repeats an added decay, if it estimates the size of its steps, or if it has more
-            than one learning rate. `init` also warns if weight_decay * learning_rate rounds to nothing or overshoots.
+            than one learning rate. `init` also warns if rounding changes the rate or if it overshoots.
             `optax.polyak_sgd` estimates its steps too, but it has no state that shows it: put `add_l2_to_grads` first.
 
     Example:
