@@ -1387,8 +1387,8 @@ MUTATIONS = [
     Mutation(
         "a sweep gives every run the first seed",
         "sweeps/__init__.py",
-        "        return _checked_result(train(jax.random.key(seed), **values))\n",
-        "        return _checked_result(train(jax.random.key(0 * seed), **values))\n",
+        "_checked_result(train(jax.random.key(seed), **",
+        "_checked_result(train(jax.random.key(0 * seed), **",
         ("sweeps/",),
     ),
     Mutation(
