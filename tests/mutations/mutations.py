@@ -1092,15 +1092,15 @@ MUTATIONS = [
     Mutation(
         "layer-wise decay is one block off",
         "paths/_depth.py",
-        "values, reason = tuple(self.factor ** (count - k) for k in range(count))",
-        "values, reason = tuple(self.factor ** (count - k - 1) for k in range(count))",
+        "values = tuple(self._multiplier(tree.where, count - k) for",
+        "values = tuple(self._multiplier(tree.where, count - k - 1) for",
         (SCALES, LOOP),
     ),
     Mutation(
         "width scales the other way",
         "paths/_width.py",
-        "Decision((width / self.base) ** self.power,",
-        "Decision((self.base / width) ** self.power,",
+        "width / self.base, self.power",
+        "self.base / width, self.power",
         (SCALES,),
     ),
     Mutation(
@@ -1415,8 +1415,8 @@ MUTATIONS = [
     Mutation(
         "a sweep gives every run the first seed",
         "sweeps/__init__.py",
-        "        return _checked_result(train(jax.random.key(seed), **values))\n",
-        "        return _checked_result(train(jax.random.key(0 * seed), **values))\n",
+        "_checked_result(train(jax.random.key(seed), **",
+        "_checked_result(train(jax.random.key(0 * seed), **",
         ("sweeps/",),
     ),
     Mutation(

@@ -158,6 +158,8 @@ def test_how_a_pattern_of_each_syntax_is_written() -> None:
         rules = by_path({("a", pattern): 0.0}, default=1.0, syntax=syntax)
         assert re.search(shown, repr(rules))
         fails(rf"the pattern {shown} matches no parameter", functools.partial(rules.values, {"a": jnp.ones(1)}))
+    # Without its flag, the comment is a count that is too large.
+    assert repr(only(re.compile("a #{1,99999999999}", re.VERBOSE))).startswith("by_path({re.compile('(?x)a #{1,9")
     assert repr(only(re.compile("a", re.IGNORECASE))) == "by_path({re.compile('(?i)a'): True}, default=False)"
 
 
@@ -172,6 +174,8 @@ def test_a_text_in_no_syntax() -> None:
                 r": the regular expression '\(bias' is malformed: missing \), unterminated subpattern at position 0\.",
                 functools.partial(call, "(bias", syntax=syntax),
             )
+            fails("is malformed: the repetition number", functools.partial(call, "a{1,99999999999}", syntax=syntax))
+            fails("is malformed: maximum recursion", functools.partial(call, "(" * 5000 + ")" * 5000, syntax=syntax))
         for syntax in ("regex", "search", "contains"):
             fails("the pattern is an empty string", functools.partial(call, "", syntax=syntax))
     fails(r"only\(\) has no argument 'syntx'.*Did you mean syntax=", lambda: only("a", syntx="regex"), TypeError)  # pyright: ignore[reportCallIssue]

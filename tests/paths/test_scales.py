@@ -905,6 +905,14 @@ def test_power_and_a_fan_in_of_ones_own() -> None:
     assert by_width(16, power=-1).values(empty) == {"Dense_0": {"kernel": 1.0}}
 
 
+@pytest.mark.parametrize(
+    "rules", [by_width(2, power=10**30), by_width(2, power=10**5), by_depth("Block_*", 1e300, last="**")]
+)
+def test_a_multiplier_too_large_for_a_float(rules: Any) -> None:
+    params = {f"Block_{k}": {"Dense_0": {"kernel": jnp.ones((512, 2))}} for k in range(3)}
+    fails(rf"^Rules\.values: {rules.kind}: .* is too large for a float\. Write by_", lambda: rules.values(params))
+
+
 def test_mistakes_in_by_width() -> None:
     params = {"gate": jnp.ones((4, 9)), "Dense_0": {"kernel": jnp.ones((2, 3))}}
     fails(

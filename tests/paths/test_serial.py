@@ -285,6 +285,13 @@ def test_what_is_no_rule_set(data: Any) -> None:
     )
 
 
+def nested(depth: int, around: Callable[[Any], Any]) -> Any:
+    data: Any = 0.1
+    for _ in range(depth):
+        data = around(data)
+    return data
+
+
 MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "another key": ({"by_path": TABLE, "mask": True}, ValueError, r"got \['by_path', 'mask'\]"),
     "no arguments": ({"by_path": None}, TypeError, "by_path must be a dictionary, got None"),
@@ -345,6 +352,36 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         {"by_path": {"rules": [{"match": {"regex": "(a"}, "value": 0.1}]}},
         ValueError,
         r"Rules\.from_dict: the regular expression '\(a' is malformed: missing \)",
+    ),
+    "a huge count": (
+        {"by_path": {"rules": [{"match": {"regex": "a{1,99999999999}"}, "value": 0.1}]}},
+        ValueError,
+        r"the regular expression 'a\{1,99999999999\}' is malformed: the repetition number is too large\.",
+    ),
+    "thousands of brackets": (
+        {"by_path": {"rules": [{"match": {"search": "(" * 5000 + ")" * 5000}, "value": 0.1}]}},
+        ValueError,
+        r"^Rules\.from_dict: the regular expression '\({79}\.\.\. is malformed: maximum recursion depth",
+    ),
+    "thousands of tables": (
+        nested(2000, lambda inner: {"by_path": {"rules": [], "default": inner}}),
+        ValueError,
+        r"^Rules\.from_dict: data is nested more than 200 levels deep\. Write the rules in one list",
+    ),
+    "thousands of lists": (
+        {"by_path": {"rules": [{"match": nested(5000, lambda inner: [inner]), "value": 0.1}]}},
+        ValueError,
+        "data is nested more than 200 levels deep",
+    ),
+    "tables in a value": (
+        {"by_path": {"rules": nested(5000, lambda inner: {"a": inner})}},
+        ValueError,
+        "data is nested more than 200 levels deep",
+    ),
+    "a huge power": (
+        {"by_width": {"base": 2, "power": 10**400}},
+        TypeError,
+        "by_width: power must be a finite number, got 1000",
     ),
     "a regex that is none": (
         {"by_path": {"rules": [{"match": {"search": ["a"]}, "value": 0.1}]}},
@@ -411,6 +448,13 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize(("data", "error", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_what_is_malformed(data: Any, error: type[Exception], message: str) -> None:
     fails(message, functools.partial(Rules.from_dict, data), error)
+
+
+def test_tables_in_tables_decide_up_to_the_limit() -> None:
+    rules = Rules.from_dict(nested(99, lambda inner: {"by_path": {"rules": [], "default": inner}}))
+    assert rules.values({"a": 1.0}) == {"a": 0.1}
+    assert Rules.from_dict(rules.to_dict()).to_dict() == rules.to_dict()
+    assert repr(rules).count("by_path") == 99
 
 
 def test_what_is_read_is_not_changed() -> None:

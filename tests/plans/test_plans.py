@@ -482,6 +482,10 @@ def test_a_plan_as_a_dictionary() -> None:
         wdjax.Plan.from_dict({"rows": []})
     with pytest.raises(ValueError, match=r"Plan\.from_dict: .*unexpected keyword argument 'size'"):
         wdjax.Plan.from_dict({"parameters": [{**row, "size": 3}]})
+    for _ in range(2000):
+        row = {"path": row}
+    with pytest.raises(ValueError, match=r"^Plan\.from_dict: data is nested more than 200 levels deep\. Write it as"):
+        wdjax.Plan.from_dict({"parameters": [row]})
 
 
 def test_nothing_or_everything_is_warned_of() -> None:

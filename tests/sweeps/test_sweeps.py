@@ -1,5 +1,6 @@
 """Sweeps against plain loops and NumPy statistics; hypergradients against finite differences and closed forms."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -99,32 +100,54 @@ def test_the_callers_mesh_and_device_are_no_matter() -> None:
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_devices_do_not_communicate(chunk: int) -> None:
     runs = 8 * chunk
-    rates = {"weight_decay": np.zeros(runs), "learning_rate": np.zeros(runs)}
-    program = sweeps._call.lower(
-        train, Mesh(np.array(jax.devices()), ("runs",)), np.zeros(runs, np.uint32), rates
-    ).compile()
-    text = program.as_text()
+    program = sweeps._program(train, Mesh(np.array(jax.devices()), ("runs",)), ("weight_decay", "learning_rate"))
+    compiled = program.lower(np.zeros(runs, np.uint32), [np.zeros(runs), np.zeros(runs)]).compile()
+    text = compiled.as_text()
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "permute", "reduce-scatter"))
-    sharded = jax.tree.leaves(program.output_shardings)
+    sharded = jax.tree.leaves(compiled.output_shardings)
     assert all(len(s.device_set) == 8 and not s.is_fully_replicated for s in sharded)
 
 
-def test_nothing_compiles_for_other_values_and_seeds() -> None:
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_one_trace_serves_all_values_and_seeds(chunk: int) -> None:
     traces = []
 
     def counted(key: jax.Array, weight_decay: Any, learning_rate: Any) -> jax.Array:
         traces.append(1)
         return train(key, weight_decay, learning_rate)["loss"]
 
-    wdjax.sweep(counted, weight_decay=[0.1], learning_rate=[0.1])
-    once = len(traces)
-    wdjax.sweep(counted, weight_decay=[0.2, 0.0, 3], learning_rate=(1, 2), seeds=[9, 5])
-    assert len(traces) == once
-    wdjax.sweep(counted, weight_decay=[0.2, 0.0], learning_rate=[0.1], seeds=4, chunk=4)
-    chunked = len(traces)
-    assert chunked > once
-    wdjax.sweep(counted, weight_decay=[0.5], learning_rate=np.array([0.3, 0.2], np.float32), seeds=8, chunk=4)
-    assert len(traces) == chunked
+    found = [
+        wdjax.sweep(counted, weight_decay=decays, learning_rate=(1, 2), seeds=[9, 5, 1], chunk=chunk)
+        for decays in ([0.1], [0.2, 0.0, 3])
+    ]
+    once = jax.make_jaxpr(lambda key: counted(key, 0.1, 1.0))
+    traces_of_sweeps = len(traces)
+    once(jax.random.key(0))
+    assert traces_of_sweeps == 2 * (len(traces) - traces_of_sweeps)  # One for each sweep.
+    assert found[1].results["loss"].shape == (3, 2, 3)
+
+
+@dataclasses.dataclass
+class Task:
+    """A training that reads its own attribute."""
+
+    scale: float
+
+    def train(self, key: jax.Array, weight_decay: Any) -> jax.Array:
+        return self.scale * weight_decay
+
+
+def test_a_sweep_computes_what_the_function_says_now() -> None:
+    task = Task(1.0)
+    loss = task.train  # The same object in both sweeps.
+    for task.scale in (1.0, 100.0):
+        assert wdjax.sweep(loss, weight_decay=[1.0]).results["loss"].item() == task.scale
+
+
+def test_values_come_in_the_order_in_which_they_are_given() -> None:
+    names = []
+    found = wdjax.sweep(lambda key, **values: names.extend(values) or values["b"], c=[1.0], a=[2.0, 3.0], b=[4.0])
+    assert names == list(found.values) == ["c", "a", "b"]
 
 
 def test_axes_seeds_and_dtypes(x64: None) -> None:
@@ -160,6 +183,36 @@ def test_progress_wraps_the_calls(capsys: pytest.CaptureFixture[str]) -> None:
     swept(progress=noted, chunk=4, devices=jax.devices()[:2])
     assert calls == [18, 5, 3]
     assert "18/18" in capsys.readouterr().err
+
+
+def ends_before(steps: range) -> Any:
+    return steps[:-1]
+
+
+@pytest.mark.parametrize(
+    ("progress", "error", "words"),
+    [
+        (
+            ends_before,
+            ValueError,
+            r"yield all of range\(3\) in order, as tqdm\.tqdm does, but number 2 was missing",
+        ),
+        (
+            reversed,
+            ValueError,
+            r"yield all .*, but number 0 was missing\. Its results would be missing too\. For fewer runs, give fewer",
+        ),
+        (
+            lambda steps: print(end=""),
+            TypeError,
+            r"be a function .*, got one that returned None\. Write progress=tqdm\.tqdm\.",
+        ),
+        (True, TypeError, r"be a function that wraps a loop, got True\. Write progress=tqdm\.tqdm\."),
+    ],
+)
+def test_a_progress_that_leaves_runs_out(progress: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"^sweep: progress must {words}"):
+        wdjax.sweep(lambda key, a: a, a=[1.0, 2.0, 3.0], progress=progress)
 
 
 def test_too_little_memory_shows_the_chunk() -> None:
@@ -275,13 +328,14 @@ def test_results_of_other_names() -> None:
     ("arguments", "error", "words"),
     [
         ({}, ValueError, r"no values were given\. Write sweep\(train, weight_decay="),
-        ({"weight_decay": []}, ValueError, r"weight_decay must be a list of at least one number, got \[\]"),
+        ({"weight_decay": []}, ValueError, r"weight_decay must be a list of at least one real number, got \[\]"),
+        ({"weight_decay": [0.1, 0.1j]}, ValueError, r"at least one real number, got \[0\.1, 0\.1j\]"),
         (
             {"weight_decay": 0.1},
             ValueError,
-            r"at least one number, got 0\.1\. Write weight_decay=\[0\.0, 0\.01, 0\.1\]",
+            r"at least one real number, got 0\.1\. Write weight_decay=\[0\.0, 0\.01, 0\.1\]",
         ),
-        ({"weight_decay": "much"}, ValueError, r"must be a list of at least one number, got 'much'"),
+        ({"weight_decay": "much"}, ValueError, r"must be a list of at least one real number, got 'much'"),
         ({"weight_decay": [0.1, None]}, ValueError, r"must be finite .* got nan"),
         ({"weight_decay": [0.1, -0.1]}, ValueError, r"weight_decay must be finite and not negative, got -0\.1"),
         ({"learning_rate": [np.inf]}, ValueError, r"learning_rate must be finite and not negative, got inf"),
@@ -300,6 +354,24 @@ def test_what_is_refused(arguments: dict[str, Any], error: type[Exception], word
     given = {"weight_decay": [0.1], "learning_rate": [0.1]} | arguments if arguments else {}
     with pytest.raises(error, match=words):
         wdjax.sweep(train, **given)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda a: jax.lax.complex(a, a), lambda a: 1j, lambda a: {"loss": jax.lax.complex(a, a)}],
+    ids=["an array", "a number", "by name"],
+)
+def test_a_complex_loss_is_refused(loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"^sweep: 'loss' is complex, .* no order.*: \{\"loss\": abs\(loss\)\}\."):
+        wdjax.sweep(lambda key, a: loss(a), a=[1.0])
+
+
+def test_a_complex_result_is_kept_and_not_compared() -> None:
+    found = wdjax.sweep(lambda key, a: {"phase": jax.lax.complex(a, a)}, a=[1.0])
+    assert found.results["phase"].item() == 1 + 1j
+    for compare in (found.best, found.table):
+        with pytest.raises(TypeError, match=r"^Sweep: 'phase' is complex"):
+            compare("phase")
 
 
 def test_values_that_are_no_rates_may_be_negative() -> None:

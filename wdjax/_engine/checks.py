@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -78,6 +78,24 @@ def as_float(value: Any) -> float:
         return float(value)
     except OverflowError:  # An integer too large for a float.
         return math.inf
+
+
+def power(where: str, base: float, exponent: float, write: str) -> float:
+    """base ** exponent, or an error where Python gives an OverflowError."""
+    try:
+        return float(base) ** exponent
+    except OverflowError:
+        raise ValueError(f"{where}: {base:g} ** {exponent:g} is too large for a float. Write {write}.") from None
+
+
+def nesting(where: str, data: Any, write: str, most: int = 200) -> None:
+    """Raises an error for data from a file that are nested too deeply to be read by recursion."""
+    level = [data]
+    for _ in range(most):
+        inner = (x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else () for x in level)
+        level = list({id(item): item for items in inner for item in items}.values())
+    if level:
+        raise ValueError(f"{where}: data is nested more than {most} levels deep. Write {write}.")
 
 
 def number(where: str, name: str, value: Any, write: str, wanted: str) -> Any:

@@ -94,6 +94,7 @@ class Rules(abc.ABC):
         Raises:
             TypeError, ValueError: if `data` is not in the format of `to_dict`.
         """
+        checks.nesting("Rules.from_dict", data, "the rules in one list, where the first that matches wins")
         kinds = [kind for kind in _KINDS if isinstance(data, Mapping) and kind in data]
         if len(kinds) != 1 or set(data) - {kinds[0], "times"}:
             raise ValueError(

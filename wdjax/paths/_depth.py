@@ -34,7 +34,7 @@ class ByDepth(Rules, kind="by_depth"):
         outside = [leaf for leaf in unsaid if trees.is_decayable(leaf)]
         if outside:
             raise ValueError(f"{tree.where}: by_depth: {self._question(tree, outside, known)}")
-        stem = Decision(self.factor ** (count + 1), "by_depth", f"before block 0 of {count}")
+        stem = Decision(self._multiplier(tree.where, count + 1), "by_depth", f"before block 0 of {count}")
         rest = Decision(1.0, "by_depth", f"outside the {count} blocks")
         return {i: stem if i in first else decided.get(i, rest) for i in asked}
 
@@ -59,7 +59,9 @@ class ByDepth(Rules, kind="by_depth"):
             numbers = {**_numbers(tree, pattern), **numbers}
         ranks = {number: rank for rank, number in enumerate(sorted(set(numbers.values())))}
         count = len(ranks)
-        of_rank = [Decision(self.factor ** (count - k), "by_depth", f"block {k} of {count}") for k in range(count)]
+        of_rank = [
+            Decision(self._multiplier(tree.where, count - k), "by_depth", f"block {k} of {count}") for k in range(count)
+        ]
         return {i: of_rank[ranks[number]] for i, number in numbers.items()}, count
 
     def _by_axis(self, tree: Tree, axis: int, asked: Sequence[int], first: set[int]) -> tuple[dict[int, Decision], int]:
@@ -89,12 +91,16 @@ class ByDepth(Rules, kind="by_depth"):
                 "hidden here (None, or by optax.masked). Build the tree on all parameters, or exclude `first`."
             )
         count = next(iter(sizes), 0)
-        values, reason = tuple(self.factor ** (count - k) for k in range(count)), f"{count} stacked blocks"
+        values = tuple(self._multiplier(tree.where, count - k) for k in range(count))
+        reason = f"{count} stacked blocks"
         decided = dict.fromkeys(blocks, Decision(1.0, "by_depth", reason))  # Of what doesn't decay.
         for i in deciding:
             stack = PerLayer(values, axis % len(tree.leaves[i].shape))
             decided[i] = Decision(stack, "by_depth", reason)
         return decided, count
+
+    def _multiplier(self, where: str, above: int) -> float:
+        return checks.power(f"{where}: by_depth", self.factor, above, f"by_depth({self.blocks}, 0.75)")
 
     def _written(self) -> str:
         return call("by_depth", self.blocks, self.factor, first=self.first, last=self.last, axis=self.axis)

@@ -3,11 +3,13 @@
 import functools
 import re
 
+from .._engine.text import shown
+
 
 def compiled_regex(where: str, what: str, text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # The last two: a huge count, a thousand brackets.
         raise ValueError(f"{where}: {what} is malformed: {error}.") from error
 
 
@@ -33,7 +35,7 @@ def compiled(pattern: str, *, is_numbered: bool = False) -> re.Pattern[str]:
         runs = [*runs, ""] if segment == "**" else [*runs[:-1], runs[-1] + _segment(segment, is_numbered) + end]
     start = r"\A" if len(segments) > 1 else r"(?:\A|/)"
     regex = start + runs[0] + "".join(f"(?>(?:[^/]*/)*?{run})" for run in runs[1:])
-    return compiled_regex("by_path", f"the pattern {pattern!r}", regex)
+    return compiled_regex("by_path", f"the pattern {shown(pattern)}", regex)
 
 
 def _segment(pattern: str, is_numbered: bool) -> str:

@@ -35,7 +35,8 @@ class ByWidth(Rules, kind="by_width"):
             width = self._width(tree.where, tree.leaves[i], shapes) if i in tree.required else None
             decided[i] = Decision(1.0, "by_width", width if isinstance(width, str) else "not a matrix")
             if width and not isinstance(width, str):  # It is a matrix, and not empty.
-                decided[i] = Decision((width / self.base) ** self.power, "by_width", f"fan-in {width:g}")
+                value = checks.power(f"{tree.where}: by_width", width / self.base, self.power, "by_width(256)")
+                decided[i] = Decision(value, "by_width", f"fan-in {width:g}")
         return decided
 
     def _width(self, where: str, leaf: Leaf, shapes: dict[str, tuple[int, ...]]) -> float | str | None:
@@ -169,4 +170,4 @@ def _inputs_of_factor(path: str, parameter: Parameter, shapes: Mapping[str, tupl
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(checks.as_float(value))

@@ -68,7 +68,7 @@ def _checked(where: str, pattern: Any, syntax: str) -> Any:
         if not pattern:
             raise ValueError(f"{where}: the pattern is an empty string. Write the path, or a part of it.")
         regex = re.sub(r"\\\.|/", "[./]", re.escape(pattern)) if syntax == "contains" else pattern
-        return Text(pattern, syntax, compiled_regex(where, f"the regular expression {pattern!r}", regex))
+        return Text(pattern, syntax, compiled_regex(where, f"the regular expression {shown(pattern)}", regex))
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return Text(_with_flags(pattern), "regex", pattern)
     if isinstance(pattern, Rules):
@@ -131,8 +131,8 @@ def from_plain(written: Any) -> Any:
 
 def _with_flags(pattern: re.Pattern[str]) -> str:
     """The string that compiles to a regular expression, with its flags inside."""
-    with contextlib.suppress(re.error):  # Without its flags, it may be malformed.
-        if re.compile(pattern.pattern).flags == pattern.flags:
+    with contextlib.suppress(ValueError):  # Without its flags, it may be malformed.
+        if compiled_regex("", "", pattern.pattern).flags == pattern.flags:
             return pattern.pattern
     return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){pattern.pattern}"
 

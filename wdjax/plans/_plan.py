@@ -6,7 +6,9 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .._engine import checks
 from .._engine.rules import plain
+from .._engine.text import shown
 from . import table
 from .table import Planned, Totals, show_rate, totals_of
 
@@ -86,13 +88,14 @@ class Plan:
 
         Raises: ValueError for anything else.
         """
+        checks.nesting("Plan.from_dict", data, "it as Plan.to_dict does")
         try:
             rows: list[dict[str, Any]] = [dict(row) for row in data["parameters"]]
             lists = [{key: tuple(value) for key, value in row.items() if isinstance(value, list)} for row in rows]
             return Plan(tuple(Planned(**{**row, **tuples}) for row, tuples in zip(rows, lists, strict=True)))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Plan.from_dict: data must be a dictionary from Plan.to_dict, got {str(data)[:80]}: {error!r}."
+                f"Plan.from_dict: data must be a dictionary from Plan.to_dict, got {shown(data)}: {error!r}."
             ) from error
 
     def show(self) -> None:

@@ -7,9 +7,8 @@ The answer of a sweep is a set of settings, not one number: a few seeds tell onl
 one. The others may be the best (`Best`). What can be swept can also be differentiated with respect to its rates.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from .._engine.text import shown
 from ._found import Best as Best
 from ._found import Sweep as Sweep
+from ._found import check_real
 
 _WRITE = "sweep(train, weight_decay=[0.0, 0.01, 0.1], learning_rate=[1e-3], seeds=5)"
 _RATES = ("weight_decay", "strength", "learning_rate", "wd", "lam", "lr")
@@ -41,18 +41,21 @@ def sweep(
         result[i, j, ..., s] = train(jax.random.key(seeds[s]), name_1=values_1[i], name_2=values_2[j], ...)
 
     `train` is a whole training function that `jax.jit` can trace. It makes the order of the data, the parameters and
-    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Values are traced 0-d
-    arrays of JAX's default float dtype, and seeds are traced keys, so others compile nothing, as long as they fill
-    whole chunks. Every setting gets the same keys, and so the same weights and batches if `train` draws them.
+    the optimizer itself, loops with `jax.lax.scan`, and returns its measurements at the end. Each call of `sweep`
+    traces and compiles it once, as it is then, and keeps nothing of it. Values are traced 0-d arrays of JAX's default
+    float dtype, and seeds are traced keys. Every setting gets the same keys, and so the same weights and batches if
+    `train` draws them.
 
     Args:
         train: `train(key, **values)`, which returns a scalar loss, or a dictionary of the loss and other results, such
-            as scalars, curves and parameters. The same function is not compiled again.
+            as scalars, curves and parameters. It gets the values in the order in which they are given. The loss is
+            real.
         seeds: the number of seeds, counted from 0, or the seeds themselves.
         chunk: how many runs each device trains at once, under `jax.vmap`. None means all runs on GPUs and TPUs, and one
             on CPUs, where each run then gives the same bits as alone. On CPUs, only small networks gain from 4 or 8.
         devices: the devices of this process that share the runs; None for JAX's default device.
-        progress: a wrapper for the loop over the calls of the program: `progress=tqdm.tqdm`.
+        progress: a wrapper for the loop over the calls of the program, which yields all that it gets, in order:
+            `progress=tqdm.tqdm`.
         **values: a list of finite numbers for each argument of `train` that differs between runs. Arguments with the
             names of rates in wdjax must not be negative. If the settings are not a grid, sweep over `trial=range(n)`
             and let `train` look up the rates.
@@ -103,12 +106,12 @@ def sweep(
 
     outputs: list[Any] = []
     mesh = Mesh(np.array(shared), ("runs",))
+    program = _program(train, mesh, tuple(tried))
     try:
-        for call in progress(range(calls)):
+        for call in _each_call(progress, calls):
             rows = np.minimum(np.arange(call * size, (call + 1) * size), total - 1)
-            arguments = {name: column[rows] for name, column in zip(tried, columns, strict=True)}
             with jax.set_mesh(mesh):  # The caller may have set another mesh.
-                outputs.append(_call(train, mesh, of_seeds[rows].astype(np.uint32), arguments))
+                outputs.append(program(of_seeds[rows].astype(np.uint32), [column[rows] for column in columns]))
             # The device gets its next work before the host waits for the last results. They don't pile up there.
             outputs[-2:-1] = jax.device_get(outputs[-2:-1])
         outputs = jax.device_get(outputs)
@@ -123,33 +126,58 @@ def sweep(
     return Sweep(tried, numbers, results)
 
 
-@functools.partial(jax.jit, static_argnames=("train", "mesh"))
-def _call(train: Any, mesh: Mesh, seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
-    """The results of one run for each seed. The devices share the runs."""
+def _program(train: Callable[..., Any], mesh: Mesh, names: tuple[str, ...]) -> Any:
+    """The compiled program: the results of one run for each seed, from the values of each name. The devices share them.
 
-    def one(seed: jax.Array, values: dict[str, jax.Array]) -> dict[str, Any]:
-        return _checked_result(train(jax.random.key(seed), **values))
+    It is a new function for each sweep, so that jit keeps nothing of `train`, which may read what changes later.
+    """
 
-    def on_one_device(seeds: jax.Array, values: dict[str, jax.Array]) -> Any:
+    def one(seed: jax.Array, values: Sequence[jax.Array]) -> dict[str, Any]:
+        # A dictionary as an argument of jit would be sorted by its keys.
+        return _checked_result(train(jax.random.key(seed), **dict(zip(names, values, strict=True))))
+
+    def on_one_device(seeds: jax.Array, values: Sequence[jax.Array]) -> Any:
         if len(seeds) > 1:
             return jax.vmap(one)(seeds, values)
         # A single run without vmap has the same operations as the run alone, and so the same bits.
-        result = one(seeds[0], {name: value[0] for name, value in values.items()})
+        result = one(seeds[0], [value[0] for value in values])
         return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
     runs = PartitionSpec("runs")
     # Runs don't communicate, and `train` may be anything, so checks of what varies over devices are off.
-    return jax.shard_map(on_one_device, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False)(seeds, values)
+    return jax.jit(jax.shard_map(on_one_device, mesh=mesh, in_specs=runs, out_specs=runs, check_vma=False))
+
+
+def _each_call(progress: Any, calls: int) -> Iterator[int]:
+    """The numbers of the calls, through the caller's wrapper, which must yield them all in order."""
+    wrapped = progress(range(calls)) if callable(progress) else None
+    if not isinstance(wrapped, Iterable):
+        given = f"one that returned {shown(wrapped)}" if callable(progress) else shown(progress)
+        raise TypeError(f"sweep: progress must be a function that wraps a loop, got {given}. Write progress=tqdm.tqdm.")
+    done = 0
+    for call in wrapped:
+        if call != done:
+            break
+        yield call
+        done += 1
+    if done < calls:
+        raise ValueError(
+            f"sweep: progress must yield all of range({calls}) in order, as tqdm.tqdm does, but number {done} was "
+            "missing. Its results would be missing too. For fewer runs, give fewer values or seeds."
+        )
 
 
 def _checked_values(name: str, given: Any) -> np.ndarray:
     write = f"{name}=[0.0, 0.01, 0.1]" if name in _RATES else f"{name}=[0.0, 1.0]"
     try:
-        values = np.asarray(given).astype(np.float64)
+        values = np.asarray(given)
+        values = np.empty(0) if np.iscomplexobj(values) else values.astype(np.float64)
     except (TypeError, ValueError):
         values = np.empty(0)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"sweep: {name} must be a list of at least one number, got {shown(given)}. Write {write}.")
+        raise ValueError(
+            f"sweep: {name} must be a list of at least one real number, got {shown(given)}. Write {write}."
+        )
     wrong = values[~np.isfinite(values) | ((values < 0) & (name in _RATES))]
     if wrong.size:
         raise ValueError(f"sweep: {name} must be finite and not negative, got {wrong[0]}. Write {write}.")
@@ -177,10 +205,11 @@ def _checked_devices(devices: Any) -> tuple[Any, ...]:
 
 
 def _checked_result(result: Any) -> dict[str, Any]:
+    if isinstance(result, (int, float, complex, np.ndarray, np.generic, jax.Array)) and jnp.shape(result) == ():
+        result = {"loss": result}
     if isinstance(result, dict) and result and all(isinstance(name, str) for name in result):
+        check_real("sweep", "loss", result.get("loss"))
         return result
-    if isinstance(result, (int, float, np.ndarray, np.generic, jax.Array)) and jnp.shape(result) == ():
-        return {"loss": result}
     shown = f"an array of shape {jnp.shape(result)}" if isinstance(result, jax.Array) else type(result).__name__
     raise TypeError(
         f"sweep: train must return a scalar, or a dictionary of arrays by name, but it returned {shown}. "

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..plans.table import in_columns
@@ -84,8 +85,8 @@ class Sweep:
         A setting with a run that ended in NaN or infinity is neither the best nor among these.
 
         Returns: a `sweeps.Best`.
-        Raises: KeyError if `train` returned no scalar with this name; ValueError if no setting has finite results for
-                all seeds, or if `confidence` is not between 0 and 1.
+        Raises: KeyError if `train` returned no scalar with this name; TypeError if it is complex; ValueError if no
+                setting has finite results for all seeds, or if `confidence` is not between 0 and 1.
         """
         if not 0 < confidence < 1:
             raise ValueError(f"Sweep.best: confidence must be in (0, 1), got {confidence}. Write confidence=0.95.")
@@ -115,7 +116,7 @@ class Sweep:
 
         If runs ended in NaN or infinity, the mean is over the others, and the line shows how many failed.
 
-        Raises: KeyError if `train` returned no scalar with this name.
+        Raises: KeyError if `train` returned no scalar with this name; TypeError if it is complex.
         """
         losses = self._losses(name)
         best = self.best(name) if np.isfinite(losses).all(axis=1).any() else None
@@ -140,11 +141,21 @@ class Sweep:
         scalars = [n for n, found in self.results.items() if isinstance(found, np.ndarray) and found.shape == shape]
         if name not in scalars:
             raise KeyError(f"Sweep: train returned no scalar named {name!r}. It returned the scalars {scalars}.")
+        check_real("Sweep", name, self.results[name])
         return self.results[name].reshape(-1, len(self.seeds)).astype(np.float64)
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}: {len(tried)}" for name, tried in self.values.items())
         return f"Sweep({axes}, seeds: {len(self.seeds)}; results: {', '.join(self.results)})"
+
+
+def check_real(where: str, name: str, result: Any) -> None:
+    """Raises an error if a result to compare is complex: only its real part would be compared."""
+    if isinstance(result, complex) or jnp.issubdtype(getattr(result, "dtype", bool), jnp.complexfloating):
+        raise TypeError(
+            f"{where}: {name!r} is complex, and complex numbers have no order, so none is the lowest. Return its "
+            f'modulus or its real part from train: {{"{name}": abs({name})}}.'
+        )
 
 
 def _may_be_best(losses: np.ndarray, level: float) -> np.ndarray:
