@@ -116,7 +116,8 @@ def sweep(
             outputs[-2:-1] = jax.device_get(outputs[-2:-1])
         outputs = jax.device_get(outputs)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        # Some releases of JAX say only the second.
+        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
             each = size // len(shared)
             error.add_note(f"sweep: each device trained {each} runs at once. Write sweep(..., chunk={each // 2 or 1}).")
         raise
