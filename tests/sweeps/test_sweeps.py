@@ -220,7 +220,7 @@ def test_too_little_memory_shows_the_chunk() -> None:
         row = jax.random.normal(key, (10_000_000,))
         return jnp.sum(jnp.outer(row, row) @ row) * a
 
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED|Out of memory") as error:
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED|Out of memory") as error:
         wdjax.sweep(large, a=[1.0, 2.0, 3.0, 4.0], chunk=4)
     assert error.value.__notes__[-1] == "sweep: each device trained 4 runs at once. Write sweep(..., chunk=2)."
 
