@@ -301,3 +301,18 @@ def test_a_zero_anchor_in_the_loss_the_monitor_and_assertions() -> None:
         wdjax.testing.assert_only_decays(
             wdjax.sgdw(0.5, 0.1, wdjax.only("encoder"), toward=toward), params, 0.05, toward=toward
         )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_one_decay_at_two_places_has_two_counts(compiled: bool) -> None:
+    decay = wdjax.decoupled_decay(lambda count: jnp.where(count < 2, 0.01, 0.1))
+    seldom = optax.conditionally_transform(decay, lambda step: step % 2 == 0, forward_extra_args=False)
+    optimizer = optax.chain(decay, seldom)
+    params = {"w": jnp.ones((1, 1))}
+    update = jax.jit(optimizer.update) if compiled else optimizer.update
+    state, rates = optimizer.init(params), []
+    for _ in range(5):
+        updates, state = update({"w": jnp.zeros((1, 1))}, state, params)
+        rates.append(updates["w"].item())
+    always, every_other = np.array([0.01, 0.01, 0.1, 0.1, 0.1]), np.array([0.01, 0.0, 0.01, 0.0, 0.1])
+    np.testing.assert_allclose(rates, always + every_other, rtol=1e-6)

@@ -107,6 +107,28 @@ def test_a_negative_zero_and_the_smallest_numbers() -> None:
     assert bits(optax.apply_updates(tree, updates)["w"]) == bits(tiny)
 
 
+def test_it_stands_outermost_around_multi_steps() -> None:
+    params = {"w": jnp.array([-0.0]), "v": jnp.array([1.0])}
+    optimizer = freeze(optax.MultiSteps(optax.sgd(0.1), 2), only("w"))
+    state, start = optimizer.init(params), params
+    for _ in range(2):
+        updates, state = optimizer.update({"w": jnp.ones(1), "v": jnp.ones(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert bits(params["w"]) == bits(start["w"])
+    np.testing.assert_allclose(params["v"], 0.9, rtol=1e-6)
+
+
+def test_a_subnormal_weight_keeps_its_bits_if_the_whole_step_is_compiled() -> None:
+    params = {"w": jnp.asarray(np.array([1e-40], np.float32))}
+    optimizer = freeze(optax.sgd(0.1), only("w"))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        return optax.apply_updates(params, optimizer.update(params, state, params)[0])
+
+    assert bits(step(params, optimizer.init(params))["w"]) == bits(params["w"])
+
+
 @pytest.mark.parametrize(
     "mask",
     [

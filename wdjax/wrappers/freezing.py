@@ -28,6 +28,10 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
     Later transformations in a chain, such as a decay, can undo zero updates. Here the optimizer never sees a frozen
     parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
 
+    `freeze` stands outermost: `optax.MultiSteps(freeze(...), 2)` adds +0.0 and turns a weight of -0.0 into +0.0. On
+    CPUs, the addition of `optax.apply_updates` flushes subnormal numbers to zero, unless `jit` compiles the whole step.
+    No update can prevent it.
+
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
     Place:  around the whole optimizer: the last thing before `optax.apply_updates`.
     Units:  those of the optimizer.
