@@ -1160,6 +1160,27 @@ MUTATIONS = [
         (WEIGHTS,),
     ),
     Mutation(
+        "a word for a vector decides for a matrix",
+        "paths/roles.py",
+        "    fits, leads = not parameter.is_wide, ",
+        "    fits, leads = True, ",
+        (WEIGHTS,),
+    ),
+    Mutation(
+        "a vector in a stack is a matrix",
+        "paths/_stacked.py",
+        "    return found if is_named or (alone is not None and _decays(alone)) else STACKED",
+        "    return found",
+        (WEIGHTS,),
+    ),
+    Mutation(
+        "a filter bank is a matrix",
+        "paths/roles.py",
+        "return None if _is_no_weight(parameter, own) else _matrix(parameter, own)",
+        "return _matrix(parameter, own)",
+        (WEIGHTS,),
+    ),
+    Mutation(
         "a module with a shape and a dtype is an array",
         "_engine/trees/flattening.py",
         ' and hasattr(node, "dtype") and not is_module(node)',
