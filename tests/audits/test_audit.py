@@ -932,7 +932,7 @@ def test_the_remedy_for_a_lost_decay_fits_the_dtype(learning_rate: float, dtype:
     ("rate", "says"),
     [
         (2e-3, ""),
-        (3e-3, "0.003 per step in bfloat16 acts as 0 a step once weights are where"),
+        (3e-3, "0.003 per step in bfloat16 acts as 0 a step wherever half the spacing"),
         (4e-3, "0.004 per step in bfloat16 acts as 0.0054 a step"),
         (5e-3, ""),
         (8e-3, ""),

@@ -1169,7 +1169,7 @@ MUTATIONS = [
     Mutation(
         "a vector in a stack is a matrix",
         "paths/_stacked.py",
-        "    return found if is_named or (alone is not None and _decays(alone)) else STACKED",
+        "    return found if is_told else STACKED",
         "    return found",
         (WEIGHTS,),
     ),

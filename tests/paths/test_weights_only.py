@@ -626,6 +626,10 @@ def test_a_vector_of_each_layer_looks_like_a_matrix() -> None:
     assert answers({"head": pre, "fc": fc})["head/weight"] is True
 
 
+def test_a_stack_below_an_empty_name() -> None:
+    assert answers({"": {"weight": array(3, 4, 4)}})["/weight"] is True
+
+
 def test_stacked_axes() -> None:
     params = {
         "blocks": {"pre": {"weight": array(3, 4)}, "fc": {"weight": array(3, 4, 4)}},

@@ -137,7 +137,7 @@ def is_changed(share: float) -> bool:
 
 def acts_as(rate: float) -> str:
     """The rate that acts, in words."""
-    return f"{rate:.3g} a step" if rate else "0 a step once weights are where half their spacing is larger"
+    return f"{rate:.3g} a step" if rate else "0 a step wherever half the spacing of the weights is larger"
 
 
 def _named(paths: Sequence[str], total: int) -> str:

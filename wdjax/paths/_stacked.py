@@ -39,10 +39,11 @@ def unstacked(path: str, found: Role | None, parameter: Parameter, stacks: Stack
     if by_shape is not found or axis is None:
         return by_shape
     alone = role(parameter._replace(shape=_without(parameter.shape, axis), bias=_without(parameter.bias, axis)))
-    if found is None or not _decays(found):
-        return alone if found is None else found
+    if found is None:
+        return alone
     is_named = is_layer(parameter.owner) and not parameter.in_list and path.endswith(parameter.name)
-    return found if is_named or (alone is not None and _decays(alone)) else STACKED
+    is_told = not _decays(found) or is_named or (alone is not None and _decays(alone))
+    return found if is_told else STACKED
 
 
 def _decays(found: Role) -> bool:
@@ -75,7 +76,7 @@ def _surplus(shapes: Mapping[str, Axes]) -> dict[str, tuple[set[Axes], set[Axes]
         if bias == shape or (bias is not None and len(bias) > 1 and bias[-1] == 1) or (bias is None and len(shape) < 3):
             continue
         axes = shape[:-2] if bias is None else bias[:-1]
-        parent, *others = _above(node)
+        parent, *others = list(_above(node)) or [""]  # The node itself may have an empty name.
         found[parent][bias is None].add(axes)
         for other in others:
             found[other][1].add(axes)
