@@ -167,10 +167,14 @@ BAD_MASKS = [
     ({"Dense_0": {"kernel": 1, "bias": 0}}, TypeError, "the mask at 'Dense_0/bias' is 0, which is not a boolean"),
     ({"Dense_0": "decay"}, TypeError, "the mask at 'Dense_0' is 'decay', which is not a boolean"),
     (0.5, TypeError, "the mask is 0.5, which is not a boolean"),
-    ({"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
-    ({"Dense_1": True}, ValueError, "it has no entry for 'Dense_0/bias', 'Dense_0/kernel'"),
-    ({"Dense_0": True, "Dense_1": True}, ValueError, "it has entries that are not parameters: 'Dense_1'"),
-    ({"Dense_0": {"kernel": {"w": True}, "bias": True}}, ValueError, "it has no entry for 'Dense_0/kernel'"),
+    ({"Dense_0": {"kernel": True}}, ValueError, "It lacks 'Dense_0/bias'."),
+    ({"Dense_1": True}, ValueError, "It lacks 'Dense_0/bias', 'Dense_0/kernel', and params lack 'Dense_1'."),
+    ({"Dense_0": True, "Dense_1": True}, ValueError, "Params lack 'Dense_1'."),
+    (
+        {"Dense_0": {"kernel": {"w": True}, "bias": True}},
+        ValueError,
+        "It lacks 'Dense_0/kernel', and params lack 'Dense_0/kernel/w'.",
+    ),
     (
         {"Dense_0": {"kernel": np.ones((3, 2), bool), "bias": True}},
         ValueError,
@@ -180,7 +184,7 @@ BAD_MASKS = [
     (True, TypeError, "the mask is True, one boolean for the whole tree. Leave it out to decay all"),
     (False, TypeError, "optax.inject_hyperparams takes a mask function for a schedule"),
     (lambda leaf: leaf.ndim > 1, TypeError, "It gets the whole tree: write lambda params: jax.tree.map("),
-    (lambda params: {"Dense_0": {"kernel": True}}, ValueError, "it has no entry for 'Dense_0/bias'"),
+    (lambda params: {"Dense_0": {"kernel": True}}, ValueError, "It lacks 'Dense_0/bias'."),
     (wdjax.only("kernal"), ValueError, "the pattern 'kernal' matches no parameter. Did you mean 'kernel'?"),
 ]
 
@@ -386,11 +390,12 @@ def test_updates_with_other_paths() -> None:
     words = "Only in updates: 'w'. Only in params: 'block_{0..11}/bias', 'block_{0..11}/kernel'. Pass"
     with pytest.raises(ValueError, match=re.escape(words)):
         optimizer.update({"w": np.ones(1)}, state, blocks)
-    words = "it has no entry for 'block_{0..11}/bias', 'block_{0..11}/kernel'. Build"
+    words = "It lacks 'block_{0..11}/bias', 'block_{0..11}/kernel', and params lack 'w'. Build"
     with pytest.raises(ValueError, match=re.escape(words)):
         wdjax.decoupled_decay(0.1, {"w": True}).init(blocks)
     letters = {letter: np.ones(1) for letter in "abcdefgh"}
-    with pytest.raises(ValueError, match=re.escape("no entry for 'a', 'b', 'c', 'd', 'e' and 3 more. Build")):
+    words = "It lacks 'a', 'b', 'c', 'd', 'e' and 3 more, and params lack 'w'. Build"
+    with pytest.raises(ValueError, match=re.escape(words)):
         wdjax.decoupled_decay(0.1, {"w": True}).init(letters)
 
 

@@ -40,6 +40,8 @@ def test_variables_in_a_list_have_their_own_paths() -> None:
     assert by_path({"kernel": 0.1, "norm": 0.2}, default=0.0).values(found) == [0.1, 0.0, 0.2, 0.2]
     plan = wdjax.plan(found, 0.1, weights_only())
     assert {row.path: row.decays for row in plan} == DECAYS
+    by_mask = wdjax.plan(found, 0.1, weights_only().mask(found))  # A list of booleans, which has no paths.
+    assert {row.path: row.decays for row in by_mask} == DECAYS
 
 
 def test_the_mask_of_the_variables_is_that_of_their_values() -> None:

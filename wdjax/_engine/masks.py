@@ -12,7 +12,7 @@ import numpy as np
 
 from . import trees
 from .rules import Rules, flags_of
-from .text import listed, shown
+from .text import lacks, shown
 from .unstable import is_traced
 
 PyTree = Any
@@ -48,17 +48,21 @@ def flags(
     # A tree may also be callable, such as an Equinox module of booleans.
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
-    given = {p: _flag(where, p, flag) for p, flag in trees.flatten_with_paths(tree) if not trees.is_hole(flag)}
+    entries = trees.flatten_with_paths(tree)
+    if trees.structure(tree) == trees.structure(params):  # Keras variables in a list have paths, booleans numbers.
+        entries = [(path, flag) for (path, _), (_, flag) in zip(leaves, entries, strict=True)]
+    given = {path: _flag(where, path, flag) for path, flag in entries if not trees.is_hole(flag)}
     owners = [next((prefix for prefix in trees.prefixes(path) if prefix in given), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)
     bare = [path for owner, (path, leaf) in owned if owner is None and not trees.is_hole(leaf)]
-    if bare:
-        raise ValueError(_misfit(where, "it has no entry for", bare))
     holes = {path for path, leaf in leaves if trees.is_hole(leaf)}
     used = set(owners)
     extra = [p for p in given if p not in used and holes.isdisjoint(trees.prefixes(p))]
-    if extra:
-        raise ValueError(_misfit(where, "it has entries that are not parameters:", extra))
+    if bare or extra:
+        raise ValueError(
+            f"{where}: the mask is neither a tree like params nor a prefix of one. {lacks(bare, extra)} Build it from "
+            "the same tree, jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
+        )
     return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves, of_all)
 
 
@@ -113,10 +117,3 @@ def _flag(where: str, path: str, flag: Any) -> Any:
     else:
         remedy = "Write mask=all_but('bias'), or a tree of booleans like params."
     raise TypeError(f"{where}: {place} is {shown(flag)}, which is not a boolean. {remedy}")
-
-
-def _misfit(where: str, what: str, paths: list[str]) -> str:
-    return (
-        f"{where}: the mask is neither a tree like params nor a prefix of one: {what} {listed(paths)}. "
-        "Build it from the same tree, jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
-    )
