@@ -112,7 +112,6 @@ INTERNAL = {
         *("value", "weighted_value"),
     },
     "plans": {"asked", "row_of"},
-    "states": {"Matched", "matched"},
 }
 # Everything that people may use, by its shortest name.
 EVERYTHING: dict[str, Any] = {

@@ -10,9 +10,10 @@
 choice for a model. Rates from what a person knows: wdjax.rates. Learning rates by path: `scale_by_path`. Penalties:
 `L2`, `L1`, ... (wdjax.penalties). Constraints: `L2Ball`, `L2Sphere`, ... (wdjax.constraints). Wrappers for a finished
 optimizer (wdjax.wrappers): `with_decoupled_decay`, `with_sparse_decay`, `with_lazy_decay`, `freeze`. For their states
-(wdjax.states): `thaw`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision: wdjax.low_precision. `audit`
-(wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry) measures it during training. `sweep`
-(wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For your own tests: wdjax.testing.
+(wdjax.states): `thaw`, `stale_hyperparams`, `state_shardings`. LoRA: `decoupled_lora_decay`. Low precision:
+wdjax.low_precision. `audit` (wdjax.audits) finds out what an optimizer really does; `monitor` (wdjax.telemetry)
+measures it during training. `sweep` (wdjax.sweeps) searches for the best rate. Complete optimizers: wdjax.recipes. For
+your own tests: wdjax.testing.
 
 Less common methods have names in their rooms only: `weight_norm_control` and `tangential_update` in wdjax.in_update,
 `cpr` and `shrink_and_perturb` in wdjax.on_weights, `with_stable_decay` and `with_selective_decay` in wdjax.wrappers,
@@ -72,6 +73,7 @@ from .recipes import adam_l2 as adam_l2
 from .recipes import adamw as adamw
 from .recipes import sgd_l2 as sgd_l2
 from .recipes import sgdw as sgdw
+from .states import stale_hyperparams as stale_hyperparams
 from .states import state_shardings as state_shardings
 from .states import thaw as thaw
 from .sweeps import sweep as sweep

@@ -25,7 +25,7 @@ HAZARDS, BAD_INPUT, FRAMEWORKS = "_engine/test_hazards.py", "test_bad_input.py",
 WRITERS, LORA, TELEMETRY = "low_precision/", "low_rank/", "telemetry/"
 PATHS, SCALES, WEIGHTS = "paths/test_paths.py", "paths/test_scales.py", "paths/test_weights_only.py"
 FREEZE, STEPS, AUDIT, PLANS = "wrappers/test_freeze.py", "test_steps.py", "audits/test_audit.py", "plans/"
-STATES, ANCHORS, ROWS = "test_states.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
+STATES, ANCHORS, ROWS = "states/test_thawing.py", "_engine/test_anchors.py", "wrappers/test_rows.py"
 RATES, MULTIPLIERS = "rates/", "in_update/test_multipliers.py"
 STABLE, SELECTIVE = "wrappers/test_stable.py", "wrappers/test_selective.py"
 METHODS = "audits/test_audit_of_methods.py"
@@ -524,8 +524,8 @@ MUTATIONS = [
     Mutation(
         "a stray entry of a mask is not noticed",
         "_engine/masks.py",
-        "    if extra:\n",
-        "    if False:\n",
+        "    if bare or extra:\n",
+        "    if bare:\n",
         ("test_bad_input.py",),
     ),
     Mutation(
@@ -933,31 +933,38 @@ MUTATIONS = [
     ),
     Mutation(
         "after a thaw everything is new",
-        "states.py",
+        "states/thawing.py",
         "            leaves.append(own)\n",
         "            leaves.append(leaf)\n",
         (STATES,),
     ),
     Mutation(
         "an anchor that was not there is taken for that of a frozen parameter",
-        "states.py",
-        "(node is None and any(end in places for _, end in _cuts(path)))",
+        "states/thawing.py",
+        "(node is None and is_place)",
         "(node is None)",
         (STATES,),
     ),
     Mutation(
+        "the values of schedules are taken for stale",
+        "states/hyperparams.py",
+        " if k not in schedules)",
+        ")",
+        ("states/test_hyperparams.py",),
+    ),
+    Mutation(
         "factored moments get the sharding of their parameter",
-        "states.py",
+        "states/shardings.py",
         "if end is not None and np.shape(leaves[end]) == leaf.shape else",
         "if end is not None else",
-        ("test_state_shardings.py",),
+        ("states/test_state_shardings.py",),
     ),
     Mutation(
         "the sharding is that of a parameter called like the moments",
-        "states.py",
+        "states/shardings.py",
         "max(ends, key=lambda cut: cut[0], default=(0, None))",
         "max(ends, key=lambda cut: len(cut[1]), default=(0, None))",
-        ("test_state_shardings.py",),
+        ("states/test_state_shardings.py",),
     ),
     # Low precision, LoRA, the monitor.
     Mutation(

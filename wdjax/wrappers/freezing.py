@@ -15,7 +15,7 @@ from .._engine.text import listed
 from .._engine.types import Mask, Optimizer
 from .._engine.unstable import automatic, explicit_spec, is_traced, may_be_split
 from ..paths import Rules
-from ..states import matched
+from ..states.thawing import matched
 
 PyTree = Any
 _SUBTRACTED = stateless(subtracted)

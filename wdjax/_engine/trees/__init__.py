@@ -16,6 +16,7 @@ from .companions import beside as beside
 from .companions import of_each as of_each
 from .flattening import canonical_paths as canonical_paths
 from .flattening import classes as classes
+from .flattening import cuts as cuts
 from .flattening import flatten_with_paths as flatten_with_paths
 from .flattening import is_array as is_array
 from .flattening import is_module as is_module

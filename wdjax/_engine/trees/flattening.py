@@ -1,6 +1,7 @@
 """Every leaf of a tree with its canonical path. Boxes around arrays are looked into and do not appear in the path."""
 
 import collections
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -89,6 +90,15 @@ def prefixes(path: str) -> Iterable[str]:
         yield path
         path = path.rpartition("/")[0]
     yield ""
+
+
+def cuts(path: str) -> Iterable[tuple[str, str]]:
+    """Every way to cut a path into a base and an end, beginning with the longest end."""
+    yield "", path
+    for slash in re.finditer("/", path):
+        yield path[: slash.start()], path[slash.end() :]
+    if path:
+        yield path, ""
 
 
 def key_text(key: Any) -> str:

@@ -1,0 +1,72 @@
+"""Which numbers in a state differ from those in the code."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._engine import checks, trees
+from .._engine.steps import INJECTED
+from .._engine.text import listed
+from .._engine.types import Optimizer, Params
+
+PyTree = Any
+
+
+@checks.known_arguments
+def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> dict[str, tuple[Any, Any]]:
+    """The rates and other numbers in a state that differ from those in the code.
+
+    `optax.inject_hyperparams` keeps numbers in its state, and each step reads them there. So a run that is resumed goes
+    on with the rates of its checkpoint, whatever the code says. Compare them after you restore:
+
+        stale = wdjax.stale_hyperparams(state, optimizer, params)
+        assert not stale, stale
+
+    To use the number in the code, set it: `state = optax.tree.set(state, weight_decay=0.5)`. Without
+    `inject_hyperparams`, rates are not in the state: those in the code apply.
+
+    Args:
+        state: a state of `optimizer`, restored or trained.
+        optimizer: the optimizer, as the code builds it now.
+        params: the parameters.
+
+    Returns:
+        For each number that differs: its path in the state, its value there and its value in the code. A number that
+        the training loop has set differs, too. Schedules are not compared: their values come from the code.
+
+    Raises:
+        TypeError: if `optimizer` is not an optimizer.
+        ValueError: if the state lacks a number that the optimizer keeps there.
+
+    Example:
+
+        >>> import jax.numpy as jnp, optax, wdjax
+        >>> params = {"w": jnp.ones(2)}
+        >>> sgdw = optax.inject_hyperparams(wdjax.sgdw)
+        >>> state = sgdw(learning_rate=0.1, weight_decay=0.25).init(params)
+        >>> wdjax.stale_hyperparams(state, sgdw(learning_rate=0.1, weight_decay=0.5), params)
+        {'hyperparams/weight_decay': (0.25, 0.5)}
+    """
+    fresh = checks.finished("stale_hyperparams", optimizer, "stale_hyperparams(state, optimizer, params)").init(params)
+    kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
+    if missing := [path for path in numbers if trees.is_hole(kept.get(path))]:
+        raise ValueError(
+            f"stale_hyperparams: this is not a state of this optimizer: it lacks {listed(missing)}. Pass a state that "
+            "this optimizer made, or one that was restored from it."
+        )
+    pairs = {path: (np.asarray(kept[path]), np.asarray(number)) for path, number in numbers.items()}
+    return {
+        path: (a.tolist(), b.tolist()) for path, (a, b) in pairs.items() if not np.array_equal(a.astype(b.dtype), b)
+    }
+
+
+def _injected_numbers(state: PyTree, base: str = "") -> Iterable[tuple[str, Any]]:
+    """The numbers that `optax.inject_hyperparams` keeps in a state, with their paths; not the values of schedules."""
+    for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, INJECTED))[0]:
+        if isinstance(node, INJECTED):
+            path = base + "".join(f"{trees.key_text(key)}/" for key in keys)
+            schedules = getattr(node, "hyperparams_states", {})
+            yield from ((f"{path}hyperparams/{k}", x) for k, x in node.hyperparams.items() if k not in schedules)
+            yield from _injected_numbers(node.inner_state, f"{path}inner_state/")
