@@ -39,10 +39,6 @@ def test_schedules_are_not_stale() -> None:
     state = steps(adamw(optax.linear_schedule(1.0, 0.0, 10), 0.125))
     assert state.hyperparams["learning_rate"] < 1
     assert stale_hyperparams(state, adamw(optax.linear_schedule(0.5, 0.0, 10), 0.125), PARAMS) == {}
-    # A schedule where a number was: the state lacks nothing that the code needs there.
-    assert stale_hyperparams(steps(adamw(0.25, 0.125)), adamw(optax.linear_schedule(0.5, 0.0, 10), 0.5), PARAMS) == {
-        "hyperparams/weight_decay": (0.125, 0.5)
-    }
 
 
 def nested(rate: float) -> optax.GradientTransformation:
@@ -76,19 +72,20 @@ def test_the_state_of_an_nnx_optimizer() -> None:
     assert found == {"hyperparams/weight_decay": (0.125, 0.5)}
 
 
-def test_a_number_is_compared_in_the_dtype_of_the_code() -> None:
+def test_a_number_is_compared_as_it_is_kept() -> None:
+    """0.3 is not a bfloat16. What the code says is rounded to it, as the state is."""
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    state = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, adamw(0.1, 0.3).init(params)
-    )
     assert stale_hyperparams(adamw(0.1, 0.3).init(params), adamw(0.1, 0.3), params) == {}
-    assert stale_hyperparams(state, adamw(0.1, 0.3), params) == {}
 
 
 def test_states_of_other_optimizers_are_refused() -> None:
-    words = r"it lacks 'hyperparams/learning_rate', 'hyperparams/weight_decay'\. Pass a state that"
-    with pytest.raises(ValueError, match=f"stale_hyperparams: this is not a state of this optimizer: {words}"):
-        stale_hyperparams(wdjax.sgdw(0.1, 0.1).init(PARAMS), adamw(0.1, 0.1), PARAMS)
+    scheduled = adamw(optax.linear_schedule(0.5, 0.0, 10), 0.1).init(PARAMS)
+    for state, fault in (
+        (wdjax.sgdw(0.1, 0.1).init(PARAMS), r"Only optimizer\.init\(params\) has .*'hyperparams/learning_rate'"),
+        (scheduled, "Only the state has 'hyperparams_states/learning_rate/count'"),
+    ):
+        with pytest.raises(ValueError, match=f"stale_hyperparams: this is not a state of this optimizer and .*{fault}"):
+            stale_hyperparams(state, adamw(0.1, 0.1), PARAMS)
     with pytest.raises(TypeError, match="stale_hyperparams"):
         stale_hyperparams(None, wdjax.sgdw, PARAMS)
     assert stale_hyperparams(wdjax.sgdw(0.1, 0.1).init(PARAMS), wdjax.sgdw(0.1, 0.5), PARAMS) == {}

@@ -8,8 +8,8 @@ import numpy as np
 
 from .._engine import checks, trees
 from .._engine.steps import INJECTED
-from .._engine.text import listed
 from .._engine.types import Optimizer, Params
+from .thawing import matched
 
 PyTree = Any
 
@@ -38,7 +38,7 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
-        ValueError: if the state lacks a number that the optimizer keeps there.
+        ValueError: if the state is that of another optimizer. It names the paths, shapes and dtypes.
 
     Example:
 
@@ -50,12 +50,12 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
         {'hyperparams/weight_decay': (0.25, 0.5)}
     """
     fresh = checks.finished("stale_hyperparams", optimizer, "stale_hyperparams(state, optimizer, params)").init(params)
-    kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
-    if missing := [path for path in numbers if trees.is_hole(kept.get(path))]:
+    if faults := matched(state, fresh, params).faults:
         raise ValueError(
-            f"stale_hyperparams: this is not a state of this optimizer: it lacks {listed(missing)}. Pass a state that "
-            "this optimizer made, or one that was restored from it."
+            f"stale_hyperparams: this is not a state of this optimizer and these parameters. {' '.join(faults)} Pass a "
+            "state that the optimizer made, or one that was restored from it."
         )
+    kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
     pairs = {path: (np.asarray(kept[path]), np.asarray(number)) for path, number in numbers.items()}
     return {
         path: (a.tolist(), b.tolist()) for path, (a, b) in pairs.items() if not np.array_equal(a.astype(b.dtype), b)
