@@ -142,3 +142,34 @@ def test_a_mask_that_is_changed_acts_at_the_next_eager_step() -> None:
     chex.assert_trees_all_equal(
         optimizer.update(grads, state, params)[0], {"a": jnp.array([-0.5]), "b": jnp.array([-0.5])}
     )
+
+
+class EqualToAll:
+    """A schedule whose equality leaves its rate out."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualToAll)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __call__(self, step: Any) -> Any:
+        return jnp.full_like(step, self.rate, jnp.float32)
+
+
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_schedules_that_are_equal_are_not_taken_for_one(run: Any) -> None:
+    params = jnp.full(3, 2.0)
+    for rate in (0.1, 0.01):
+        for learning_rate, decay, want in ((EqualToAll(rate), 0.5, rate), (0.1, EqualToAll(rate), 0.2 * rate)):
+            optimizer = wdjax.sgdw(learning_rate, decay)
+            updates, _ = run(optimizer.update)(jnp.zeros(3), optimizer.init(params), params)
+            np.testing.assert_allclose(updates, -want, rtol=1e-6)
+    # In one table, too.
+    params, table = {"a": params, "b": params + 0}, {"a": EqualToAll(0.1), "b": EqualToAll(0.01)}
+    decay = wdjax.decoupled_decay(wdjax.by_path(table, default=0.0))
+    updates, _ = run(decay.update)(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [0.2, 0.02], rtol=1e-6)

@@ -1,6 +1,7 @@
 """What a new method needs from the engine. Each need is shown by a rule of about ten lines."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import chex
@@ -316,3 +317,17 @@ def test_one_decay_at_two_places_has_two_counts(compiled: bool) -> None:
         rates.append(updates["w"].item())
     always, every_other = np.array([0.01, 0.01, 0.1, 0.1, 0.1]), np.array([0.01, 0.0, 0.01, 0.0, 0.1])
     np.testing.assert_allclose(rates, always + every_other, rtol=1e-6)
+
+
+def test_gradients_of_which_only_some_are_traced() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    for recipe in (wdjax.decoupled_decay, partial(wdjax.sgdw, 1.0), partial(wdjax.sgd_l2, 1.0)):
+        optimizer = recipe(wdjax.by_path({"a": 0.1, "b": 0.2}, default=0.0))
+        state = optimizer.init(params)
+
+        @jax.jit
+        def update(grad: Any, optimizer: Any = optimizer, state: Any = state) -> Any:
+            return optimizer.update({"a": jnp.zeros(2), "b": grad}, state, params)[0]
+
+        want, _ = optimizer.update({"a": jnp.zeros(2), "b": jnp.ones(2)}, state, params)
+        chex.assert_trees_all_close(update(jnp.ones(2)), want, rtol=1e-6)

@@ -29,7 +29,7 @@ def test_a_rate_that_the_code_has_changed() -> None:
     state, now = steps(adamw(0.25, 0.125)), adamw(0.25, 0.5)
     assert stale_hyperparams(state, now, PARAMS) == {"hyperparams/weight_decay": (0.125, 0.5)}
     assert stale_hyperparams(state, adamw(0.25, 0.125), PARAMS) == {}
-    state = optax.tree.set(state, weight_decay=0.5)  # As the docstring says.
+    state = optax.tree.set(state, weight_decay=jnp.asarray(0.5))  # As the docstring says.
     assert stale_hyperparams(state, now, PARAMS) == {}
     updates, _ = now.update({"w": jnp.zeros(3)}, now.init(PARAMS)._replace(hyperparams=state.hyperparams), PARAMS)
     assert updates["w"][0] == -0.25 * 0.5

@@ -202,6 +202,21 @@ def test_rules_inside_decide_as_if_it_were_there(frozen: wdjax.Rules, rate: Any,
         np.testing.assert_allclose(np.abs(update), np.broadcast_to(expected.reshape(shape), update.shape), rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_second_model_that_differs_in_what_is_frozen_is_decided_anew(order: Any) -> None:
+    """With a bias of its shape, frozen or not, (3, 16) may be a stack of vectors: the rule asks."""
+    frozen_shapes = [(16,), (3, 16)]
+    optimizer = freeze(wdjax.sgdw(0.1, 0.2, wdjax.weights_only()), only("bias"))
+    for i in order:
+        tree = {"layer": {"kernel": jnp.ones((3, 16)), "bias": jnp.ones(frozen_shapes[i])}}
+        if frozen_shapes[i] == (3, 16):
+            with pytest.raises(ValueError, match="'layer/kernel'"):
+                optimizer.update(tree, optimizer.init(tree), tree)
+            continue
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tree), optimizer.init(tree), tree)
+        np.testing.assert_allclose(updates["layer"]["kernel"], -0.02, rtol=1e-6)
+
+
 def test_line_searches_see_all_parameters_and_move_the_others() -> None:
     target = {"encoder": jnp.array([1.0, 2.0]), "head": jnp.array([3.0, -1.0])}
 

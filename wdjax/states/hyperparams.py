@@ -24,7 +24,7 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
         stale = wdjax.stale_hyperparams(state, optimizer, params)
         assert not stale, stale
 
-    To use the number in the code, set it: `state = optax.tree.set(state, weight_decay=0.5)`. Without
+    To use the number in the code, set it: `state = optax.tree.set(state, weight_decay=jnp.asarray(0.5))`. Without
     `inject_hyperparams`, rates are not in the state: those in the code apply.
 
     Args:
