@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices, a cache of compiled programs, and strict dtype promotion except with other libraries."""
+"""Eight emulated CPU devices, a cache of compiled programs, strict dtype promotion except with other libraries."""
 
 import os
 
@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
 
 KEPT = 50_000  # The most compiled programs in the cache, about 10 kB each. Changes to wdjax leave old ones behind.
@@ -35,6 +36,13 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     peers = request.node.get_closest_marker("peers") is not None
     with jax.numpy_dtype_promotion("standard" if peers else "strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test draws the same numbers from the RNG of its file, whichever tests ran before it in its worker."""
+    if hasattr(request.module, "RNG"):
+        monkeypatch.setattr(request.module, "RNG", np.random.default_rng(0))
 
 
 @pytest.fixture
