@@ -15,15 +15,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 PyTree = Any
 
-_UPDATE = "Move the updates: jax.device_put(updates, jax.tree.map(lambda p: p.sharding, params))."
-_STATE = (
-    "Make a state of these parameters, optimizer.init(params), or move it: "
-    "jax.device_put(state, wdjax.state_shardings(optimizer, params))."
-)
-_TOWARD = "Put it on the same devices: jax.device_put(pretrained, jax.tree.map(lambda p: p.sharding, params))."
-_ARRAY = "Put it on the same devices with jax.device_put, or write it as a NumPy array, np.asarray(array)."
-_SCHEDULE = "Write the arrays that the schedule holds as numbers, float(array)."
-
 
 def explained(method: Callable[P, R]) -> Callable[P, R]:
     """Makes JAX's error about devices name the argument and say what to write. Nothing is looked at before an error.
@@ -64,7 +55,15 @@ def _parts(action: Any, updates: PyTree, state: Any, params: PyTree) -> Iterator
     leaves = trees.flatten_with_paths(params)
     new = dict(trees.flatten_with_paths(updates))
     kept = dict(trees.flatten_with_paths(getattr(state, "leaf", None)))
-    toward = ("the state", _STATE) if is_in_state(action.toward) else ("toward", _TOWARD)
+    shardings = "jax.tree.map(lambda p: p.sharding, params)"
+    for_state = (
+        "Make a state of these parameters, optimizer.init(params), or move it: "
+        "jax.device_put(state, wdjax.state_shardings(optimizer, params))."
+    )
+    for_toward = f"Put it on the same devices: jax.device_put(pretrained, {shardings})."
+    for_array = "Put it on the same devices with jax.device_put, or write it as a NumPy array, np.asarray(array)."
+    for_schedule = "Write the arrays that the schedule holds as numbers, float(array)."
+    toward, for_anchor = ("the state", for_state) if is_in_state(action.toward) else ("toward", for_toward)
     terms = action.terms(params, leaves, state)
     for (path, param), row, term in zip(leaves, action._rows(params, leaves), terms, strict=True):
         if term is None:
@@ -72,12 +71,12 @@ def _parts(action: Any, updates: PyTree, state: Any, params: PyTree) -> Iterator
         factors = list(zip(row.names, row.factors, term.factors, strict=True))
         yield [
             (f"the parameter {path!r}", param, ""),
-            (f"the update of {path!r}", new.get(path), _UPDATE),
-            (toward[0], term.anchor, toward[1]),
-            ("the state", kept.get(path), _STATE),
-            *((name, array, _ARRAY) for name, given, array in factors if not callable(given)),
-            ("the state", getattr(state, "count", None), _STATE),
-            *((f"the value of the schedule {name}", x, _SCHEDULE) for name, given, x in factors if callable(given)),
+            (f"the update of {path!r}", new.get(path), f"Move the updates: jax.device_put(updates, {shardings})."),
+            (toward, term.anchor, for_anchor),
+            ("the state", kept.get(path), for_state),
+            *((name, array, for_array) for name, given, array in factors if not callable(given)),
+            ("the state", getattr(state, "count", None), for_state),
+            *((f"the value of the schedule {name}", x, for_schedule) for name, given, x in factors if callable(given)),
         ]
 
 
