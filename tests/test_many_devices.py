@@ -430,6 +430,8 @@ def test_a_number_on_other_devices_in_the_loss_and_in_values() -> None:
         chex.assert_trees_all_close(found, want, rtol=1e-6)
     rates = jax.device_put(0.5, jax.devices()[2]) * wdjax.by_path({"kernel": elsewhere(0.25)}, default=0.0)
     assert rates.values(params)["up"] == {"kernel": 0.125, "bias": 0.0}
+    put_nowhere = jnp.float32(0.25)
+    assert wdjax.by_path({"kernel": put_nowhere}, default=0.0).values(params)["up"]["kernel"] is put_nowhere
 
 
 @pytest.mark.parametrize("recipe", [wdjax.sgd_l2, wdjax.sgdw, wdjax.adam_l2, wdjax.adamw])
