@@ -371,3 +371,175 @@ def test_a_hundred_steps_over_a_mesh(name: str) -> None:
         assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     if name != "FSDP":
         assert_replicas_are_equal(carry)
+
+
+# Arrays that were put on other devices than the parameters.
+
+
+def elsewhere(x: Any) -> Any:
+    return jax.device_put(x, jax.devices()[1])
+
+
+def at_home(x: Any = None) -> Any:
+    return jax.device_put(make_params(0, np.float32) if x is None else x, jax.devices()[0])
+
+
+def both_ways(optimizer: Any, state: Any = None) -> list[Any]:
+    """The updates of one step, without and with jit."""
+    params = at_home()
+    state = optimizer.init(params) if state is None else state
+    return [update(params, state, params)[0] for update in (optimizer.update, jax.jit(optimizer.update))]
+
+
+# What takes a number, by the argument.
+TAKES_A_NUMBER: dict[str, Callable[[Any], Any]] = {
+    "weight_decay": wdjax.decoupled_decay,
+    "a value of a table": lambda x: wdjax.decoupled_decay(wdjax.by_path({"kernel": x}, default=0.0)),
+    "the factor of a table": lambda x: wdjax.decoupled_decay(x * wdjax.by_path({"kernel": x}, default=1.0)),
+    "a tree": lambda x: wdjax.decoupled_decay(jax.tree.map(lambda p: x, make_params())),
+    "strength": lambda x: wdjax.add_penalty_to_grads(wdjax.GroupLasso(), x, WEIGHTS),
+    "radius": lambda x: wdjax.constrain(wdjax.L2Ball(), x, WEIGHTS),
+    "learning_rate of a step": lambda x: wdjax.proximal_step(wdjax.L1(), 0.1, WEIGHTS, learning_rate=x),
+    "with_decoupled_decay": lambda x: wdjax.with_decoupled_decay(optax.sgd(LR), x, WEIGHTS, learning_rate=x),
+    "sgd_l2": lambda x: wdjax.sgd_l2(x, x, WEIGHTS),
+    "sgdw": lambda x: wdjax.sgdw(x, x, WEIGHTS),
+    "adam_l2": lambda x: wdjax.adam_l2(x, x, WEIGHTS),
+    "adamw": lambda x: wdjax.adamw(x, x, WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("build", TAKES_A_NUMBER.values(), ids=TAKES_A_NUMBER)
+@pytest.mark.peers
+def test_a_number_on_other_devices_goes_to_the_parameters(build: Callable[[Any], Any]) -> None:
+    everywhere = NamedSharding(LAYOUTS["FSDP"].mesh(), P())
+    numbers = elsewhere(0.25), elsewhere(jnp.float32(0.25)), jax.device_put(0.25, everywhere)
+    wanted = both_ways(build(0.25))
+    for number in numbers:
+        for updates, want in zip(both_ways(build(number)), wanted, strict=True):
+            chex.assert_trees_all_equal(updates, want)
+            assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(updates))
+
+
+def test_a_number_on_other_devices_in_the_loss_and_in_values() -> None:
+    params = at_home()
+    for differentiate in (jax.value_and_grad, lambda f: jax.jit(jax.value_and_grad(f))):
+        found, want = (
+            differentiate(lambda p: wdjax.l2_penalty(p, rate, WEIGHTS))(params)  # noqa: B023
+            for rate in (elsewhere(0.25), 0.25)
+        )
+        chex.assert_trees_all_close(found, want, rtol=1e-6)
+    rates = jax.device_put(0.5, jax.devices()[2]) * wdjax.by_path({"kernel": elsewhere(0.25)}, default=0.0)
+    assert rates.values(params)["up"] == {"kernel": 0.125, "bias": 0.0}
+    put_nowhere = jnp.float32(0.25)
+    assert wdjax.by_path({"kernel": put_nowhere}, default=0.0).values(params)["up"]["kernel"] is put_nowhere
+
+
+@pytest.mark.parametrize("recipe", [wdjax.sgd_l2, wdjax.sgdw, wdjax.adam_l2, wdjax.adamw])
+@pytest.mark.parametrize("rate", [0.1, jnp.float32(0.1)], ids=["weak", "strong"])
+@pytest.mark.peers
+def test_a_learning_rate_that_was_put_on_a_device_promotes_as_in_optax(recipe: Any, rate: Any) -> None:
+    params = at_home(make_params(0, jnp.bfloat16))
+    there = at_home(rate)
+    (mine, theirs) = (
+        optimizer.update(params, optimizer.init(params), params)[0]
+        for optimizer in (recipe(there, 0.0), optax.adam(there) if "adam" in recipe.__name__ else optax.sgd(there))
+    )
+    chex.assert_trees_all_equal_dtypes(mine, theirs)
+    chex.assert_trees_all_equal(mine, theirs)
+
+
+def test_a_constant_of_the_program_may_not_be_an_array_on_any_device() -> None:
+    for number in (jnp.float32(0.5), elsewhere(0.5)):
+        with pytest.raises(ValueError, match=r"by_depth: factor must be a number > 0, got Array\(0.5"):
+            wdjax.by_depth("up", number)
+
+
+def scaled(x: Any) -> Any:
+    return 0.1 * wdjax.by_path({"kernel": x}, default=1.0)
+
+
+ROW = np.full((1, 8), 0.5, np.float32)
+SHARDINGS_OF = "jax.tree.map(lambda p: p.sharding, params)"
+# The transformation with an array elsewhere, what the error says of that, and the transformation that it asks for.
+ASIDE: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
+    "schedule": (
+        lambda: wdjax.decoupled_decay(lambda step: elsewhere(0.1)),
+        "decoupled_decay: the value of the schedule weight_decay is on cpu:1, but the parameter 'down/bias' is on "
+        "cpu:0. Write the arrays that the schedule holds as numbers, float(array).",
+        lambda: wdjax.decoupled_decay(lambda step: 0.1),
+    ),
+    "array of rates": (
+        lambda: wdjax.decoupled_decay(wdjax.by_path({"down/kernel": elsewhere(ROW)}, default=0.0)),
+        "decoupled_decay: weight_decay is on cpu:1, but the parameter 'down/kernel' is on cpu:0. Put it on the same "
+        "devices with jax.device_put, or write it as a NumPy array, np.asarray(array).",
+        lambda: wdjax.decoupled_decay(wdjax.by_path({"down/kernel": np.asarray(elsewhere(ROW))}, default=0.0)),
+    ),
+    "anchor": (
+        lambda: wdjax.decoupled_decay(0.1, WEIGHTS, toward=elsewhere(make_params(1, np.float32))),
+        "decoupled_decay: toward is on cpu:1, but the parameter 'down/kernel' is on cpu:0. Put it on the same devices: "
+        f"jax.device_put(pretrained, {SHARDINGS_OF}).",
+        lambda: wdjax.decoupled_decay(
+            0.1,
+            WEIGHTS,
+            toward=jax.device_put(elsewhere(make_params(1, np.float32)), jax.tree.map(lambda p: p.sharding, at_home())),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "said", "remedy"), ASIDE.values(), ids=ASIDE)
+def test_an_array_on_other_devices_is_named(build: Callable[[], Any], said: str, remedy: Callable[[], Any]) -> None:
+    optimizer, params = build(), at_home()
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        optimizer.update(params, state, params)
+    assert isinstance(caught.value.__cause__, ValueError)
+    # Within jit, arrays of any device may be constants of the program.
+    in_jit, _ = jax.jit(optimizer.update)(params, state, params)
+    for updates in both_ways(remedy()):
+        chex.assert_trees_all_close(updates, in_jit, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        wdjax.decoupled_decay(0.1, toward="init"),
+        wdjax.decoupled_decay(0.1, toward=wdjax.EMA(0.9)),
+        wdjax.constrain(wdjax.L2Ball(), "init", WEIGHTS),
+        wdjax.decoupled_decay(lambda step: 0.1 / (1.0 + step.astype(float))),
+    ],
+    ids=["init", "EMA", "radius", "count"],
+)
+def test_a_state_on_other_devices_is_named(optimizer: Any) -> None:
+    params = at_home()
+    state = elsewhere(optimizer.init(params))
+    said = r"the state is on cpu:1, but the parameter 'down/\w+' is on cpu:0. Make a state of these parameters"
+    with pytest.raises(ValueError, match=said):
+        optimizer.update(params, state, params)
+    moved = jax.device_put(state, wdjax.state_shardings(optimizer, params))
+    chex.assert_trees_all_equal(both_ways(optimizer, moved), both_ways(optimizer))
+
+
+def test_updates_on_other_devices_and_a_penalty_toward_others_are_named() -> None:
+    params = at_home()
+    rule = wdjax.decoupled_decay(0.1)
+    with pytest.raises(ValueError, match="the update of 'down/bias' is on cpu:1, but the parameter 'down/bias' is on"):
+        rule.update(elsewhere(params), rule.init(params), params)
+    with pytest.raises(ValueError, match="l2_penalty: toward is on cpu:1, but the parameter 'down/bias' is on cpu:0"):
+        wdjax.l2_penalty(params, 0.1, toward=elsewhere(params))
+    # Parameters that were put nowhere go along with either, so the two others are named.
+    free = make_params(0, np.float32)
+    rule = wdjax.decoupled_decay(0.1, toward=elsewhere(params))
+    with pytest.raises(ValueError, match="toward is on cpu:1, but the update of 'down/bias' is on cpu:0"):
+        rule.update(params, rule.init(free), free)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    class Broken(wdjax.L2):
+        def gradient(self, w: Any) -> Any:
+            raise ValueError("a fault of the user")
+
+    rule = wdjax.add_penalty_to_grads(Broken(), wdjax.by_path({"down/kernel": elsewhere(ROW)}, default=0.0))
+    params = at_home()
+    with pytest.raises(ValueError, match=r"^a fault of the user$"):
+        rule.update(params, rule.init(params), params)

@@ -55,7 +55,7 @@ def sgd_l2(
     return optax.chain(
         add_l2_to_grads(weight_decay, mask, toward=toward),
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(checks.unplaced(learning_rate)),
     )
 
 
@@ -95,7 +95,7 @@ def sgdw(
     chain = optax.chain(
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(checks.unplaced(learning_rate)),
     )
     return _watched("sgdw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask, toward)
 
@@ -138,7 +138,7 @@ def adam_l2(
     return optax.chain(
         add_l2_to_grads(weight_decay, mask, toward=toward),
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(checks.unplaced(learning_rate)),
     )
 
 
@@ -182,7 +182,7 @@ def adamw(
     chain = optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         decoupled_decay(weight_decay, mask, toward=toward),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(checks.unplaced(learning_rate)),
     )
     return _watched("adamw", chain, {"learning_rate": learning_rate, "weight_decay": weight_decay}, mask, toward)
 

@@ -32,9 +32,39 @@ METHODS = "audits/test_audit_of_methods.py"
 CONSTRAIN = "on_weights/test_constrain.py"
 NORM_CONTROL, TANGENTIAL = "in_update/test_norm_control.py", "in_update/test_tangential.py"
 CPR = "on_weights/test_cpr.py"
+DEVICES = "test_many_devices.py"
 PERTURB = "on_weights/test_perturbing.py"
 
 MUTATIONS = [
+    # Arrays on other devices.
+    Mutation(
+        "a number that was put on a device stays there",
+        "_engine/checks.py",
+        "    value = unplaced(value)\n",
+        "",
+        (DEVICES,),
+    ),
+    Mutation(
+        "a weak learning rate that was put on a device becomes a strong one",
+        "_engine/checks.py",
+        "return value.item() if is_weak else np.asarray(value)",
+        "return np.asarray(value)",
+        (DEVICES,),
+    ),
+    Mutation(
+        "a fault of the user is taken for arrays on other devices",
+        "_engine/devices.py",
+        "if not is_of_devices(error):",
+        "if False:",
+        (DEVICES,),
+    ),
+    Mutation(
+        "a schedule on other devices is taken for an array of rates",
+        "_engine/devices.py",
+        "for name, given, array in factors if not callable(given))",
+        "for name, given, array in factors)",
+        (DEVICES,),
+    ),
     # Moving averages as anchors.
     Mutation(
         "a skipped step moves the average",

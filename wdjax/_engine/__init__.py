@@ -18,6 +18,7 @@
 `probe`       how `monitor` reads a decay
 `steps`       tells real steps from skipped ones
 `hazards`     warns at `init` of rates that are too small or too large to work
+`devices`     words errors about arrays on different devices
 `checks`      validates arguments and words the errors
 `types`       the types of arguments
 `text`        shows values and calls in errors, and repeated blocks as one path

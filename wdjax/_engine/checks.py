@@ -40,8 +40,8 @@ _SHRINKS = {
 def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_array: bool = False) -> Any:
     """Checks a rate: a finite number >= 0, a 0-d real array, or a schedule. Numbers are returned as Python floats.
 
-    The errors name the function `where` and its argument `name`, and show the call `write`. For a traced array, which
-    has no value yet, it checks only the shape and dtype.
+    A 0-d array that was put on a device counts as its number. The errors name the function `where` and its argument
+    `name`, and show the call `write`. For a traced array, which has no value yet, it checks only the shape and dtype.
     """
     write = write or f"{where}({name}=0.1)"
     if callable(value) and not isinstance(value, type):
@@ -63,6 +63,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
         raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
+    value = unplaced(value)
     numbers = np.asarray(value if jnp.shape(value) else as_float(value))
     wrong = numbers[~(np.isfinite(numbers) & (numbers >= 0))]
     if wrong.size:
@@ -71,6 +72,19 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
             f"Write {write}{next((said for kind, said in _SHRINKS.items() if name.startswith(kind)), '')}."
         )
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
+
+
+def unplaced(value: Any) -> Any:
+    """The value. A 0-d array that was put on a device becomes its number, which goes to any device, as within jit.
+
+    A product with the number has the dtype of a product with the array.
+    """
+    if not isinstance(value, jax.Array) or is_traced(value) or value.shape != ():
+        return value
+    if not (value.is_fully_addressable and value.committed):
+        return value
+    _, is_weak = jax.dtypes.result_type(value, return_weak_type_flag=True)
+    return value.item() if is_weak else np.asarray(value)
 
 
 def as_float(value: Any) -> float:
@@ -111,7 +125,7 @@ def positive(where: str, name: str, value: Any, write: str) -> float:
     """Checks a number > 0, as `rate` does."""
     wanted = "a number > 0"
     found = number(where, name, value, write, wanted)
-    if not isinstance(found, float) or found == 0:
+    if isinstance(value, jax.Array) or not isinstance(found, float) or found == 0:
         raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}. Write {write}.")
     return found
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import anchors, checks, hazards, mesh_axes, trees
+from . import anchors, checks, devices, hazards, mesh_axes, trees
 from .arithmetic import LeafRule, Term, act, compute_dtype, init_state, jitted_act, reduced
 from .per_leaf import Leaves, Terms, known_stacks, terms_of_leaves
 from .probe import DecayProbe, gated
@@ -84,8 +84,7 @@ class Action:
     probed: dict[int, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        checked = {name: rate_or_rules(self.where, name, value) for name, value in self.rates.items()}
-        object.__setattr__(self, "rates", checked)
+        object.__setattr__(self, "rates", {name: rate_or_rules(self.where, name, x) for name, x in self.rates.items()})
         if isinstance(self.mask, Rules):
             check_booleans(self.mask, self.where)
         anchors.check(self.where, self.toward)
@@ -113,6 +112,7 @@ class Action:
             kept = trees.of_each(params, rule.acts_on, lambda p: init_state(rule, next(of_layers), p))
         return DecayState(jnp.zeros([], jnp.int32), anchor, kept)
 
+    @devices.explained
     def run(
         self,
         rule: LeafRule | Sequence[LeafRule | None],
@@ -141,7 +141,6 @@ class Action:
         if isinstance(rule, LeafRule) and rule.reduce is not None:
             totals = self._totals(rule, found, leaves, terms, axis_name)
         kept = dict(trees.flatten_with_paths(state.leaf))
-        order = list(kept)
         for i, ((path, param), each, term) in enumerate(zip(leaves, rules, terms, strict=True)):
             if each is None or term is None:
                 continue
@@ -158,8 +157,9 @@ class Action:
                 found[i] = jnp.where(term.part, found[i], old)
             if each.init is not None:
                 kept[path] = new
-        return rebuilt(found), jax.tree.unflatten(trees.structure(state.leaf), [kept[path] for path in order])
+        return rebuilt(found), jax.tree.unflatten(trees.structure(state.leaf), list(kept.values()))
 
+    @devices.explained
     def total(self, rule: LeafRule, params: PyTree, axis_name: mesh_axes.Names = ()) -> Any:
         """The totals of a rule that reduces only parameters, without updates; None if it acts on no parameter."""
         leaves = trees.flatten_with_paths(params)

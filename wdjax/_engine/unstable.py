@@ -46,6 +46,11 @@ def is_traced(value: Any) -> bool:
         return True
 
 
+def is_of_devices(error: ValueError) -> bool:
+    """Whether an error of JAX says that arrays are on different devices. Otherwise the user sees JAX's own words."""
+    return "incompatible devices" in str(error)
+
+
 def varying_axes(x: Any) -> frozenset[Any]:
     """The mesh axes along which an array is known to differ. Empty outside `shard_map` and with `check_vma=False`.
 
