@@ -912,6 +912,13 @@ def test_apply_if_finite_around_a_writer_needs_gradients_in_float32(writer: str)
     assert same_bits(updates, jax.jit(plain.update)(wide, plain.init(params), params)[0])
 
 
+@every_writer
+def test_a_frozen_negative_zero_before_a_writer(writer: str) -> None:
+    params = {"kernel": jnp.full((64, 32), -0.0), "bias": jnp.full(64, -0.0, jnp.bfloat16)}
+    optimizer = chain(writer, wdjax.freeze(optax.sgd(0.1), wdjax.only("kernel", "bias")))
+    assert same_bits(after(optimizer, params)[0], params)
+
+
 @one_writer
 def test_freeze_and_partition_around_a_writer(writer: str) -> None:
     params = tree()

@@ -984,8 +984,8 @@ MUTATIONS = [
     Mutation(
         "compensation forgets the residual",
         "low_precision/writers.py",
-        "step = jnp.asarray(update, jnp.float32) + times_spacing(",
-        "step = jnp.asarray(update, jnp.float32) + 0 * times_spacing(",
+        "step = jnp.asarray(update, jnp.float32) - times_spacing(",
+        "step = jnp.asarray(update, jnp.float32) - 0 * times_spacing(",
         (WRITERS,),
     ),
     Mutation(

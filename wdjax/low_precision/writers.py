@@ -227,7 +227,9 @@ def _at_random(update: jax.Array, p: jax.Array, _: Any, __: Any, key: jax.Array,
 
 def _with_residual(update: jax.Array, p: jax.Array, _: Any, __: Any, residual: jax.Array, ___: Any) -> Any:
     before = p.astype(jnp.float32)
-    step = jnp.asarray(update, jnp.float32) + times_spacing(residual.astype(jnp.float32) * 2.0**-16, before, p.dtype)
+    # Where nothing is missing, it subtracts +0.0, which leaves an update of -0.0 as it is.
+    extra = (-residual.astype(jnp.int32)).astype(jnp.float32) * 2.0**-16
+    step = jnp.asarray(update, jnp.float32) - times_spacing(extra, before, p.dtype)
     if is_low(p):
         landed = rounded(before + step, p.dtype)
         lost = jnp.where(step == 0, 0, remainder(landed, before, step))
