@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -319,19 +320,68 @@ def numbers(dtype: Any) -> np.ndarray:
     return every[np.isfinite(every)]
 
 
-@every_dtype
-def test_nearest_rounding_is_the_cast(dtype: Any) -> None:
+def anything(dtype: Any, seed: int) -> np.ndarray:
+    """Every number of the dtype, what is around the middles between them, and float32 numbers of all magnitudes."""
     every = np.unique(numbers(dtype))
     middles = ((every[1:].astype(np.float64) + every[:-1]) / 2).astype(np.float32)
     around = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
-    rng = np.random.default_rng(0)
-    anywhere = (rng.choice(every, 50_000) * rng.uniform(0.5, 1, 50_000)).astype(np.float32)
-    x = np.concatenate([every, [-0.0], middles, *around, anywhere]).astype(np.float32)
-    if dtype == jnp.bfloat16:
-        # Below, spacings would be subnormal in float32 and are taken for 2^-126, the smallest that is not flushed.
-        x = x[(np.abs(x) >= 2.0**-118) | (x == 0)]
-    got = np.asarray(jax.jit(lambda x: rounding.rounded(x, dtype))(x))
-    np.testing.assert_array_equal(got.view(np.uint32), x.astype(np.dtype(dtype)).astype(np.float32).view(np.uint32))
+    rng = np.random.default_rng(seed)
+    near = (rng.choice(every, 50_000) * rng.uniform(0.5, 1, 50_000)).astype(np.float32)
+    bits = rng.integers(0, 2**32, 50_000, np.uint32)
+    tiny = rng.integers(0, 2**27, 50_000, np.uint32) | (bits & np.uint32(2**31))  # Below 2^-111.
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan], np.float32)
+    return np.concatenate([every, middles, *around, near, bits.view(np.float32), tiny.view(np.float32), special])
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """What arithmetic on CPUs takes a float32 for: subnormal numbers are zeros."""
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
+
+
+# Arithmetic that keeps subnormal numbers, as that of most GPUs.
+NAMES = ("abs", "clip", "float32", "floor", "int32", "round", "where")
+NUMPY = SimpleNamespace(finfo=jnp.finfo, **{name: getattr(np, name) for name in NAMES})
+BITS = SimpleNamespace(lax=SimpleNamespace(bitcast_convert_type=lambda x, dtype: x.view(dtype)))
+
+
+@pytest.fixture(params=["flushing", "keeping"])
+def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Our rounding, and what becomes of its argument before."""
+    if request.param == "flushing":
+        return jax.jit(rounding.rounded, static_argnums=1), flushed
+    monkeypatch.setattr(rounding, "jnp", NUMPY)
+    monkeypatch.setattr(rounding, "jax", BITS)
+    return rounding.rounded, lambda x: x
+
+
+@every_dtype
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+def test_nearest_rounding_is_the_cast(dtype: Any, rounded: Any) -> None:
+    function, seen = rounded
+    x = anything(dtype, seed=0)
+    got, x = np.asarray(function(x, dtype)), seen(x)
+    want = np.where(np.abs(x) <= np.float32(jnp.finfo(dtype).max), x.astype(np.dtype(dtype)).astype(np.float32), x)
+    is_nan = np.isnan(x)
+    np.testing.assert_array_equal(got.view(np.uint32)[~is_nan], want.view(np.uint32)[~is_nan])
+    assert np.isnan(got[is_nan]).all()
+
+
+@every_dtype
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+def test_rounding_down_with_a_fraction_is_the_closed_form(dtype: Any, rounded: Any) -> None:
+    function, seen = rounded
+    x = anything(dtype, seed=1)
+    x = x[np.abs(x) <= np.float32(jnp.finfo(dtype).max)]
+    fraction = (np.random.default_rng(2).integers(0, 2**8, x.shape) * 2.0**-8).astype(np.float32)
+    got, x = np.asarray(function(x, dtype, np.float32(0), fraction)), seen(x)
+    info = jnp.finfo(dtype)
+    unit = 2.0 ** (np.maximum(np.frexp(x.astype(np.float64))[1] - 1, int(info.minexp)) - int(info.nmant))
+    steps = x / unit
+    want = np.clip(np.floor(steps + fraction) * unit, -float(info.max), float(info.max))
+    # In float32, the sum of the two fractions is rounded to 2^-24.
+    is_clear = (np.abs(steps + fraction - np.round(steps + fraction)) > 2.0**-23) | (steps == np.round(steps))
+    assert is_clear.mean() > 0.7
+    np.testing.assert_array_equal(got[is_clear], want[is_clear])
 
 
 @every_dtype
@@ -361,11 +411,11 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_the_right_one_a
 @every_dtype
 def test_stochastic_rounding_does_not_round_what_is_exact(dtype: Any) -> None:
     every = np.unique(numbers(dtype))
-    every = every[(np.abs(every) >= 2.0**-100) & (np.abs(every) <= 2.0**100)]
+    every = every[((np.abs(every) >= 2.0**-126) | (every == 0)) & (np.abs(every) <= 2.0**100)]
     params = jnp.asarray(np.random.default_rng(0).permutation(every).astype(np.dtype(dtype)))
     # From any number to any other, where their difference is a float32.
     update = every - float64(params).astype(np.float32)
-    exact = float64(update) + float64(params) == every
+    exact = (float64(update) + float64(params) == every) & (flushed(update) == update)
     assert exact.mean() > 0.1
 
     @jax.jit
@@ -388,9 +438,10 @@ def test_an_update_of_zero_changes_no_bit_and_what_is_not_finite_stays_so(writer
         updates = jnp.full(params.shape, zero, jnp.float32)
         step, _ = jax.jit(tool.update)(updates, tool.init(params), params)
         new = jax.jit(wdjax.apply_updates)(params, step)
-        normal = np.abs(float64(params)) >= 2.0**-126  # What is below, XLA flushes to zero in any addition.
-        kept = is_number & (normal | (float64(params) == 0))
+        tiny = (np.abs(float64(params)) < 2.0**-126) & (float64(params) != 0)  # XLA flushes it in any addition.
+        kept = is_number & ~tiny
         assert np.asarray(new)[kept].tobytes() == np.asarray(params)[kept].tobytes()
+        np.testing.assert_array_equal(float64(new)[tiny], 0)
         np.testing.assert_array_equal(float64(new)[~is_number], float64(params)[~is_number])
     # Neither does what is not finite spoil the state of what is.
     hard = jnp.asarray(np.array([1.0, np.nan, 1.0, 1.0, 0.0, -0.0]).astype(np.dtype(dtype)))
@@ -400,6 +451,16 @@ def test_an_update_of_zero_changes_no_bit_and_what_is_not_finite_stays_so(writer
     np.testing.assert_array_equal(float64(new), [2.0, np.nan, np.nan, 0.0, 0.0, 1.0])
     if writer == "compensated":
         np.testing.assert_array_equal(state.residual, 0)
+
+
+@every_writer
+def test_bfloat16_weights_next_to_the_smallest_normal_number(writer: str) -> None:
+    params = jnp.asarray((np.array([1.5, -1.5, 3.0, 129 / 16]) * 2.0**-126).astype(jnp.bfloat16))
+    updates = jnp.asarray((np.array([0.75, -0.5, 1.5, -1.0]) * 2.0**-126).astype(np.float32))
+    tool = WRITERS[writer]()
+    new = wdjax.apply_updates(params, jax.jit(tool.update)(updates, tool.init(params), params)[0])
+    # Updates below it count as zero. The others are exact.
+    np.testing.assert_array_equal(float64(new), np.array([1.5, -1.5, 4.5, 113 / 16]) * 2.0**-126)
 
 
 @every_writer
@@ -849,6 +910,13 @@ def test_apply_if_finite_around_a_writer_needs_gradients_in_float32(writer: str)
     updates, _ = jax.jit(optimizer.update)(wide, optimizer.init(params), params)
     plain = chain(writer)
     assert same_bits(updates, jax.jit(plain.update)(wide, plain.init(params), params)[0])
+
+
+@every_writer
+def test_a_frozen_negative_zero_before_a_writer(writer: str) -> None:
+    params = {"kernel": jnp.full((64, 32), -0.0), "bias": jnp.full(64, -0.0, jnp.bfloat16)}
+    optimizer = chain(writer, wdjax.freeze(optax.sgd(0.1), wdjax.only("kernel", "bias")))
+    assert same_bits(after(optimizer, params)[0], params)
 
 
 @one_writer

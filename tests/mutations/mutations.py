@@ -1000,8 +1000,8 @@ MUTATIONS = [
     Mutation(
         "stochastic rounding always rounds down",
         "low_precision/rounding.py",
-        "jnp.floor((steps - whole) + lost * inverse + fraction)",
-        "jnp.floor((steps - whole) + lost * inverse)",
+        "jnp.floor((steps - whole) + in_spacings(lost, x, dtype) + fraction)",
+        "jnp.floor((steps - whole) + in_spacings(lost, x, dtype))",
         (WRITERS,),
     ),
     Mutation(
@@ -1021,8 +1021,15 @@ MUTATIONS = [
     Mutation(
         "compensation forgets the residual",
         "low_precision/writers.py",
-        "step = jnp.asarray(update, jnp.float32) + residual.astype(jnp.float32)",
-        "step = jnp.asarray(update, jnp.float32) + 0 * residual.astype(jnp.float32)",
+        "step = jnp.asarray(update, jnp.float32) - times_spacing(",
+        "step = jnp.asarray(update, jnp.float32) - 0 * times_spacing(",
+        (WRITERS,),
+    ),
+    Mutation(
+        "the spacing of weights is never less than the smallest normal float32",
+        "low_precision/rounding.py",
+        "(int(jnp.finfo(dtype).minexp) + 127) << 23, 254 << 23)",
+        "max(int(jnp.finfo(dtype).minexp) + 127, int(jnp.finfo(dtype).nmant) + 1) << 23, 254 << 23)",
         (WRITERS,),
     ),
     Mutation(

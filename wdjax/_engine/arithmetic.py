@@ -261,8 +261,9 @@ def plus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
 def minus(update: jax.Array, rate: Strength, pull: jax.Array) -> jax.Array:
     """update - rate * pull. Where the rate is 0, the update keeps every bit.
 
-    There it subtracts +0.0, which changes no number. The derivative with respect to the rate is still that of the rule,
-    so that a rate can be learned away from 0. There an infinite pull counts as 0, because 0 * inf is NaN.
+    There it subtracts +0.0, which changes no number, except that hardware may flush subnormal ones. The derivative with
+    respect to the rate is still that of the rule, so that a rate can be learned away from 0. There an infinite pull
+    counts as 0, because 0 * inf is NaN.
     """
     if rate.is_known:
         return update - rate.value * pull

@@ -7,7 +7,7 @@ The action guarantees for every place:
   that dtype before anything is multiplied. The result has the dtype of the incoming update.
 - Where the decay is permanently off (rate 0, mask False, integers, holes), the update is returned unchanged and nothing
   is computed. A rate that is 0 only in this step (a schedule, a traced rate, a part of an array) also leaves every bit,
-  except for denormal updates on hardware that flushes them to zero when it adds.
+  except for subnormal updates on hardware that flushes them to zero when it adds.
 - Each schedule is evaluated once a step, however many parameters share it. A rule is traced and compiled once for all
   parameters of one shape, whatever their rates are.
 """

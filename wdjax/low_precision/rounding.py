@@ -8,6 +8,8 @@ import numpy as np
 
 from .._engine import trees
 
+EXPONENT = 255 << 23  # Where float32 has its exponent.
+
 
 def is_low(leaf: Any) -> bool:
     """Whether the leaf has a real floating dtype with less than 32 bits."""
@@ -39,26 +41,37 @@ def rounded(x: jax.Array, dtype: Any, lost: Any = 0.0, fraction: jax.Array | Non
     The fraction is in units of the spacing. The rounding is arithmetic, because compilers may remove a conversion to a
     narrower dtype and back.
     """
-    spacing, inverse = spacing_of(x, dtype)
-    steps = x * inverse
+    steps = in_spacings(x, x, dtype)
     if fraction is None:
         steps = jnp.round(steps)
     else:
         whole = jnp.floor(steps)
-        steps = whole + jnp.floor((steps - whole) + lost * inverse + fraction)
+        steps = whole + jnp.floor((steps - whole) + in_spacings(lost, x, dtype) + fraction)
     # Finite values stay finite. Values beyond the range of the dtype are left to the conversion.
     largest = float(jnp.finfo(dtype).max)
-    return jnp.where(jnp.abs(x) <= largest, jnp.clip(steps * spacing, -largest, largest), x)
+    return jnp.where(jnp.abs(x) <= largest, jnp.clip(times_spacing(steps, x, dtype), -largest, largest), x)
 
 
-def spacing_of(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The distance between the neighbors of x in `dtype`, and its inverse, in float32."""
-    info = jnp.finfo(dtype)
-    # Both are powers of two, so their exponents can be written into the bits of a float32.
-    exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 255
-    exponent = jnp.maximum(exponent, max(int(info.minexp) + 127, int(info.nmant) + 1)) - int(info.nmant)
-    bits = exponent << 23, (254 - exponent) << 23
-    return jax.lax.bitcast_convert_type(bits[0], jnp.float32), jax.lax.bitcast_convert_type(bits[1], jnp.float32)
+def in_spacings(x: jax.Array, of: jax.Array, dtype: Any) -> jax.Array:
+    """x in units of the distance between the neighbors of `of` in `dtype`."""
+    # The inverse of the largest binade is subnormal, twice the inverse is not.
+    twice = _from_bits(EXPONENT - _binade(of, dtype))
+    return x * twice * 2.0 ** (int(jnp.finfo(dtype).nmant) - 1)
+
+
+def times_spacing(steps: jax.Array, of: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `in_spacings`. The distance may be subnormal, but neither of the two factors is."""
+    return steps * 2.0 ** -int(jnp.finfo(dtype).nmant) * _from_bits(_binade(of, dtype))
+
+
+def _binade(x: jax.Array, dtype: Any) -> jax.Array:
+    """The bits of the power of two at or below |x|, or of the smallest normal number of `dtype`, in float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & EXPONENT
+    return jnp.clip(bits, (int(jnp.finfo(dtype).minexp) + 127) << 23, 254 << 23)
+
+
+def _from_bits(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.custom_jvp

@@ -10,7 +10,7 @@ import optax
 from .._engine import checks, draws, trees
 from .._engine.arithmetic import LeafRule
 from .._engine.loop import Action, DecayState
-from .rounding import is_low, is_narrow, remainder, rounded, spacing_of, step_to, two_sum
+from .rounding import in_spacings, is_low, is_narrow, remainder, rounded, step_to, times_spacing, two_sum
 
 PyTree = Any
 NARROW_UPDATES = "a decay that is much smaller than the gradient's part is rounded away before it gets here"
@@ -74,6 +74,7 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 
     Rule:   p + u is rounded to one of its two neighbors in the dtype of p, to the upper one with the probability
             (p + u - lower) / (upper - lower), so the mean is p + u. Values that the dtype can hold are not rounded.
+            Where float32 flushes subnormal numbers, as on CPUs, a weight, update or step below 2^-126 counts as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
     Units:  those of the update. With zero gradient, the mean of many weights follows the closed form of the decay. A
             single weight deviates from it in a random walk, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
@@ -123,7 +124,8 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 def compensated() -> optax.GradientTransformation:
     """Keeps the rounding error of each weight and adds it to the next step: Kahan summation.
 
-    Rule:   y <- u + residual; p <- p + y, rounded to the dtype of p; residual <- p before + y - p after
+    Rule:   y <- u + residual; p <- p + y, rounded to the dtype of p; residual <- p before + y - p after. Where float32
+            flushes subnormal numbers, as on CPUs, a weight, update, step or residual below 2^-126 counts as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`. The decay
             is part of u, so it is compensated too.
     Units:  those of the update. With zero gradient, a weight is within 0.51 units in the last place of the closed form
@@ -158,7 +160,8 @@ def compensated() -> optax.GradientTransformation:
 def master_weights() -> optax.GradientTransformation:
     """Keeps a float32 copy of weights of low precision, updates the copy, and rounds it to the weights.
 
-    Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p
+    Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p. Where float32 flushes subnormal numbers, as on CPUs,
+            a weight, update or step below 2^-126 counts as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
     Units:  those of the update. With zero gradient, the copy follows the closed form of the decay, except that the
             decay is computed from the rounded weight.
@@ -224,14 +227,16 @@ def _at_random(update: jax.Array, p: jax.Array, _: Any, __: Any, key: jax.Array,
 
 def _with_residual(update: jax.Array, p: jax.Array, _: Any, __: Any, residual: jax.Array, ___: Any) -> Any:
     before = p.astype(jnp.float32)
-    step = jnp.asarray(update, jnp.float32) + residual.astype(jnp.float32) * 2.0**-16 * spacing_of(before, p.dtype)[0]
+    # Where nothing is missing, it subtracts +0.0, which leaves an update of -0.0 as it is.
+    extra = (-residual.astype(jnp.int32)).astype(jnp.float32) * 2.0**-16
+    step = jnp.asarray(update, jnp.float32) - times_spacing(extra, before, p.dtype)
     if is_low(p):
         landed = rounded(before + step, p.dtype)
         lost = jnp.where(step == 0, 0, remainder(landed, before, step))
         step = step_to(p, landed, step)
     else:
         landed, lost = two_sum(before, step)
-    parts = jnp.round(lost * spacing_of(landed, p.dtype)[1] * 2.0**16)
+    parts = jnp.round(in_spacings(lost, landed, p.dtype) * 2.0**16)
     return step, jnp.where(jnp.isfinite(parts), jnp.clip(parts, -(2**15), 2**15 - 1), 0).astype(jnp.int16)
 
 

@@ -1,4 +1,4 @@
-"""Frozen parameters: hidden from the optimizer, and given updates that change no bit."""
+"""Frozen parameters: hidden from the optimizer, and given updates of -0.0, which change no number."""
 
 import warnings
 from typing import Any
@@ -29,8 +29,8 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
     parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
 
     `freeze` stands outermost: `optax.MultiSteps(freeze(...), 2)` adds +0.0 and turns a weight of -0.0 into +0.0. On
-    CPUs, the addition of `optax.apply_updates` flushes subnormal numbers to zero, unless `jit` compiles the whole step.
-    No update can prevent it.
+    CPUs, the addition of `optax.apply_updates` flushes subnormal numbers to zero, and no update can prevent it. If
+    `jit` compiles the whole step for one device, there is no addition to an array that is frozen as a whole.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
     Place:  around the whole optimizer: the last thing before `optax.apply_updates`.
