@@ -285,12 +285,14 @@ def test_what_is_no_rule_set(data: Any) -> None:
     )
 
 
-def nested(depth: int, around: Callable[[Any], Any]) -> Any:
-    data: Any = 0.1
+def nested(depth: int, around: Callable[[Any], Any], data: Any = 0.1) -> Any:
     for _ in range(depth):
         data = around(data)
     return data
 
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "another key": ({"by_path": TABLE, "mask": True}, ValueError, r"got \['by_path', 'mask'\]"),
@@ -373,6 +375,21 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "data is nested more than 200 levels deep",
     ),
+    "a table too many": (
+        nested(33, lambda inner: {"by_path": {"rules": [], "default": inner}}),
+        ValueError,
+        "^by_path: rule sets are nested more than 32 deep",
+    ),
+    "tables that share tables": (  # As YAML's anchors make them. They would be read 2**40 times.
+        nested(40, lambda inner: {"by_path": {"rules": [{"match": "a", "value": inner}], "default": inner}}),
+        ValueError,
+        r"^Rules\.from_dict: data holds more than 1000000 entries\. Write the rules in one list",
+    ),
+    "a list in itself": (
+        {"by_path": {"rules": ENDLESS}},
+        ValueError,
+        "data is nested more than 200 levels deep",
+    ),
     "tables in a value": (
         {"by_path": {"rules": nested(5000, lambda inner: {"a": inner})}},
         ValueError,
@@ -450,11 +467,43 @@ def test_what_is_malformed(data: Any, error: type[Exception], message: str) -> N
     fails(message, functools.partial(Rules.from_dict, data), error)
 
 
-def test_tables_in_tables_decide_up_to_the_limit() -> None:
-    rules = Rules.from_dict(nested(99, lambda inner: {"by_path": {"rules": [], "default": inner}}))
-    assert rules.values({"a": 1.0}) == {"a": 0.1}
-    assert Rules.from_dict(rules.to_dict()).to_dict() == rules.to_dict()
-    assert repr(rules).count("by_path") == 99
+WITHIN: dict[str, tuple[Any, Callable[[Any], Rules]]] = {
+    "defaults": (0.1, lambda inner: by_path({}, default=inner)),
+    "values": (0.1, lambda inner: by_path({"**": inner})),
+    "factors": (0.1, lambda inner: by_path({"**": 1.0}) * inner),
+    "patterns": ("**", only),
+    "one of several patterns": ("**", lambda inner: only(inner, re.compile(".*"))),
+}
+
+
+@pytest.mark.parametrize(("innermost", "around"), WITHIN.values(), ids=WITHIN)
+def test_rule_sets_in_rule_sets_work_up_to_the_limit(innermost: Any, around: Callable[[Any], Rules]) -> None:
+    rules = nested(32, around, innermost)
+    is_mask = isinstance(innermost, str)
+    assert rules.values({"a": 1.0}) == {"a": True if is_mask else 0.1}
+    assert repr(Rules.from_dict(through_json(rules.to_dict()))) == repr(rules)
+    decay = wdjax.decoupled_decay(0.1, rules) if is_mask else wdjax.decoupled_decay(rules)
+    params = {"a": jnp.ones(2)}
+    updates, _ = decay.update(params, decay.init(params), params)
+    np.testing.assert_allclose(updates["a"], 1.1)
+    assert wdjax.plan(params, 1.0 if is_mask else rules, rules if is_mask else None)["a"].decays
+    fails(
+        r"^by_path: rule sets are nested more than 32 deep\. Write the rules in one table, where the first",
+        lambda: nested(2000, around, innermost),
+    )
+
+
+def test_the_deepest_rule_set_counts() -> None:
+    deep, flat = nested(32, only, "**"), only("**")
+    by_depth("b_*", 0.5, first=(flat, nested(31, only, "**"), flat))
+    for build in (
+        lambda: by_depth("b_*", 0.5, first=(flat, deep, flat)),
+        lambda: by_path([("a", 0.1), (deep, 0.2), ("b", flat)], default=0.1),
+        lambda: by_path({"a": flat}, default=deep),
+    ):
+        fails("rule sets are nested more than 32 deep", build)
+    factors = [by_path({}, default=0.9)] * 99
+    assert len(functools.reduce(lambda product, factor: product * factor, factors).factors) == 98
 
 
 def test_what_is_read_is_not_changed() -> None:

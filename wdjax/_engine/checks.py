@@ -1,5 +1,6 @@
 """Checks of arguments. Each error names the mistake, the value, and the call to write instead."""
 
+import collections
 import difflib
 import functools
 import inspect
@@ -19,6 +20,9 @@ from .unstable import is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+
+_MOST_ENTRIES = 1_000_000  # At one depth of data from a file.
 
 # Argument names from other libraries, and the arguments here that they may mean.
 _ALSO_CALLED = {
@@ -89,13 +93,38 @@ def power(where: str, base: float, exponent: float, write: str) -> float:
 
 
 def nesting(where: str, data: Any, write: str, most: int = 200) -> None:
-    """Raises an error for data from a file that are nested too deeply to be read by recursion."""
-    level = [data]
+    """Raises an error for data from a file that are nested too deeply or hold too much to be read by recursion.
+
+    What stands at several places counts at each. (YAML's anchors can make a small file endless.)
+    """
+    level, times = {id(data): data}, {id(data): 1}  # What stands at one depth, and how many times.
     for _ in range(most):
-        inner = (x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else () for x in level)
-        level = list({id(item): item for items in inner for item in items}.values())
+        inner: dict[int, Any] = {}
+        counts: dict[int, int] = collections.defaultdict(int)
+        for key, x in level.items():
+            for item in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ():
+                inner[id(item)] = item
+                counts[id(item)] += times[key]
+        level, times = inner, counts
+        if sum(times.values()) > _MOST_ENTRIES:
+            raise ValueError(f"{where}: data holds more than {_MOST_ENTRIES} entries. Write {write}.")
     if level:
         raise ValueError(f"{where}: data is nested more than {most} levels deep. Write {write}.")
+
+
+def read(of: str, make: Callable[..., T], written: Any) -> T:
+    """Calls `make` with the arguments in a dictionary that `to_dict` wrote."""
+    if not isinstance(written, Mapping):
+        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {shown(written)}.")
+    known = inspect.signature(make).parameters
+    required = sorted(name for name, parameter in known.items() if parameter.default is parameter.empty)
+    lacks, unknown = [name for name in required if name not in written], sorted(set(written) - set(known), key=str)
+    if lacks or unknown:
+        fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
+        optional = sorted(set(known).difference(required))
+        may = f", and may have {optional}" if optional else ""
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {shown(dict(written))}.")
+    return make(**written)
 
 
 def number(where: str, name: str, value: Any, write: str, wanted: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._engine import checks
 from .._engine.decision import Decision, Tree
-from .._engine.rules import Rules, read
+from .._engine.rules import Rules
 from .._engine.text import call, shown
 from . import _modules, hints, language
 from ._modules import Owner
@@ -121,7 +121,7 @@ class WeightsOnly(Rules, kind="weights_only"):
     def _from_plain(embeddings: Any = True, unknown: Any = "error", stacked_axes: Any = 0, owners: Any = None) -> Rules:
         rules = weights_only(embeddings=embeddings, unknown=unknown, stacked_axes=stacked_axes)
         kinds = {path: Role if "reason" in owner else Owner for path, owner in (owners or {}).items()}
-        found = {path: read(f"the owner of {path!r}", kind, owners[path]) for path, kind in kinds.items()}
+        found = {path: checks.read(f"the owner of {path!r}", kind, owners[path]) for path, kind in kinds.items()}
         return dataclasses.replace(rules, owners=None if owners is None else found)  # pyright: ignore[reportCallIssue]
 
 
