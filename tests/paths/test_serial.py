@@ -149,8 +149,25 @@ def test_what_is_written() -> None:
     assert only("a", syntax="contains").to_dict()["by_path"]["rules"][0]["match"] == {"contains": "a"}
     assert by_width(2).to_dict() == {"by_width": {"base": 2.0, "power": 1.0, "stacked_axes": 0}}
     assert by_depth("b", 0.5, axis=-1).to_dict() == {"by_depth": {"blocks": "b", "factor": 0.5, "axis": -1}}
-    flagged = only(re.compile("k", re.IGNORECASE), re.compile("(?s)k")).to_dict()["by_path"]["rules"][0]["match"]
-    assert flagged == [{"regex": "(?i)k"}, {"regex": "(?s)k"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "written"),
+    [
+        ("k", re.IGNORECASE, "(?i)k"),
+        ("(?s)k", re.NOFLAG, "(?s)k"),
+        ("(?s)k", re.IGNORECASE, "(?is)(?s)k"),
+        ("k", re.DEBUG, "k"),  # It prints how it is compiled.
+        ("k", re.DEBUG | re.MULTILINE, "(?m)k"),
+        ("", re.NOFLAG, "(?:)"),  # The path of a bare array.
+        ("", re.ASCII, "(?a)(?:)"),
+    ],
+)
+def test_regular_expressions_are_written_with_their_flags(text: str, flags: re.RegexFlag, written: str) -> None:
+    rules = only(re.compile(text, flags))
+    assert rules.to_dict()["by_path"]["rules"][0]["match"] == {"regex": written}
+    assert Rules.from_dict(rules.to_dict()).to_dict() == rules.to_dict()
+    assert repr(rules) == f"by_path({{re.compile({written!r}): True}}, default=False)"
 
 
 def test_a_person_may_write_it() -> None:
