@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -471,6 +471,32 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"by_width has the unknown entries \['fan_in'\]",
     ),
+    "owners in a list": (
+        {"weights_only": {"owners": ["Dense"]}},
+        TypeError,
+        r"^Rules\.from_dict: the owners of weights_only must be a dictionary by path, got \['Dense'\]\. Write what",
+    ),
+    "owners by number": ({"weights_only": {"owners": {1: {}}}}, TypeError, r"must be a dictionary by path, got \{1: "),
+    "an owner that is a number": (
+        {"weights_only": {"owners": {"w": 3}}},
+        TypeError,
+        r"^Rules\.from_dict: the owner of 'w' must be a dictionary, got 3\.",
+    ),
+    "an owner without a name": (
+        {"weights_only": {"owners": {"w": {"name": None, "is_library": True}}}},
+        TypeError,
+        r"^Rules\.from_dict: 'name' of the owner of 'w' must be a str, got None\.",
+    ),
+    "a role in words": (
+        {"weights_only": {"owners": {"w": {"name": "kernel", "reason": "", "or_table": "yes"}}}},
+        TypeError,
+        r"'or_table' of the owner of 'w' must be a bool, got 'yes'\.",
+    ),
+    "a list of lists as a factor": (
+        {"by_path": TABLE, "times": [["a", [{}]]]},
+        TypeError,
+        "^by_path: the factor of a table must be a number",
+    ),
     "an axis in words": (
         {"by_width": {"base": 2, "stacked_axes": "1"}},
         ValueError,
@@ -521,6 +547,36 @@ def test_the_deepest_rule_set_counts() -> None:
         fails("rule sets are nested more than 32 deep", build)
     factors = [by_path({}, default=0.9)] * 99
     assert len(functools.reduce(lambda product, factor: product * factor, factors).factors) == 98
+
+
+def replaced(data: Any, new: Any) -> Iterator[Any]:
+    """The data with each of the values in them replaced, one at a time."""
+    yield new
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        for inner in replaced(value, new):
+            changed = data.copy()
+            changed[key] = inner
+            yield changed
+
+
+OF_A_MODEL = weights_only(eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("rules", [*RULES.values(), OF_A_MODEL], ids=[*RULES, "of a model"])
+def test_each_value_replaced_by_another(rules: Rules) -> None:
+    """What is read can be printed and written. Everything else is an error that names a function of ours."""
+    refused = []
+    for new in (None, 1, "x", [], {}, True, 1e308, ["a", [{}]], {"a": 1}, {1: 2}):
+        for data in replaced(rules.to_dict(), new):
+            try:
+                read = Rules.from_dict(data)
+            except (TypeError, ValueError) as error:
+                refused.append(str(error))
+            else:
+                assert repr(Rules.from_dict(read.to_dict())) == repr(read)
+    ours = re.compile(r"(Rules\.from_dict|by_path|by_depth|by_width|weights_only): ")
+    assert refused
+    assert [message for message in refused if not ours.match(message)] == []
 
 
 def test_what_is_read_is_not_changed() -> None:

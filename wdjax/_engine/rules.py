@@ -128,7 +128,7 @@ class Rules(abc.ABC):
         check_rates(self, self.kind)
         if isinstance(factor, Rules):
             check_rates(factor, factor.kind)
-        elif np.ndim(factor) > 0:
+        elif isinstance(factor, (np.ndarray, jax.Array)) and factor.ndim > 0:
             raise TypeError(
                 f"{self.kind}: the factor of a table must be a scalar, got an array of shape {np.shape(factor)}. "
                 "Optax accepts no table as weight_decay: use wdjax.adamw or wdjax.decoupled_decay."
