@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from . import checks, trees
-from .decision import Decision, Tree, product, times
+from .decision import Decision, Tree, check_product, product, times
 from .text import printed, shown
 from .unstable import is_traced
 
@@ -192,6 +192,8 @@ def decisions(
     required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
     tree = Tree(where, [trees.describe(path, leaf) for path, leaf in leaves], required)
     decided = answers(rules, tree, range(len(leaves)))
+    for i, decision in decided.items():
+        check_product(where, leaves[i][0], decision)
     return [decided.get(i) for i in range(len(leaves))]
 
 
