@@ -51,6 +51,8 @@ BAD_RATES = [
     (1j, TypeError, "got 1j"),
     (np.complex64(1), TypeError, "must be a real number"),
     (jnp.array(True), TypeError, "must be a real number"),
+    (np.array("a"), TypeError, "must be a real number, got array('a', dtype='<U1')"),
+    (np.array(0.1, object), TypeError, "must be a real number, got array(0.1, dtype=object)"),
     (10**400, ValueError, "must be finite and not negative, got inf"),
     (float, TypeError, "must be a number, a 0-d array, a schedule"),
     (wdjax.only("bias"), TypeError, " a mask"),
@@ -72,6 +74,28 @@ def test_rates_are_refused_in_the_loss(name: str, rate: Any, error: type[Excepti
     with pytest.raises(error, match=re.escape(words)) as caught:
         IN_LOSS[name](rate)
     assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("array", "shown"),
+    [
+        (np.array(["a"]), "an array of shape (1,) and dtype <U1"),
+        (np.array([b"a"]), "an array of shape (1,) and dtype |S1"),
+        (np.array([[0.1, None]]), "an array of shape (1, 2) and dtype object"),
+        (np.array("2026", "datetime64"), "array('2026', dtype='datetime64[Y]')"),
+        (jnp.ones(3, complex), "an array of shape (3,) and dtype complex64"),
+        (jax.random.split(jax.random.key(0)), "an array of shape (2,) and dtype key<fry>"),
+    ],
+)
+def test_arrays_that_hold_no_rates(array: Any, shown: str) -> None:
+    at = {"Dense_0": {"kernel": array, "bias": 0.1}}
+    for name, build in (
+        ("by_path: a value of the table", lambda: wdjax.by_path({"kernel": array}, default=0.1)),
+        ("add_l2_to_grads: weight_decay at 'Dense_0/kernel'", lambda: wdjax.add_l2_to_grads(at)),
+        ("plan: weight_decay at 'Dense_0/kernel'", lambda: wdjax.plan(PARAMS, at)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{re.escape(f'{name} must be a real number, got {shown}.')} Write "):
+            build()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)

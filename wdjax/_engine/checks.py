@@ -62,9 +62,10 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
             f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. Give arrays "
             "by path, by_path({'embedding': array}, default=0.1), or in a tree like params."
         )
-    dtype = jnp.result_type(value)
+    dtype = getattr(value, "dtype", np.dtype(float))
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
+        of = f" and dtype {dtype}" if jnp.shape(value) else ""
+        raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}{of}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
     numbers = np.asarray(value if jnp.shape(value) else as_float(value))
