@@ -78,6 +78,17 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
     return value if isinstance(value, jax.Array) or numbers.ndim else float(numbers)
 
 
+def value_of_schedule(where: str, name: str, value: Any) -> Any:
+    """Checks what the schedule given as the argument `name` returned, as `rate` does."""
+    what = f"the value of the schedule {name}"
+    if getattr(value, "shape", ()) != ():
+        raise ValueError(
+            f"{where}: {what} must be a scalar, got an array of shape {value.shape}. Let the schedule return one "
+            f"number, and multiply it by the array: {name}=schedule * by_path({{'embedding': array}}, default=1.0)."
+        )
+    return rate(where, what, value, write=f"{name}=lambda count: 0.1 / (1 + count)")
+
+
 def as_float(value: Any) -> float:
     try:
         return float(value)
