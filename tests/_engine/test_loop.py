@@ -125,7 +125,7 @@ def test_each_layer_of_a_stack_has_its_own_state() -> None:
 
 
 @pytest.mark.parametrize("place", [with_a_norm, with_a_coefficient])
-@pytest.mark.parametrize("count", [2, 10**30])  # A tuple of so many axes can't be built.
+@pytest.mark.parametrize("count", [2, np.int64(2), 10**30])  # A tuple of so many axes can't be built.
 def test_too_many_stacked_axes(place: Any, count: int) -> None:
     with pytest.raises(ValueError, match=rf"stacked_axes={count} for 'bias', whose shape is \(3,\)\. Write"):
         place(RATE, stacked_axes=count).init(make(bias=(3,)))

@@ -117,6 +117,21 @@ def test_what_comes_back_is_written_alike(rules: Rules) -> None:
         assert repr(Rules.from_dict(rules.to_dict())) == written
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda count: by_depth("blocks", 0.5, axis=count, last="**"),
+        lambda count: by_width(2, stacked_axes=count),
+        lambda count: weights_only(stacked_axes=count),
+        lambda count: weights_only(stacked_axes={"blocks": count}),
+    ],
+)
+def test_integers_of_numpy_are_written_as_integers(of: Callable[[Any], Rules]) -> None:
+    assert_plain(of(np.int64(1)).to_dict())
+    assert of(np.uint8(1)).to_dict() == of(1).to_dict()
+    assert repr(of(np.int64(1))) == repr(of(1))
+
+
 def test_the_cases_differ() -> None:
     assert len({json.dumps(rules.to_dict()) for rules in RULES.values()}) == len(RULES)
 

@@ -228,5 +228,5 @@ def static(name: str, value: Any) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, and no boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is an integer of Python or NumPy. A boolean is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -178,7 +178,7 @@ def stacks(where: str, stacked_axes: Any) -> Any:
             f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1."
             f"{checks.static('stacked_axes', stacked_axes)}"
         )
-    return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
+    return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else int(stacked_axes)
 
 
 def _checked_value(value: Any, of: str) -> Any:

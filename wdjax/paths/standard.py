@@ -200,4 +200,4 @@ def weights_only(
             )
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
-    return WeightsOnly(embeddings, unknown, stacks, owners)
+    return WeightsOnly(embeddings, unknown, {pattern: int(axes) for pattern, axes in stacks.items()}, owners)
