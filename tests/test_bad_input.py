@@ -51,6 +51,8 @@ BAD_RATES = [
     (1j, TypeError, "got 1j"),
     (np.complex64(1), TypeError, "must be a real number"),
     (jnp.array(True), TypeError, "must be a real number"),
+    (np.array("a"), TypeError, "must be a real number, got array('a', dtype='<U1')"),
+    (np.array(0.1, object), TypeError, "must be a real number, got array(0.1, dtype=object)"),
     (10**400, ValueError, "must be finite and not negative, got inf"),
     (float, TypeError, "must be a number, a 0-d array, a schedule"),
     (wdjax.only("bias"), TypeError, " a mask"),
@@ -72,6 +74,28 @@ def test_rates_are_refused_in_the_loss(name: str, rate: Any, error: type[Excepti
     with pytest.raises(error, match=re.escape(words)) as caught:
         IN_LOSS[name](rate)
     assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("array", "shown"),
+    [
+        (np.array(["a"]), "an array of shape (1,) and dtype <U1"),
+        (np.array([b"a"]), "an array of shape (1,) and dtype |S1"),
+        (np.array([[0.1, None]]), "an array of shape (1, 2) and dtype object"),
+        (np.array("2026", "datetime64"), "array('2026', dtype='datetime64[Y]')"),
+        (jnp.ones(3, complex), "an array of shape (3,) and dtype complex64"),
+        (jax.random.split(jax.random.key(0)), "an array of shape (2,) and dtype key<fry>"),
+    ],
+)
+def test_arrays_that_hold_no_rates(array: Any, shown: str) -> None:
+    at = {"Dense_0": {"kernel": array, "bias": 0.1}}
+    for name, build in (
+        ("by_path: a value of the table", lambda: wdjax.by_path({"kernel": array}, default=0.1)),
+        ("add_l2_to_grads: weight_decay at 'Dense_0/kernel'", lambda: wdjax.add_l2_to_grads(at)),
+        ("plan: weight_decay at 'Dense_0/kernel'", lambda: wdjax.plan(PARAMS, at)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{re.escape(f'{name} must be a real number, got {shown}.')} Write "):
+            build()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
@@ -101,18 +125,39 @@ def test_a_traced_rate_is_checked_for_its_shape() -> None:
         jax.jit(lambda rate: wdjax.decoupled_decay(rate).init(PARAMS))(jnp.ones(3))
 
 
+ARRAY_AS_A_FACTOR = (
+    r"Let the schedule return one number, and multiply it by the array: "
+    r"weight_decay=schedule \* by_path\(\{'embedding': array\}, default=1\.0\)\."
+)
+A_SCHEDULE = r"Write weight_decay=lambda count: 0\.1 / \(1 \+ count\)"
+
+
 @pytest.mark.parametrize(
     ("schedule", "error", "words"),
     [
-        (lambda count: jnp.ones(2), ValueError, r"the value of the schedule weight_decay must be a scalar, .*\(2,\)"),
-        (lambda count: -0.1, ValueError, r"the value of the schedule weight_decay must be finite and not negative"),
-        (lambda count: "fast", TypeError, r"the value of the schedule weight_decay must be a number"),
+        (
+            lambda count: jnp.ones(2),
+            ValueError,
+            rf"must be a scalar, got .* shape \(2,\)\. {ARRAY_AS_A_FACTOR}",
+        ),
+        (lambda count: np.ones((2, 1)), ValueError, rf"must be a scalar, .* \(2, 1\)\. {ARRAY_AS_A_FACTOR}"),
+        (lambda count: -0.1, ValueError, rf"must be finite and not negative, got -0\.1\. {A_SCHEDULE}"),
+        (lambda count: "fast", TypeError, rf"must be a number, .* got 'fast'\. {A_SCHEDULE}"),
     ],
 )
 def test_a_schedule_that_gives_no_rate(schedule: Any, error: type[Exception], words: str) -> None:
     optimizer = wdjax.decoupled_decay(schedule)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=rf"^decoupled_decay: the value of the schedule weight_decay {words}"):
         jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
+
+
+def test_an_array_as_a_factor_of_a_schedule() -> None:
+    """What the error says to write."""
+    optimizer = wdjax.add_l2_to_grads(
+        optax.constant_schedule(0.1) * wdjax.by_path({"bias": jnp.arange(3.0)}, default=1.0)
+    )
+    updates, _ = jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["Dense_0"]["bias"], 1 + 0.1 * np.arange(3), rtol=1e-6)
 
 
 MASKS_AS_NUMBERS = (wdjax.weights_only(), wdjax.only("kernel"), {"Dense_0": {"kernel": True, "bias": False}})

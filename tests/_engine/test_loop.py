@@ -125,9 +125,14 @@ def test_each_layer_of_a_stack_has_its_own_state() -> None:
         np.testing.assert_allclose(state.leaf["layers"][i], own.leaf, rtol=1e-6)
 
 
-def test_too_many_stacked_axes() -> None:
-    with pytest.raises(ValueError, match=r"with_a_norm: stacked_axes=2 for 'bias', whose shape is \(3,\)\. Write"):
-        with_a_norm(RATE, 2).init(make(bias=(3,)))
+@pytest.mark.parametrize("place", [with_a_norm, with_a_coefficient])
+@pytest.mark.parametrize("count", [2, np.int64(2), 10**30])  # A tuple of so many axes can't be built.
+def test_too_many_stacked_axes(place: Any, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"stacked_axes={count} for 'bias', whose shape is \(3,\)\. Write"):
+        place(RATE, stacked_axes=count).init(make(bias=(3,)))
+
+
+def test_stacked_axes_that_count_nothing() -> None:
     with pytest.raises(ValueError, match="'layer' matches no parameter"):
         with_a_norm(RATE, {"layer": 1}).init(make(layers=(3, 2)))
     with pytest.raises(TypeError, match=r"stacked_axes counts leading axes, got \{'layers': True\}"):

@@ -526,15 +526,29 @@ def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
             r"AtInit: factor must be a number >= 0, got .*Write AtI",
         ),
         (lambda: AtInit(-1.0), ValueError, r"AtInit: factor must be finite and not negative, got -1\.0"),
-        (lambda: WarmStart(0), ValueError, r"WarmStart: steps must be a whole number > 0, got 0\. Write WarmStart"),
-        (lambda: WarmStart(1e3), ValueError, r"WarmStart: steps must be a whole number > 0, got 1000\.0"),
-        (lambda: InflectionPoint(0), ValueError, r"InflectionPoint: every must be a whole number > 0, got 0"),
+        (lambda: WarmStart(0), ValueError, r"WarmStart: steps must be a whole number > 0, .*, got 0\. Write WarmStart"),
+        (lambda: WarmStart(1e3), ValueError, r"WarmStart: steps must be a whole number > 0, .*, got 1000\.0"),
+        (
+            lambda: WarmStart(2**31),
+            ValueError,
+            r"WarmStart: steps must be .* and below 2\*\*31, got 2147483648\. Write",
+        ),
+        (lambda: WarmStart(np.bool_(True)), ValueError, r"WarmStart: steps must be .*, got np\.True_\."),
+        (lambda: InflectionPoint(0), ValueError, r"InflectionPoint: every must be a whole number > 0, .*, got 0"),
+        (lambda: InflectionPoint(10**400), ValueError, r"every must be .* and below 2\*\*31, got 10{79}\.\.\."),
         (lambda: InflectionPoint(9, 1.0), ValueError, r"smoothing must be a number from 0 to less than 1, got 1\.0"),
     ],
 )
 def test_wrong_arguments(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert repr(WarmStart(np.int64(5))) == repr(WarmStart(5))
+    of_numpy = InflectionPoint(np.uint8(5), np.float32(0.5))
+    assert repr(of_numpy) == repr(InflectionPoint(5, 0.5))
+    assert float(of_numpy.due(jnp.array(5))) == 1.0
 
 
 def test_wrong_states_bounds_and_masks() -> None:

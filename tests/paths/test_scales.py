@@ -913,6 +913,35 @@ def test_a_multiplier_too_large_for_a_float(rules: Any) -> None:
     fails(rf"^Rules\.values: {rules.kind}: .* is too large for a float\. Write by_", lambda: rules.values(params))
 
 
+HUGE = by_path({"a": 1e308, "b": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("rules", "written"),
+    [
+        (
+            wdjax.Rules.from_dict({"by_path": {"rules": [], "default": 1.0}, "times": [1e308, 1e308]}),
+            "1e+308 * 1e+308 * 1",
+        ),
+        (10 * HUGE, "10 * 1e+308"),
+        (by_path({"a": 10 * by_path({}, default=1e308), "b": 1.0}), "10 * 1e+308"),
+        (10 * by_path({"a": by_path({"a": 1e308}), "b": 1.0}), "10 * 1e+308"),
+        (10 * HUGE * jnp.array(0.5), "10 * 1e+308"),
+        (1e308 * by_depth("a", 1e2, last="b", axis=0), "1e+308 * 10000"),
+        (HUGE * by_path({"b": 1e10}, default=10.0), "10 * 1e+308"),
+    ],
+)
+def test_a_product_too_large_for_a_float(rules: Any, written: str) -> None:
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    for where, call in (
+        ("Rules.values", rules.values),
+        ("plan", lambda params: wdjax.plan(params, rules)),
+        ("add_l2_to_grads", wdjax.add_l2_to_grads(rules).init),
+    ):
+        message = f"{where}: the rate of 'a' is {written}, which is too large for a float. Write smaller factors."
+        fails(f"^{re.escape(message)}$", lambda: call(params))  # noqa: B023
+
+
 def test_mistakes_in_by_width() -> None:
     params = {"gate": jnp.ones((4, 9)), "Dense_0": {"kernel": jnp.ones((2, 3))}}
     fails(

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -117,6 +117,21 @@ def test_what_comes_back_is_written_alike(rules: Rules) -> None:
         assert repr(Rules.from_dict(rules.to_dict())) == written
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda count: by_depth("blocks", 0.5, axis=count, last="**"),
+        lambda count: by_width(2, stacked_axes=count),
+        lambda count: weights_only(stacked_axes=count),
+        lambda count: weights_only(stacked_axes={"blocks": count}),
+    ],
+)
+def test_integers_of_numpy_are_written_as_integers(of: Callable[[Any], Rules]) -> None:
+    assert_plain(of(np.int64(1)).to_dict())
+    assert of(np.uint8(1)).to_dict() == of(1).to_dict()
+    assert repr(of(np.int64(1))) == repr(of(1))
+
+
 def test_the_cases_differ() -> None:
     assert len({json.dumps(rules.to_dict()) for rules in RULES.values()}) == len(RULES)
 
@@ -149,8 +164,25 @@ def test_what_is_written() -> None:
     assert only("a", syntax="contains").to_dict()["by_path"]["rules"][0]["match"] == {"contains": "a"}
     assert by_width(2).to_dict() == {"by_width": {"base": 2.0, "power": 1.0, "stacked_axes": 0}}
     assert by_depth("b", 0.5, axis=-1).to_dict() == {"by_depth": {"blocks": "b", "factor": 0.5, "axis": -1}}
-    flagged = only(re.compile("k", re.IGNORECASE), re.compile("(?s)k")).to_dict()["by_path"]["rules"][0]["match"]
-    assert flagged == [{"regex": "(?i)k"}, {"regex": "(?s)k"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "written"),
+    [
+        ("k", re.IGNORECASE, "(?i)k"),
+        ("(?s)k", re.NOFLAG, "(?s)k"),
+        ("(?s)k", re.IGNORECASE, "(?is)(?s)k"),
+        ("k", re.DEBUG, "k"),  # It prints how it is compiled.
+        ("k", re.DEBUG | re.MULTILINE, "(?m)k"),
+        ("", re.NOFLAG, "(?:)"),  # The path of a bare array.
+        ("", re.ASCII, "(?a)(?:)"),
+    ],
+)
+def test_regular_expressions_are_written_with_their_flags(text: str, flags: re.RegexFlag, written: str) -> None:
+    rules = only(re.compile(text, flags))
+    assert rules.to_dict()["by_path"]["rules"][0]["match"] == {"regex": written}
+    assert Rules.from_dict(rules.to_dict()).to_dict() == rules.to_dict()
+    assert repr(rules) == f"by_path({{re.compile({written!r}): True}}, default=False)"
 
 
 def test_a_person_may_write_it() -> None:
@@ -285,12 +317,14 @@ def test_what_is_no_rule_set(data: Any) -> None:
     )
 
 
-def nested(depth: int, around: Callable[[Any], Any]) -> Any:
-    data: Any = 0.1
+def nested(depth: int, around: Callable[[Any], Any], data: Any = 0.1) -> Any:
     for _ in range(depth):
         data = around(data)
     return data
 
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "another key": ({"by_path": TABLE, "mask": True}, ValueError, r"got \['by_path', 'mask'\]"),
@@ -373,6 +407,21 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "data is nested more than 200 levels deep",
     ),
+    "a table too many": (
+        nested(33, lambda inner: {"by_path": {"rules": [], "default": inner}}),
+        ValueError,
+        "^by_path: rule sets are nested more than 32 deep",
+    ),
+    "tables that share tables": (  # As YAML's anchors make them. They would be read 2**40 times.
+        nested(40, lambda inner: {"by_path": {"rules": [{"match": "a", "value": inner}], "default": inner}}),
+        ValueError,
+        r"^Rules\.from_dict: data holds more than 1000000 entries\. Write the rules in one list",
+    ),
+    "a list in itself": (
+        {"by_path": {"rules": ENDLESS}},
+        ValueError,
+        "data is nested more than 200 levels deep",
+    ),
     "tables in a value": (
         {"by_path": {"rules": nested(5000, lambda inner: {"a": inner})}},
         ValueError,
@@ -437,6 +486,32 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"by_width has the unknown entries \['fan_in'\]",
     ),
+    "owners in a list": (
+        {"weights_only": {"owners": ["Dense"]}},
+        TypeError,
+        r"^Rules\.from_dict: the owners of weights_only must be a dictionary by path, got \['Dense'\]\. Write what",
+    ),
+    "owners by number": ({"weights_only": {"owners": {1: {}}}}, TypeError, r"must be a dictionary by path, got \{1: "),
+    "an owner that is a number": (
+        {"weights_only": {"owners": {"w": 3}}},
+        TypeError,
+        r"^Rules\.from_dict: the owner of 'w' must be a dictionary, got 3\.",
+    ),
+    "an owner without a name": (
+        {"weights_only": {"owners": {"w": {"name": None, "is_library": True}}}},
+        TypeError,
+        r"^Rules\.from_dict: 'name' of the owner of 'w' must be a str, got None\.",
+    ),
+    "a role in words": (
+        {"weights_only": {"owners": {"w": {"name": "kernel", "reason": "", "or_table": "yes"}}}},
+        TypeError,
+        r"'or_table' of the owner of 'w' must be a bool, got 'yes'\.",
+    ),
+    "a list of lists as a factor": (
+        {"by_path": TABLE, "times": [["a", [{}]]]},
+        TypeError,
+        "^by_path: the factor of a table must be a number",
+    ),
     "an axis in words": (
         {"by_width": {"base": 2, "stacked_axes": "1"}},
         ValueError,
@@ -450,11 +525,73 @@ def test_what_is_malformed(data: Any, error: type[Exception], message: str) -> N
     fails(message, functools.partial(Rules.from_dict, data), error)
 
 
-def test_tables_in_tables_decide_up_to_the_limit() -> None:
-    rules = Rules.from_dict(nested(99, lambda inner: {"by_path": {"rules": [], "default": inner}}))
-    assert rules.values({"a": 1.0}) == {"a": 0.1}
-    assert Rules.from_dict(rules.to_dict()).to_dict() == rules.to_dict()
-    assert repr(rules).count("by_path") == 99
+WITHIN: dict[str, tuple[Any, Callable[[Any], Rules]]] = {
+    "defaults": (0.1, lambda inner: by_path({}, default=inner)),
+    "values": (0.1, lambda inner: by_path({"**": inner})),
+    "factors": (0.1, lambda inner: by_path({"**": 1.0}) * inner),
+    "patterns": ("**", only),
+    "one of several patterns": ("**", lambda inner: only(inner, re.compile(".*"))),
+}
+
+
+@pytest.mark.parametrize(("innermost", "around"), WITHIN.values(), ids=WITHIN)
+def test_rule_sets_in_rule_sets_work_up_to_the_limit(innermost: Any, around: Callable[[Any], Rules]) -> None:
+    rules = nested(32, around, innermost)
+    is_mask = isinstance(innermost, str)
+    assert rules.values({"a": 1.0}) == {"a": True if is_mask else 0.1}
+    assert repr(Rules.from_dict(through_json(rules.to_dict()))) == repr(rules)
+    decay = wdjax.decoupled_decay(0.1, rules) if is_mask else wdjax.decoupled_decay(rules)
+    params = {"a": jnp.ones(2)}
+    updates, _ = decay.update(params, decay.init(params), params)
+    np.testing.assert_allclose(updates["a"], 1.1)
+    assert wdjax.plan(params, 1.0 if is_mask else rules, rules if is_mask else None)["a"].decays
+    fails(
+        r"^by_path: rule sets are nested more than 32 deep\. Write the rules in one table, where the first",
+        lambda: nested(2000, around, innermost),
+    )
+
+
+def test_the_deepest_rule_set_counts() -> None:
+    deep, flat = nested(32, only, "**"), only("**")
+    by_depth("b_*", 0.5, first=(flat, nested(31, only, "**"), flat))
+    for build in (
+        lambda: by_depth("b_*", 0.5, first=(flat, deep, flat)),
+        lambda: by_path([("a", 0.1), (deep, 0.2), ("b", flat)], default=0.1),
+        lambda: by_path({"a": flat}, default=deep),
+    ):
+        fails("rule sets are nested more than 32 deep", build)
+    factors = [by_path({}, default=0.9)] * 99
+    assert len(functools.reduce(lambda product, factor: product * factor, factors).factors) == 98
+
+
+def replaced(data: Any, new: Any) -> Iterator[Any]:
+    """The data with each of the values in them replaced, one at a time."""
+    yield new
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        for inner in replaced(value, new):
+            changed = data.copy()
+            changed[key] = inner
+            yield changed
+
+
+OF_A_MODEL = weights_only(eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("rules", [*RULES.values(), OF_A_MODEL], ids=[*RULES, "of a model"])
+def test_each_value_replaced_by_another(rules: Rules) -> None:
+    """What is read can be printed and written. Everything else is an error that names a function of ours."""
+    refused = []
+    for new in (None, 1, "x", [], {}, True, 1e308, ["a", [{}]], {"a": 1}, {1: 2}):
+        for data in replaced(rules.to_dict(), new):
+            try:
+                read = Rules.from_dict(data)
+            except (TypeError, ValueError) as error:
+                refused.append(str(error))
+            else:
+                assert repr(Rules.from_dict(read.to_dict())) == repr(read)
+    ours = re.compile(r"(Rules\.from_dict|by_path|by_depth|by_width|weights_only): ")
+    assert refused
+    assert [message for message in refused if not ours.match(message)] == []
 
 
 def test_what_is_read_is_not_changed() -> None:

@@ -205,7 +205,7 @@ def test_elastic_net_refuses_a_ratio_that_is_none(ratio: Any) -> None:
         wdjax.ElasticNet(ratio)
 
 
-@pytest.mark.parametrize("delta", [0.0, -1.0, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize("delta", [0.0, -1.0, float("inf"), float("nan"), "1", 10**400])
 def test_huber_refuses_a_delta_that_is_none(delta: Any) -> None:
     with pytest.raises(ValueError, match=r"Huber: delta must be positive and finite, got .*Huber\(delta=1\.0\)"):
         wdjax.Huber(delta)

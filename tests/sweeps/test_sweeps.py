@@ -77,7 +77,7 @@ def test_rates_as_data_are_the_same_as_rates_baked_in() -> None:
     [
         (None, 5),
         (1, 3),
-        (7, 3),
+        (np.int64(7), 3),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(None, 8), (3, 1), (4, 2), (100, 1), (100, 8)]),
     ],
 )

@@ -1,5 +1,6 @@
 """Checks of arguments. Each error names the mistake, the value, and the call to write instead."""
 
+import collections
 import difflib
 import functools
 import inspect
@@ -19,6 +20,9 @@ from .unstable import is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+
+_MOST_ENTRIES = 1_000_000  # At one depth of data from a file.
 
 # Argument names from other libraries, and the arguments here that they may mean.
 _ALSO_CALLED = {
@@ -58,9 +62,10 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
             f"{where}: {name} must be a scalar, got an array of shape {jnp.shape(value)}. Write {write}. Give arrays "
             "by path, by_path({'embedding': array}, default=0.1), or in a tree like params."
         )
-    dtype = jnp.result_type(value)
+    dtype = getattr(value, "dtype", np.dtype(float))
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}. Write {write}.")
+        of = f" and dtype {dtype}" if jnp.shape(value) else ""
+        raise TypeError(f"{where}: {name} must be a real number, got {shown(value)}{of}. Write {write}.")
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return value
     value = unplaced(value)
@@ -87,6 +92,17 @@ def unplaced(value: Any) -> Any:
     return value.item() if is_weak else np.asarray(value)
 
 
+def value_of_schedule(where: str, name: str, value: Any) -> Any:
+    """Checks what the schedule given as the argument `name` returned, as `rate` does."""
+    what = f"the value of the schedule {name}"
+    if getattr(value, "shape", ()) != ():
+        raise ValueError(
+            f"{where}: {what} must be a scalar, got an array of shape {value.shape}. Let the schedule return one "
+            f"number, and multiply it by the array: {name}=schedule * by_path({{'embedding': array}}, default=1.0)."
+        )
+    return rate(where, what, value, write=f"{name}=lambda count: 0.1 / (1 + count)")
+
+
 def as_float(value: Any) -> float:
     try:
         return float(value)
@@ -103,13 +119,38 @@ def power(where: str, base: float, exponent: float, write: str) -> float:
 
 
 def nesting(where: str, data: Any, write: str, most: int = 200) -> None:
-    """Raises an error for data from a file that are nested too deeply to be read by recursion."""
-    level = [data]
+    """Raises an error for data from a file that are nested too deeply or hold too much to be read by recursion.
+
+    What stands at several places counts at each. (YAML's anchors can make a small file endless.)
+    """
+    level, times = {id(data): data}, {id(data): 1}  # What stands at one depth, and how many times.
     for _ in range(most):
-        inner = (x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else () for x in level)
-        level = list({id(item): item for items in inner for item in items}.values())
+        inner: dict[int, Any] = {}
+        counts: dict[int, int] = collections.defaultdict(int)
+        for key, x in level.items():
+            for item in x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ():
+                inner[id(item)] = item
+                counts[id(item)] += times[key]
+        level, times = inner, counts
+        if sum(times.values()) > _MOST_ENTRIES:
+            raise ValueError(f"{where}: data holds more than {_MOST_ENTRIES} entries. Write {write}.")
     if level:
         raise ValueError(f"{where}: data is nested more than {most} levels deep. Write {write}.")
+
+
+def read(of: str, make: Callable[..., T], written: Any) -> T:
+    """Calls `make` with the arguments in a dictionary that `to_dict` wrote."""
+    if not isinstance(written, Mapping):
+        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {shown(written)}.")
+    known = inspect.signature(make).parameters
+    required = sorted(name for name, parameter in known.items() if parameter.default is parameter.empty)
+    lacks, unknown = [name for name in required if name not in written], sorted(set(written) - set(known), key=str)
+    if lacks or unknown:
+        fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
+        optional = sorted(set(known).difference(required))
+        may = f", and may have {optional}" if optional else ""
+        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {shown(dict(written))}.")
+    return make(**written)
 
 
 def number(where: str, name: str, value: Any, write: str, wanted: str) -> Any:
@@ -201,5 +242,5 @@ def static(name: str, value: Any) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, and no boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is an integer of Python or NumPy. A boolean is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,5 +1,6 @@
 """The decision of a rule set on one parameter, with its factors, and the parameters that it is asked about."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -46,6 +47,18 @@ def stack_of(where: str, path: str, factors: Iterable[Any]) -> tuple[int, ...]:
             "one axis: write one by_depth with the product of the factors."
         )
     return tuple(axes)
+
+
+def check_product(where: str, path: str, decision: Decision) -> None:
+    """Raises an error if the factors of a rate are finite and their product is not."""
+    parts = (*decision.factors, decision.value)
+    numbers = [max(part.values, default=0.0) if isinstance(part, PerLayer) else part for part in parts]
+    known = [number for number in numbers if isinstance(number, float)]
+    if not math.isfinite(math.prod(known)):
+        raise ValueError(
+            f"{where}: the rate of {path!r} is {' * '.join(f'{number:g}' for number in known)}, which is too large for "
+            "a float. Write smaller factors."
+        )
 
 
 class Tree(NamedTuple):

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import checks
 from .text import shown
 from .unstable import varying_axes
 
 
 def check_seed(where: str, seed: Any, write: str) -> None:
     """Raises an error for a seed that is not an integer. It may be a 0-d array, also a traced one."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if checks.is_whole(seed):
         return
-    is_array = isinstance(seed, (np.integer, np.ndarray, jax.Array))
+    is_array = isinstance(seed, (np.ndarray, jax.Array))
     if not is_array or not jnp.issubdtype(seed.dtype, jnp.integer) or jnp.ndim(seed):
         found = shown(seed)
         if isinstance(seed, jax.Array):

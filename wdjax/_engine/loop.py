@@ -274,7 +274,7 @@ class Action:
         value = schedule(jnp.asarray(state.count))
         if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
             return value
-        return checks.rate(self.where, f"the value of the schedule {name}", value, write=f"{name}=schedule")
+        return checks.value_of_schedule(self.where, name, value)
 
 
 def transformation(

@@ -34,13 +34,13 @@ def terms_of_leaves(
         of_each = rates_of(rate, where, asked) if isinstance(rate, Rules) else [(rate,)] * len(leaves)
         columns.append([factors and [(name, factor) for factor in factors] for factors in of_each])
     rows: Terms = []
-    of_stacks = stacks(where, stacked_axes, leaves)
-    for flag, stack, (path, leaf), *named in zip(chosen, of_stacks, leaves, *columns, strict=True):
+    counts = stack_counts(where, stacked_axes, leaves)
+    for flag, count, (path, leaf), *named in zip(chosen, counts, leaves, *columns, strict=True):
         if flag is False or None in named or not trees.is_decayable(leaf):
             rows.append(None)
             continue
         factors = list(itertools.chain(*named))
-        stack = checked_stack(where, path, leaf, stack)
+        stack = _checked_stack(where, path, leaf, count)
         stack = tuple(sorted({*stack, *stack_of(where, path, (factor for _, factor in factors))}))
         part = None if flag is True or off_at == 0 else flag
         if flag is not True and part is None:  # At a rate of 0 the rule does nothing.
@@ -50,20 +50,19 @@ def terms_of_leaves(
     return rows
 
 
-def stacks(where: str, stacked_axes: Any, leaves: Leaves) -> list[tuple[int, ...]]:
-    """The leading axes of each leaf that stack layers."""
-    counts: list[Any] = [stacked_axes] * len(leaves)
-    if isinstance(stacked_axes, Rules):
-        found = decisions(stacked_axes, where, leaves)
-        counts = [0 if decision is None else int(decision.value) for decision in found]
-    return [tuple(range(count)) for count in counts]
+def stack_counts(where: str, stacked_axes: Any, leaves: Leaves) -> list[int]:
+    """How many leading axes of each leaf stack layers, as the user says it."""
+    if not isinstance(stacked_axes, Rules):
+        return [stacked_axes] * len(leaves)
+    found = decisions(stacked_axes, where, leaves)
+    return [0 if decision is None else int(decision.value) for decision in found]
 
 
 def known_stacks(where: str, stacked_axes: Any, leaves: Leaves, rows: Terms) -> list[tuple[int, ...]]:
     """The axes of each leaf that stack layers, for a rule with a state, which must know them without the rates."""
     found = []
-    for stack, row, (path, leaf) in zip(stacks(where, stacked_axes, leaves), rows, leaves, strict=True):
-        found.append(checked_stack(where, path, leaf, stack) if trees.is_decayable(leaf) else ())
+    for count, row, (path, leaf) in zip(stack_counts(where, stacked_axes, leaves), rows, leaves, strict=True):
+        found.append(_checked_stack(where, path, leaf, count) if trees.is_decayable(leaf) else ())
         if row is not None and row.stack != found[-1]:
             raise ValueError(
                 f"{where}: the rate of {path!r} has one number for each layer along axis {row.stack[-1]}. The state "
@@ -73,13 +72,13 @@ def known_stacks(where: str, stacked_axes: Any, leaves: Leaves, rows: Terms) -> 
     return found
 
 
-def checked_stack(where: str, path: str, leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
-    if len(stack) > np.ndim(leaf):
+def _checked_stack(where: str, path: str, leaf: Any, count: int) -> tuple[int, ...]:
+    if count > np.ndim(leaf):
         raise ValueError(
-            f"{where}: stacked_axes={len(stack)} for {path!r}, whose shape is {np.shape(leaf)}. Write "
+            f"{where}: stacked_axes={count} for {path!r}, whose shape is {np.shape(leaf)}. Write "
             "stacked_axes={'layers': 1} if only the first axis of 'layers' stacks layers."
         )
-    return stack
+    return tuple(range(count))
 
 
 def _spread(where: str, name: str, factor: Any, path: str, leaf: Any) -> Any:

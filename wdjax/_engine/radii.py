@@ -11,7 +11,7 @@ from . import checks, trees
 from .arithmetic import compute_dtype
 from .groups import Groups, UnfitShapeError
 from .loop import Action
-from .per_leaf import stacks
+from .per_leaf import stack_counts
 from .rules import Rules, check_no_mask, possible_values
 from .text import listed, shown
 from .unstable import automatic, is_traced
@@ -77,9 +77,9 @@ def warn_of_zeros(action: Action, params: PyTree, state: Any, so: str) -> None:
 def warn_of_single_weights(action: Action, kind: Groups, params: PyTree, so: str) -> None:
     """Warns of parameters in which each weight is a group of its own. `so` says what becomes of it."""
     leaves = trees.flatten_with_paths(params)
-    in_stacks, acting = stacks(action.where, action.stacked_axes, leaves), action.acts_on(params, leaves)
-    each = zip(leaves, in_stacks, acting, strict=True)
-    shapes = [(path, np.shape(leaf)[len(stack) :]) for (path, leaf), stack, acts in each if acts]
+    counts, acting = stack_counts(action.where, action.stacked_axes, leaves), action.acts_on(params, leaves)
+    each = zip(leaves, counts, acting, strict=True)
+    shapes = [(path, np.shape(leaf)[count:]) for (path, leaf), count, acts in each if acts]
     # A shape that does not fit is an error in `update`.
     single = [path for path, shape in shapes if kind.fits(len(shape)) and kind.groups(shape)[1] == 1]
     if single:

@@ -2,22 +2,24 @@
 
 import abc
 import dataclasses
-import inspect
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from . import checks, trees
-from .decision import Decision, Tree, product, times
+from .decision import Decision, Tree, check_product, product, times
 from .text import printed, shown
 from .unstable import is_traced
 
 PyTree = Any
-T = TypeVar("T")
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
+_MOST_NESTED = (
+    32  # Rule sets in rule sets. What is written of so many, `from_dict` reads, and no recursion is too deep.
+)
 _OF_A_MODEL = ("functions", "variables")  # Rules may be asked about a whole model.
 
 
@@ -51,6 +53,18 @@ class Rules(abc.ABC):
         cls.kind = kind
         if is_written:
             _KINDS[kind] = cls
+
+    def __post_init__(self) -> None:
+        if self._depth > _MOST_NESTED:
+            raise ValueError(
+                f"{self.kind}: rule sets are nested more than {_MOST_NESTED} deep. Write the rules in one table, where "
+                "the first that matches wins."
+            )
+
+    @functools.cached_property
+    def _depth(self) -> int:
+        """How many rule sets hold each other, this one included."""
+        return 1 + max(_depth(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def mask(self, params: PyTree) -> PyTree:
         """The tree of booleans for `params`. Integers, booleans and keys never decay and get False.
@@ -105,7 +119,7 @@ class Rules(abc.ABC):
         arguments, factors = data[kinds[0]], data.get("times", [])
         if not isinstance(factors, list):
             raise TypeError(f"Rules.from_dict: 'times' must be a list of factors, got {shown(factors)}.")
-        rules = read(kinds[0], _KINDS[kinds[0]]._from_plain, arguments)
+        rules = checks.read(kinds[0], _KINDS[kinds[0]]._from_plain, arguments)
         for factor in factors:
             rules = rules * from_plain(factor)
         return rules
@@ -114,7 +128,7 @@ class Rules(abc.ABC):
         check_rates(self, self.kind)
         if isinstance(factor, Rules):
             check_rates(factor, factor.kind)
-        elif np.ndim(factor) > 0:
+        elif isinstance(factor, (np.ndarray, jax.Array)) and factor.ndim > 0:
             raise TypeError(
                 f"{self.kind}: the factor of a table must be a scalar, got an array of shape {np.shape(factor)}. "
                 "Optax accepts no table as weight_decay: use wdjax.adamw or wdjax.decoupled_decay."
@@ -178,6 +192,8 @@ def decisions(
     required = frozenset(i for i, (_, leaf) in enumerate(leaves) if covers(leaf))
     tree = Tree(where, [trees.describe(path, leaf) for path, leaf in leaves], required)
     decided = answers(rules, tree, range(len(leaves)))
+    for i, decision in decided.items():
+        check_product(where, leaves[i][0], decision)
     return [decided.get(i) for i in range(len(leaves))]
 
 
@@ -272,19 +288,10 @@ def from_plain(value: Any) -> Any:
     return Rules.from_dict(value) if isinstance(value, Mapping) else value
 
 
-def read(of: str, make: Callable[..., T], written: Any) -> T:
-    """Calls `make` with the arguments in a dictionary that `to_dict` wrote."""
-    if not isinstance(written, Mapping):
-        raise TypeError(f"Rules.from_dict: {of} must be a dictionary, got {shown(written)}.")
-    known = inspect.signature(make).parameters
-    required = sorted(name for name, parameter in known.items() if parameter.default is parameter.empty)
-    lacks, unknown = [name for name in required if name not in written], sorted(set(written) - set(known), key=str)
-    if lacks or unknown:
-        fault = f"lacks {lacks}" if lacks else f"has the unknown entries {unknown}"
-        optional = sorted(set(known).difference(required))
-        may = f", and may have {optional}" if optional else ""
-        raise ValueError(f"Rules.from_dict: {of} {fault}: it needs {required}{may}, got {shown(dict(written))}.")
-    return make(**written)
+def _depth(value: Any) -> int:
+    if isinstance(value, tuple):  # Factors, rows, patterns.
+        return max(map(_depth, value), default=0)
+    return value._depth if isinstance(value, Rules) else 0
 
 
 def _like(params: PyTree, leaves: Sequence[tuple[str, Any]], values: Sequence[Any]) -> PyTree:

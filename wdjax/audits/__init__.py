@@ -205,8 +205,8 @@ def audit(
 
 
 def _check_options(steps: Any, extra_args: Any, full_size: Any) -> None:
-    counts = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, (str, bytes)) else [None]
-    if not all(isinstance(count, (int, np.integer)) and not isinstance(count, bool) and count >= 0 for count in counts):
+    counts: list[Any] = list(steps) if isinstance(steps, Iterable) and not isinstance(steps, (str, bytes)) else [None]
+    if not all(checks.is_whole(count) and count >= 0 for count in counts):
         raise TypeError(f"audit: steps must be counts, integers >= 0, got {shown(steps)}. Write steps=(0, 10, 100).")
     if not isinstance(extra_args, Mapping):
         raise TypeError(

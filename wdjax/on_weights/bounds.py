@@ -5,6 +5,7 @@ of the penalty to take.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ class WarmStart:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps("WarmStart", "steps", self.steps, "WarmStart(1000)")
+        object.__setattr__(self, "steps", _steps("WarmStart", "steps", self.steps, "WarmStart(1000)"))
 
     def due(self, count: jax.Array) -> jax.Array:
         return jnp.where(count == self.steps, 1.0, -1.0)
@@ -90,13 +91,14 @@ class InflectionPoint:
     smoothing: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_steps("InflectionPoint", "every", self.every, "InflectionPoint(every=200)")
-        is_number = isinstance(self.smoothing, (int, float)) and not isinstance(self.smoothing, bool)
+        object.__setattr__(self, "every", _steps("InflectionPoint", "every", self.every, "InflectionPoint(every=200)"))
+        is_number = isinstance(self.smoothing, numbers.Real) and not isinstance(self.smoothing, bool)
         if not is_number or not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"InflectionPoint: smoothing must be a number from 0 to less than 1, got {shown(self.smoothing)}. "
                 "Write InflectionPoint(every=200, smoothing=0.99)."
             )
+        object.__setattr__(self, "smoothing", float(self.smoothing))
 
     def due(self, count: jax.Array) -> jax.Array:
         return jnp.where((count > 0) & (count % self.every == 0), 1.0, -1.0)
@@ -105,6 +107,9 @@ class InflectionPoint:
 TAKEN = (AtInit, WarmStart, InflectionPoint)
 
 
-def _check_steps(where: str, name: str, value: Any, write: str) -> None:
-    if not checks.is_whole(value) or value < 1:
-        raise ValueError(f"{where}: {name} must be a whole number > 0, got {shown(value)}. Write {write}.")
+def _steps(where: str, name: str, value: Any, write: str) -> int:
+    if not checks.is_whole(value) or not 0 < value < 2**31:  # The count of updates is an int32.
+        raise ValueError(
+            f"{where}: {name} must be a whole number > 0, and below 2**31, got {shown(value)}. Write {write}."
+        )
+    return int(value)

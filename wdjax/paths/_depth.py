@@ -164,7 +164,7 @@ def by_depth(blocks: Any, factor: float, *, first: Any = (), last: Any = (), axi
                 f"it, got {language.show(pattern)}. Write by_depth('Block_*', {factor})."
             )
     before, after = (language.checked_patterns("by_depth", said) if said != () else None for said in (first, last))
-    return ByDepth(patterns, factor, before, after, axis)
+    return ByDepth(patterns, factor, before, after, None if axis is None else int(axis))
 
 
 def _numbers(tree: Tree, pattern: Text) -> dict[int, tuple[int, ...]]:

@@ -9,7 +9,7 @@ import numpy as np
 from .._engine import checks
 from .._engine.anchors import EMA
 from .._engine.decision import Decision, Tree
-from .._engine.rules import TABLE, Rules, answers, from_plain, is_flag, read
+from .._engine.rules import TABLE, Rules, answers, from_plain, is_flag
 from .._engine.text import printed, shown
 from . import language
 from .language import Pattern, Patterns
@@ -87,7 +87,7 @@ class Table(Rules, kind="by_path"):
     def _from_plain(rules: Any, default: Any = MISSING) -> Rules:
         if not isinstance(rules, list):
             raise TypeError(f"Rules.from_dict: the rules of by_path must be a list, got {shown(rules)}.")
-        rows = [read("a rule of by_path", Row, rule) for rule in rules]
+        rows = [checks.read("a rule of by_path", Row, rule) for rule in rules]
         table = [(language.from_plain(match), from_plain(value)) for match, value in rows]
         return by_path(table, default=from_plain(default))
 
@@ -178,7 +178,7 @@ def stacks(where: str, stacked_axes: Any) -> Any:
             f"{where}: stacked_axes counts leading axes, got {shown(stacked_axes)}. Write stacked_axes=1."
             f"{checks.static('stacked_axes', stacked_axes)}"
         )
-    return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else stacked_axes
+    return by_path(stacked_axes, default=0) if isinstance(stacked_axes, Mapping) else int(stacked_axes)
 
 
 def _checked_value(value: Any, of: str) -> Any:

@@ -121,7 +121,7 @@ def by_width(
             f"by_width: stacked_axes must be a number of leading axes >= 0, got {shown(stacked_axes)}. "
             "Write stacked_axes=1."
         )
-    return ByWidth(base, float(power), fan_in, stacked_axes)
+    return ByWidth(base, float(power), fan_in, int(stacked_axes))
 
 
 def _inputs(parameter: Parameter) -> tuple[int, ...] | None:

@@ -131,10 +131,11 @@ def from_plain(written: Any) -> Any:
 
 def _with_flags(pattern: re.Pattern[str]) -> str:
     """The string that compiles to a regular expression, with its flags inside."""
+    text = pattern.pattern or "(?:)"  # An empty string is refused, since in other syntaxes it matches everything.
     with contextlib.suppress(ValueError):  # Without its flags, it may be malformed.
-        if compiled_regex("", "", pattern.pattern).flags == pattern.flags:
-            return pattern.pattern
-    return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){pattern.pattern}"
+        if compiled_regex("", "", text).flags == pattern.flags & ~re.DEBUG:  # DEBUG only prints.
+            return text
+    return f"(?{''.join(flag for flag in 'aimsx' if pattern.flags & getattr(re, flag.upper()))}){text}"
 
 
 def _no_match(tree: Tree, pattern: Any, asked: Sequence[int]) -> str:

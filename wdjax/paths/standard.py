@@ -6,7 +6,7 @@ from typing import Any
 
 from .._engine import checks
 from .._engine.decision import Decision, Tree
-from .._engine.rules import Rules, read
+from .._engine.rules import Rules
 from .._engine.text import call, shown
 from . import _modules, hints, language
 from ._modules import Owner
@@ -120,9 +120,26 @@ class WeightsOnly(Rules, kind="weights_only"):
     @staticmethod
     def _from_plain(embeddings: Any = True, unknown: Any = "error", stacked_axes: Any = 0, owners: Any = None) -> Rules:
         rules = weights_only(embeddings=embeddings, unknown=unknown, stacked_axes=stacked_axes)
-        kinds = {path: Role if "reason" in owner else Owner for path, owner in (owners or {}).items()}
-        found = {path: read(f"the owner of {path!r}", kind, owners[path]) for path, kind in kinds.items()}
-        return dataclasses.replace(rules, owners=None if owners is None else found)  # pyright: ignore[reportCallIssue]
+        if owners is None:
+            return rules
+        if not isinstance(owners, Mapping) or not all(isinstance(path, str) for path in owners):
+            raise TypeError(
+                f"Rules.from_dict: the owners of weights_only must be a dictionary by path, got {shown(owners)}. "
+                "Write what to_dict made of weights_only(model)."
+            )
+        found = {path: _owner_from_plain(path, written) for path, written in owners.items()}
+        return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]
+
+
+def _owner_from_plain(path: str, written: Any) -> Owner | Role:
+    kind = Role if isinstance(written, Mapping) and "reason" in written else Owner
+    found = checks.read(f"the owner of {path!r}", kind, written)
+    for name, type_ in kind.__annotations__.items():
+        if not isinstance(value := getattr(found, name), type_):
+            raise TypeError(
+                f"Rules.from_dict: {name!r} of the owner of {path!r} must be a {type_.__name__}, got {shown(value)}."
+            )
+    return found
 
 
 @checks.known_arguments
@@ -183,4 +200,4 @@ def weights_only(
             )
         language.checked_patterns("weights_only", pattern)
     owners = None if model is None else _modules.owners_of(model, inputs, dict(call_kwargs or {}))
-    return WeightsOnly(embeddings, unknown, stacks, owners)
+    return WeightsOnly(embeddings, unknown, {pattern: int(axes) for pattern, axes in stacks.items()}, owners)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from .._engine import checks
 from .._engine.norms import square
 from .._engine.text import shown
 
@@ -136,7 +137,7 @@ class Huber:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.delta) or not 0 < self.delta < math.inf:
+        if not is_number(self.delta) or not 0 < checks.as_float(self.delta) < math.inf:
             raise ValueError(
                 f"Huber: delta must be positive and finite, got {shown(self.delta)}. Write Huber(delta=1.0)."
             )

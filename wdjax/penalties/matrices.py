@@ -215,6 +215,6 @@ def _count(given: Any) -> int:
             f"SpectralNorm: iterations must be an integer or None, got {shown(given)}. {write}"
             f"{checks.static('iterations', given)}"
         )
-    if count < 1:
-        raise ValueError(f"SpectralNorm: iterations must be at least 1, got {count}. {write}")
+    if not 0 < count < 2**31:
+        raise ValueError(f"SpectralNorm: iterations must be at least 1, and below 2**31, got {shown(given)}. {write}")
     return count

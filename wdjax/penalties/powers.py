@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from .._engine import checks
 from .._engine.text import shown
 from .kinds import L1, is_number, modulus
 
@@ -46,7 +47,7 @@ class Lp:
     is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.p) or not 0 < self.p < math.inf:
+        if not is_number(self.p) or not 0 < checks.as_float(self.p) < math.inf:
             raise ValueError(f"Lp: p must be a positive finite number, got {shown(self.p)}. Write Lp(p=1.5).")
         object.__setattr__(self, "p", float(self.p))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from .._engine import checks
 from .._engine.text import shown
 from ._found import Best as Best
 from ._found import Sweep as Sweep
@@ -92,7 +93,7 @@ def sweep(
         raise TypeError(f"sweep: the training function cannot be called as {call}: {error}. Write {_WRITE}.") from None
     numbers = _checked_seeds(seeds)
     shared = _checked_devices(devices)
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+    if chunk is not None and (not checks.is_whole(chunk) or chunk < 1):
         raise ValueError(f"sweep: chunk must be an integer > 0, got {shown(chunk)}. Write chunk=8, or leave it out.")
 
     grid = np.meshgrid(*tried.values(), numbers, indexing="ij")
