@@ -400,17 +400,17 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "thousands of tables": (
         nested(2000, lambda inner: {"by_path": {"rules": [], "default": inner}}),
         ValueError,
-        r"^Rules\.from_dict: data is nested more than 200 levels deep\. Write the rules in one list",
+        r"^Rules\.from_dict: data is nested more than 400 levels deep\. Write the rules in one list",
     ),
     "thousands of lists": (
         {"by_path": {"rules": [{"match": nested(5000, lambda inner: [inner]), "value": 0.1}]}},
         ValueError,
-        "data is nested more than 200 levels deep",
+        "data is nested more than 400 levels deep",
     ),
     "a table too many": (
-        nested(33, lambda inner: {"by_path": {"rules": [], "default": inner}}),
+        nested(65, lambda inner: {"by_path": {"rules": [], "default": inner}}),
         ValueError,
-        "^by_path: rule sets are nested more than 32 deep",
+        "^by_path: rule sets are nested more than 64 deep",
     ),
     "tables that share tables": (  # As YAML's anchors make them. They would be read 2**40 times.
         nested(40, lambda inner: {"by_path": {"rules": [{"match": "a", "value": inner}], "default": inner}}),
@@ -420,12 +420,12 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "a list in itself": (
         {"by_path": {"rules": ENDLESS}},
         ValueError,
-        "data is nested more than 200 levels deep",
+        "data is nested more than 400 levels deep",
     ),
     "tables in a value": (
         {"by_path": {"rules": nested(5000, lambda inner: {"a": inner})}},
         ValueError,
-        "data is nested more than 200 levels deep",
+        "data is nested more than 400 levels deep",
     ),
     "a huge power": (
         {"by_width": {"base": 2, "power": 10**400}},
@@ -536,7 +536,7 @@ WITHIN: dict[str, tuple[Any, Callable[[Any], Rules]]] = {
 
 @pytest.mark.parametrize(("innermost", "around"), WITHIN.values(), ids=WITHIN)
 def test_rule_sets_in_rule_sets_work_up_to_the_limit(innermost: Any, around: Callable[[Any], Rules]) -> None:
-    rules = nested(32, around, innermost)
+    rules = nested(64, around, innermost)
     is_mask = isinstance(innermost, str)
     assert rules.values({"a": 1.0}) == {"a": True if is_mask else 0.1}
     assert repr(Rules.from_dict(through_json(rules.to_dict()))) == repr(rules)
@@ -546,20 +546,20 @@ def test_rule_sets_in_rule_sets_work_up_to_the_limit(innermost: Any, around: Cal
     np.testing.assert_allclose(updates["a"], 1.1)
     assert wdjax.plan(params, 1.0 if is_mask else rules, rules if is_mask else None)["a"].decays
     fails(
-        r"^by_path: rule sets are nested more than 32 deep\. Write the rules in one table, where the first",
+        r"^by_path: rule sets are nested more than 64 deep\. Write the rules in one table, where the first",
         lambda: nested(2000, around, innermost),
     )
 
 
 def test_the_deepest_rule_set_counts() -> None:
-    deep, flat = nested(32, only, "**"), only("**")
-    by_depth("b_*", 0.5, first=(flat, nested(31, only, "**"), flat))
+    deep, flat = nested(64, only, "**"), only("**")
+    by_depth("b_*", 0.5, first=(flat, nested(63, only, "**"), flat))
     for build in (
         lambda: by_depth("b_*", 0.5, first=(flat, deep, flat)),
         lambda: by_path([("a", 0.1), (deep, 0.2), ("b", flat)], default=0.1),
         lambda: by_path({"a": flat}, default=deep),
     ):
-        fails("rule sets are nested more than 32 deep", build)
+        fails("rule sets are nested more than 64 deep", build)
     factors = [by_path({}, default=0.9)] * 99
     assert len(functools.reduce(lambda product, factor: product * factor, factors).factors) == 98
 

@@ -484,7 +484,7 @@ def test_a_plan_as_a_dictionary() -> None:
         wdjax.Plan.from_dict({"parameters": [{**row, "size": 3}]})
     for _ in range(2000):
         row = {"path": row}
-    with pytest.raises(ValueError, match=r"^Plan\.from_dict: data is nested more than 200 levels deep\. Write it as"):
+    with pytest.raises(ValueError, match=r"^Plan\.from_dict: data is nested more than 400 levels deep\. Write it as"):
         wdjax.Plan.from_dict({"parameters": [row]})
 
 

@@ -118,7 +118,7 @@ def power(where: str, base: float, exponent: float, write: str) -> float:
         raise ValueError(f"{where}: {base:g} ** {exponent:g} is too large for a float. Write {write}.") from None
 
 
-def nesting(where: str, data: Any, write: str, most: int = 200) -> None:
+def nesting(where: str, data: Any, write: str, most: int = 400) -> None:
     """Raises an error for data from a file that are nested too deeply or hold too much to be read by recursion.
 
     What stands at several places counts at each. (YAML's anchors can make a small file endless.)

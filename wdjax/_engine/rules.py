@@ -17,9 +17,7 @@ from .unstable import is_traced
 PyTree = Any
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
-_MOST_NESTED = (
-    32  # Rule sets in rule sets. What is written of so many, `from_dict` reads, and no recursion is too deep.
-)
+_MOST_NESTED = 64  # Rule sets in rule sets: no recursion is too deep, and `from_dict` reads what is written of them.
 _OF_A_MODEL = ("functions", "variables")  # Rules may be asked about a whole model.
 
 
