@@ -278,6 +278,12 @@ def test_the_rates_per_step_are_shown_everywhere_and_kept() -> None:
     assert str(constant.diff(falling)) == "blocks/{0,1}/kernel: per 1000 steps 0.6323 → 0.3939, by 'kernel'"
 
 
+@pytest.mark.parametrize("length", [3, 5, 7, 10, 100])
+def test_a_schedule_that_misses_zero_by_a_rounding(length: int) -> None:
+    falling = optax.linear_schedule(0.1, 0.0, length)
+    assert plan(KERNELS, 0.1, only("kernel"), learning_rate=falling, step=length).parameters[0].per_step == 0
+
+
 def test_errors_of_steps_and_learning_rates() -> None:
     for step, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError), (2**31, ValueError), ("1", TypeError)):
         with pytest.raises(kind, match=rf"plan: step must be an integer from 0 to \d+, .*got {step!r}\. Write plan\("):
