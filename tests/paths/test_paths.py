@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import wdjax
-from wdjax import all_but, by_path, only
+from wdjax import all_but, by_depth, by_path, by_width, only
 from wdjax.paths import canonical_paths
 from wdjax.paths._shell import compiled
 
@@ -669,3 +669,48 @@ def test_what_else_may_be_meant() -> None:
         lambda: wdjax.decoupled_decay(0.1, wdjax.weights_only).init(PARAMS),
         TypeError,
     )
+
+
+ODD_NAMES: dict[str, Any] = {
+    "a bare array": jnp.ones((2, 3)),
+    "no name": {"": jnp.ones((2, 3))},
+    "no name, nested": {"": {"": jnp.ones((2, 3))}},
+    **{name: {name: {"a": jnp.ones((2, 3)), name: jnp.ones((2, 3))}} for name in (".", "..", "/", "a//b", "a/")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:plan. everything decays")
+@pytest.mark.parametrize("params", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_odd_names_and_no_names(params: Any) -> None:
+    everywhere = {re.compile(".*"): 0.5}
+    ones, leaves = jax.tree.map(jnp.ones_like, params), jax.tree.leaves(params)
+    assert len(wdjax.paths.canonical_paths(params)) == len(leaves)
+    assert jax.tree.leaves(by_path(everywhere).values(params)) == [0.5] * len(leaves)
+    assert jax.tree.leaves(by_path({}, default=0.5).values(params)) == [0.5] * len(leaves)
+    for rate in (0.5, by_path(everywhere), jax.tree.map(lambda p: 0.5, params)):
+        decay = wdjax.decoupled_decay(rate, toward="init")
+        updates, _ = decay.update(ones, decay.init(params), jax.tree.map(lambda p: p + 1, params))
+        assert all(np.all(update == 1.5) for update in jax.tree.leaves(updates))
+        assert [row.rate for row in wdjax.plan(params, rate).parameters] == [0.5] * len(leaves)
+    audit = wdjax.audit(wdjax.sgdw(0.1, by_path(everywhere)), params, 0.1 * by_path(everywhere))
+    assert not audit.findings, audit
+
+
+@pytest.mark.parametrize("path", ["/", "a/", "/a", "a//x", "[a]*", "params/[0]"])
+def test_errors_advise_patterns_that_match(path: str) -> None:
+    params = {path: jnp.ones((2, 3, 4)), "block_0": jnp.ones(3)}
+
+    def advised(rules: Any, message: str) -> Any:
+        with pytest.raises(ValueError, match=message) as caught:
+            rules.values(params)
+        return eval(re.findall(message, str(caught.value))[0], {"by_depth": by_depth, "re": re})
+
+    pattern = advised(by_path({"block_0": 1.0}), r"Add a rule such as \{(.+?): \.\.\.\}, or")
+    assert by_path({"block_0": 1.0, pattern: 0.5}).values(params) == {path: 0.5, "block_0": 1.0}
+    no_width = by_path({"block_0": 0.5}, default=by_width(2))
+    pattern = advised(no_width, r"exclude the parameter: by_path\(\{(.+): 1\.0\}")
+    assert by_path({pattern: 1.0}, default=no_width).values(params) == {path: 1.0, "block_0": 0.5}
+    pattern = advised(by_depth("**", 0.5, axis=2), r"exclude it: by_path\(\{(.+): 1\.0\}")
+    assert pattern == "block_0"
+    rules = advised(by_depth("block_*", 0.5), r"Write (by_depth\(.+\)), or last")
+    assert rules.values(params) == {path: 1.0, "block_0": 0.5}

@@ -1,7 +1,6 @@
 """Multipliers from the depth of a block: in a list, a numbered name or a stack."""
 
 import dataclasses
-import glob
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ class ByDepth(Rules, kind="by_depth"):
         # The outermost node above each that holds nothing else.
         nodes = ([node for node in trees.prefixes(leaf.path) if node not in taken][-1] for leaf in outside)
         for node in dict.fromkeys(nodes):
-            said[is_input(node)].append(language.checked_patterns("by_depth", glob.escape(node))[0])
+            said[is_input(node)].append(language.at(node))
         write = dataclasses.replace(self, first=Patterns(said[True]) or None, last=Patterns(said[False]) or None)
         return (
             f"these parameters are neither in a block, nor in `first`, nor in `last`: {hints.with_shapes(outside)}. "
@@ -77,7 +76,7 @@ class ByDepth(Rules, kind="by_depth"):
             elif deciding:
                 raise ValueError(
                     f"{tree.where}: by_depth: axis={axis} does not exist in {path!r}, whose shape is {shape}. If this "
-                    f"array is not stacked, exclude it: by_path({{{path!r}: 1.0}}, default=by_depth(...))."
+                    f"array is not stacked, exclude it: by_path({{{language.at(path)}: 1.0}}, default=by_depth(...))."
                 )
         if len(sizes) > 1:
             shown = ", ".join(f"{size} in {path!r}" for size, path in sizes.items())

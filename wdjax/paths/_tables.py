@@ -59,10 +59,11 @@ class Table(Rules, kind="by_path"):
         if self.default is not None:
             parts.append((self.default, dict.fromkeys(rest, "")))
         elif bare:
+            pattern = language.at(bare[0].rpartition("/")[2] or bare[0])
             more = f" (and {len(bare) - 1} more: {', '.join(map(repr, bare[1:4]))})" if len(bare) > 1 else ""
             raise ValueError(
                 f"{tree.where}: no rule covers the parameter {bare[0]!r}{more}. Add a rule such as "
-                f"{{{bare[0].rpartition('/')[2]!r}: ...}}, or a value for all others: by_path({{...}}, default=...)."
+                f"{{{pattern}: ...}}, or a value for all others: by_path({{...}}, default=...)."
             )
         decided: dict[int, Decision] = {}
         for value, group in parts:

@@ -63,7 +63,7 @@ class ByWidth(Rules, kind="by_width"):
         raise ValueError(
             f"{where}: by_width can't tell the fan-in of {leaf.path!r}, of shape {leaf.shape}. If layers are stacked, "
             "write by_width(256, stacked_axes=1). Otherwise write by_width(256, fan_in=lambda leaf: leaf.shape[0]), or "
-            f"exclude the parameter: by_path({{{leaf.path!r}: 1.0}}, default=by_width(256))."
+            f"exclude the parameter: by_path({{{language.at(leaf.path)}: 1.0}}, default=by_width(256))."
         )
 
     def _written(self) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import glob
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,12 @@ class Patterns(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         return show(self[0]) if len(self) == 1 else f"({', '.join(map(show, self))})"
+
+
+def at(path: str) -> Text:
+    """The pattern of a node and all below it. A shell pattern has no empty segment."""
+    pattern = glob.escape(path) if all(path.split("/")) else re.compile(f"{re.escape(path)}(?:/.*)?")
+    return _checked("", pattern, "shell")
 
 
 def show(pattern: Any) -> str:
