@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
+from pure import as_pure
 from slow import slow, slow_but
 
 import wdjax
@@ -299,7 +300,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "Linen, boxed FrozenDict": functools.partial(linen, freeze),
     "Linen, unboxed": functools.partial(linen, nn.meta.unbox),
     "NNX, State of Variables": nnx_state,
-    "NNX, State of arrays": functools.partial(nnx_state, nnx.as_pure),
+    "NNX, State of arrays": functools.partial(nnx_state, as_pure),
     "NNX, plain dictionary": functools.partial(nnx_state, nnx.to_pure_dict),
     "NNX, Module": nnx_module,
     "Equinox": equinox,
@@ -545,7 +546,7 @@ NNX_MASKS = {
     "rules": NNX_RULES,
     "rules.mask": NNX_RULES.mask,
     "a tree of Variables": NNX_RULES.mask(nnx.state(NNXNet(), nnx.Param)),
-    "a tree of arrays": NNX_RULES.mask(nnx.as_pure(nnx.state(NNXNet(), nnx.Param))),
+    "a tree of arrays": NNX_RULES.mask(as_pure(nnx.state(NNXNet(), nnx.Param))),
 }
 
 
@@ -582,10 +583,10 @@ def test_nnx_optimizer_shows_rules_the_same_paths_at_init_and_at_update() -> Non
 
 def test_nnx_optimizer_of_a_part_of_the_model() -> None:
     model, part = moved_model(), nnx.All(nnx.Param, nnx.PathContains("head"))
-    before = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.Param))))
+    before = dict(nnx.to_flat_state(as_pure(nnx.state(model, nnx.Param))))
     optimizer = nnx.Optimizer(model, wdjax.adamw(LEARNING_RATE, WEIGHT_DECAY, wdjax.only("kernel")), wrt=part)
     optimizer.update(model, zeros_like(nnx.state(model, nnx.Param)))
-    after = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.Param))))
+    after = dict(nnx.to_flat_state(as_pure(nnx.state(model, nnx.Param))))
     for path, old in before.items():
         factor = 1 - LEARNING_RATE * WEIGHT_DECAY if path == ("head", "kernel") else 1.0
         np.testing.assert_allclose(after[path], factor * np.asarray(old, np.float64), rtol=1e-6)
@@ -626,9 +627,9 @@ def test_nnx_variables_of_several_kinds_and_names() -> None:
     model = Odd()
     state = nnx.state(model)
     paths = ["nested/bias", "nested/value", "raw", "statistics", "value/bias", "value/kernel"]
-    assert wdjax.paths.canonical_paths(state) == wdjax.paths.canonical_paths(nnx.as_pure(state)) == paths
+    assert wdjax.paths.canonical_paths(state) == wdjax.paths.canonical_paths(as_pure(state)) == paths
     assert wdjax.paths.canonical_paths(model) == paths
-    mask = wdjax.only("value").mask(nnx.as_pure(state))
+    mask = wdjax.only("value").mask(as_pure(state))
     assert jax.tree.leaves(mask) == [False, True, False, False, True, True]
 
 

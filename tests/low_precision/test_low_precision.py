@@ -6,6 +6,7 @@ from the bits of the weights, and spacings are those of `ml_dtypes`, not ours.
 """
 
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -932,6 +933,7 @@ def test_freeze_and_partition_around_a_writer(writer: str) -> None:
     assert not same_bits(new["kernel"], params["kernel"])
 
 
+@pytest.mark.skipif("accumulator_dtype" not in inspect.signature(optax.MultiSteps).parameters, reason="Optax 0.2.7")
 def test_multi_steps_around_a_writer() -> None:
     params = tree()
     new, _ = without_gradients(optax.MultiSteps(chain("compensated"), 2).gradient_transformation(), params, 600)
@@ -1007,7 +1009,7 @@ def test_equinox_with_the_right_apply_updates(writer: str) -> None:
 def test_float8_needs_our_apply_updates() -> None:
     params = jnp.ones(3, jnp.float8_e4m3fn)
     updates = jnp.full(3, 0.1, jnp.float32)
-    with pytest.raises(jax.dtypes.TypePromotionError, match="8-bit floats do not support implicit promotion"):
+    with pytest.raises(ValueError, match="8-bit floats do not support implicit promotion"):
         optax.apply_updates(params, updates)
     new = wdjax.apply_updates(params, updates)
     assert new.dtype == jnp.float8_e4m3fn

@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
+from pure import as_pure
 
 import wdjax
 
@@ -307,8 +308,8 @@ def test_shardings_by_the_metadata_of_nnx(name: str) -> None:
         _, abstract = nnx.eval_shape(create)
         found = nnx.get_named_sharding(nnx.state(abstract.opt_state), make_mesh())
         state = nnx.state(create()[1].opt_state)
-        assert_placed(jax.device_put(nnx.as_pure(state), nnx.as_pure(found)), params_like)
-        assert_placed(nnx.as_pure(state), params_like)
+        assert_placed(jax.device_put(as_pure(state), as_pure(found)), params_like)
+        assert_placed(as_pure(state), params_like)
 
 
 class LinenNet(nn.Module):
