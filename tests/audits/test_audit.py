@@ -972,6 +972,17 @@ def test_integers_that_an_optimizer_moves(optimizer: Any, is_described: bool) ->
         assert "moves integers" not in names(wdjax.audit(remedied, params, frozen=integers))
 
 
+def test_booleans_that_an_optimizer_moves() -> None:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return {**updates, "on": ~params["on"]}, state
+
+    switches = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    params = {"w": jnp.ones((3, 3)), "on": jnp.array([True, False])}
+    finding = wdjax.audit(optax.chain(optax.sgd(LR), switches), params).finding("moves integers")
+    assert finding is not None
+    assert finding.paths == ("on",)
+
+
 def test_a_state_that_drifts_because_of_integers_names_their_remedy() -> None:
     finding = wdjax.audit(optax.adam(LR), INTEGERS).finding("state drifts")
     assert finding is not None

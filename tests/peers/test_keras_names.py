@@ -61,6 +61,8 @@ def test_what_to_pass_instead() -> None:
     remedy = r"{v\.path: v\.value for v in model\.trainable_variables}"
     with pytest.raises(TypeError, match=rf"adamw: params must be .*got a keras\.Variable.*Pass {remedy}"):
         wdjax.adamw(0.1, 0.1).init(variables())
+    with pytest.raises(TypeError, match=rf"l2_penalty: params must be .*got a keras\.Variable.*Pass {remedy}"):
+        wdjax.l2_penalty(variables(), 0.1)
     with pytest.raises(ValueError, match=rf"all names are numbers.*From a Keras model, pass {remedy}"):
         weights_only().mask([v.value for v in variables()])
 

@@ -18,7 +18,7 @@ PyTree = Any
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
 _MOST_NESTED = 64  # Rule sets in rule sets: no recursion is too deep, and `from_dict` reads what is written of them.
-_OF_A_MODEL = ("functions", "variables")  # Rules may be asked about a whole model.
+_OF_A_MODEL = ("functions", "variables", "names")  # Rules may be asked about a whole model.
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -82,7 +82,7 @@ def plan(
         (0.001, 0.3939)
     """
     where = "plan"
-    leaves = trees.parameters(where, params, may_hold=["functions"])
+    leaves = trees.parameters(where, params, may_hold=["functions", "names"])
     chosen = asked(where, mask, params, leaves, "all")
     kept = asked(where, frozen, params, leaves, "") if frozen is not None else [Decision(False, "")] * len(leaves)
     left = trees.hidden_where([k.value is not True and c.value for c, k in zip(chosen, kept, strict=True)], leaves)

@@ -18,8 +18,8 @@ def parameters(
 ) -> list[tuple[str, Any]]:
     """`flatten_with_paths`, with an error for what is not a tree of parameters, such as a training state.
 
-    It `may_hold` "functions" as a whole Equinox model does, and "variables" that are not parameters as an NNX model
-    does.
+    It `may_hold` "functions" as a whole Equinox model does, "variables" that are not parameters as an NNX model does,
+    and "names" as the variables of Keras do.
     """
 
     def has(name: str) -> bool:
@@ -28,8 +28,8 @@ def parameters(
     variables = () if "variables" in may_hold else ("BatchStat", "Cache", "Intermediate", "OptState", "RngState")
     of_nnx = classes(*(f"flax.nnx.{kind}" for kind in ("Optimizer", *variables)))
 
-    # `init` would see their paths, and `update`, which gets their values, would not.
-    of_keras = () if may_hold else classes("keras.Variable")
+    # `init` would see their paths, and `update`, which gets their values, would not. JAX differentiates values only.
+    of_keras = () if "names" in may_hold else classes("keras.Variable")
 
     def is_state(node: Any) -> bool:
         return type(node).__name__.endswith("State") and _package(node) in ("optax", "wdjax")
