@@ -465,7 +465,7 @@ ASIDE: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
     "schedule": (
         lambda: wdjax.decoupled_decay(lambda step: elsewhere(0.1)),
         "decoupled_decay: the value of the schedule weight_decay is on cpu:1, but the parameter 'down/bias' is on "
-        "cpu:0. Write the arrays that the schedule holds as numbers, float(array).",
+        "cpu:0. In the schedule, use NumPy arrays, np.asarray(array), or Python numbers.",
         lambda: wdjax.decoupled_decay(lambda step: 0.1),
     ),
     "array of rates": (

@@ -415,7 +415,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "tables that share tables": (  # As YAML's anchors make them. They would be read 2**40 times.
         nested(40, lambda inner: {"by_path": {"rules": [{"match": "a", "value": inner}], "default": inner}}),
         ValueError,
-        r"^Rules\.from_dict: data holds more than 1000000 entries\. Write the rules in one list",
+        r"^Rules\.from_dict: data has more than 1,000,000 entries at one depth\. .* Write the rules in one list",
     ),
     "a list in itself": (
         {"by_path": {"rules": ENDLESS}},
@@ -489,7 +489,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "owners in a list": (
         {"weights_only": {"owners": ["Dense"]}},
         TypeError,
-        r"^Rules\.from_dict: the owners of weights_only must be a dictionary by path, got \['Dense'\]\. Write what",
+        r"^Rules\.from_dict: the owners of weights_only must be a dictionary by path, got \['Dense'\]\. Pass what",
     ),
     "owners by number": ({"weights_only": {"owners": {1: {}}}}, TypeError, r"must be a dictionary by path, got \{1: "),
     "an owner that is a number": (

@@ -84,7 +84,7 @@ def test_states_of_other_optimizers_are_refused() -> None:
         (wdjax.sgdw(0.1, 0.1).init(PARAMS), r"Only optimizer\.init\(params\) has .*'hyperparams/learning_rate'"),
         (scheduled, "Only the state has 'hyperparams_states/learning_rate/count'"),
     ):
-        with pytest.raises(ValueError, match=f"stale_hyperparams: this is not a state of this optimizer and .*{fault}"):
+        with pytest.raises(ValueError, match=f"stale_hyperparams: the state does not fit this optimizer and .*{fault}"):
             stale_hyperparams(state, adamw(0.1, 0.1), PARAMS)
     with pytest.raises(TypeError, match="stale_hyperparams"):
         stale_hyperparams(None, wdjax.sgdw, PARAMS)

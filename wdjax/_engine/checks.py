@@ -82,7 +82,7 @@ def rate(where: str, name: str, value: Any, *, write: str | None = None, may_be_
 def unplaced(value: Any) -> Any:
     """The value. A 0-d array that was put on a device becomes its number, which goes to any device, as within jit.
 
-    A product with the number has the dtype of a product with the array.
+    Multiplying by it gives the dtype that the array would give.
     """
     if not isinstance(value, jax.Array) or is_traced(value) or value.shape != ():
         return value
@@ -121,7 +121,7 @@ def power(where: str, base: float, exponent: float, write: str) -> float:
 def nesting(where: str, data: Any, write: str, most: int = 400) -> None:
     """Raises an error for data from a file that are nested too deeply or hold too much to be read by recursion.
 
-    What stands at several places counts at each. (YAML's anchors can make a small file endless.)
+    An object that occurs several times counts each time. (YAML's anchors can make a small file endless.)
     """
     level, times = {id(data): data}, {id(data): 1}  # What stands at one depth, and how many times.
     for _ in range(most):
@@ -133,7 +133,10 @@ def nesting(where: str, data: Any, write: str, most: int = 400) -> None:
                 counts[id(item)] += times[key]
         level, times = inner, counts
         if sum(times.values()) > _MOST_ENTRIES:
-            raise ValueError(f"{where}: data holds more than {_MOST_ENTRIES} entries. Write {write}.")
+            raise ValueError(
+                f"{where}: data has more than {_MOST_ENTRIES:,} entries at one depth. What is shared counts at each "
+                f"place. Write {write}."
+            )
     if level:
         raise ValueError(f"{where}: data is nested more than {most} levels deep. Write {write}.")
 
@@ -242,5 +245,5 @@ def static(name: str, value: Any) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is an integer of Python or NumPy. A boolean is none."""
+    """Whether a value is an integer of Python or NumPy. Booleans do not count."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

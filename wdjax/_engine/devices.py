@@ -17,7 +17,7 @@ PyTree = Any
 
 
 def explained(method: Callable[P, R]) -> Callable[P, R]:
-    """Makes JAX's error about devices name the argument and say what to write. Nothing is looked at before an error.
+    """Makes JAX's error about devices name the argument and say what to write. It looks at arrays only after an error.
 
     Under jit, arrays of any device may be constants of the program, so a check beforehand would refuse too much.
     """
@@ -62,7 +62,7 @@ def _parts(action: Any, updates: PyTree, state: Any, params: PyTree) -> Iterator
     )
     for_toward = f"Put it on the same devices: jax.device_put(pretrained, {shardings})."
     for_array = "Put it on the same devices with jax.device_put, or write it as a NumPy array, np.asarray(array)."
-    for_schedule = "Write the arrays that the schedule holds as numbers, float(array)."
+    for_schedule = "In the schedule, use NumPy arrays, np.asarray(array), or Python numbers."
     toward, for_anchor = ("the state", for_state) if is_in_state(action.toward) else ("toward", for_toward)
     terms = action.terms(params, leaves, state)
     for (path, param), row, term in zip(leaves, action._rows(params, leaves), terms, strict=True):

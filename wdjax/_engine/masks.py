@@ -49,7 +49,7 @@ def flags(
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
     entries = trees.flatten_with_paths(tree)
-    if trees.structure(tree) == trees.structure(params):  # Keras variables in a list have paths, booleans numbers.
+    if trees.structure(tree) == trees.structure(params):  # Of Keras variables, only params have paths.
         entries = [(path, flag) for (path, _), (_, flag) in zip(leaves, entries, strict=True)]
     given = {path: _flag(where, path, flag) for path, flag in entries if not trees.is_hole(flag)}
     owners = [next((prefix for prefix in trees.prefixes(path) if prefix in given), None) for path, _ in leaves]
@@ -60,8 +60,8 @@ def flags(
     extra = [p for p in given if p not in used and holes.isdisjoint(trees.prefixes(p))]
     if bare or extra:
         raise ValueError(
-            f"{where}: the mask is neither a tree like params nor a prefix of one. {lacks(bare, extra)} Build it from "
-            "the same tree, jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
+            f"{where}: the mask is neither a tree like params nor a prefix of one. {lacks(bare, extra)} Build the "
+            "mask from the same tree, jax.tree.map(lambda p: p.ndim > 1, params), or by path, mask=all_but('bias')."
         )
     return _fitting(where, [False if owner is None else given[owner] for owner in owners], leaves, of_all)
 

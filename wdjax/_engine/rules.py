@@ -17,7 +17,7 @@ from .unstable import is_traced
 PyTree = Any
 TABLE = "by_path({'kernel': 0.1}, default=0.0)"
 _KINDS: dict[str, type["Rules"]] = {}
-_MOST_NESTED = 64  # Rule sets in rule sets: no recursion is too deep, and `from_dict` reads what is written of them.
+_MOST_NESTED = 64  # Rule sets in rule sets. It keeps recursion shallow, and `from_dict` reads what `to_dict` writes.
 _OF_A_MODEL = ("functions", "variables", "names")  # Rules may be asked about a whole model.
 
 

@@ -47,7 +47,7 @@ def is_traced(value: Any) -> bool:
 
 
 def is_of_devices(error: ValueError) -> bool:
-    """Whether an error of JAX says that arrays are on different devices. Otherwise the user sees JAX's own words."""
+    """Whether an error of JAX says that arrays are on different devices. If JAX rewords it, users see its message."""
     return "incompatible devices" in str(error)
 
 

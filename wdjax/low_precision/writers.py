@@ -74,7 +74,7 @@ def stochastic_rounding(seed: int | np.integer[Any] | jax.Array) -> optax.Gradie
 
     Rule:   p + u is rounded to one of its two neighbors in the dtype of p, to the upper one with the probability
             (p + u - lower) / (upper - lower), so the mean is p + u. Values that the dtype can hold are not rounded.
-            Where float32 flushes subnormal numbers, as on CPUs, a weight, update or step below 2^-126 counts as zero.
+            Where float32 flushes subnormal numbers, as on CPUs and TPUs, magnitudes below 2^-126 count as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
     Units:  those of the update. With zero gradient, the mean of many weights follows the closed form of the decay. A
             single weight deviates from it in a random walk, by about sqrt(steps * rate * 2^-8) of itself in bfloat16.
@@ -125,7 +125,7 @@ def compensated() -> optax.GradientTransformation:
     """Keeps the rounding error of each weight and adds it to the next step: Kahan summation.
 
     Rule:   y <- u + residual; p <- p + y, rounded to the dtype of p; residual <- p before + y - p after. Where float32
-            flushes subnormal numbers, as on CPUs, a weight, update, step or residual below 2^-126 counts as zero.
+            flushes subnormal numbers, as on CPUs and TPUs, magnitudes below 2^-126 count as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`. The decay
             is part of u, so it is compensated too.
     Units:  those of the update. With zero gradient, a weight is within 0.51 units in the last place of the closed form
@@ -160,8 +160,8 @@ def compensated() -> optax.GradientTransformation:
 def master_weights() -> optax.GradientTransformation:
     """Keeps a float32 copy of weights of low precision, updates the copy, and rounds it to the weights.
 
-    Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p. Where float32 flushes subnormal numbers, as on CPUs,
-            a weight, update or step below 2^-126 counts as zero.
+    Rule:   copy <- copy + u; p <- copy, rounded to the dtype of p. Where float32 flushes subnormal numbers, as on CPUs
+            and TPUs, magnitudes below 2^-126 count as zero.
     Place:  last in the chain, right before `optax.apply_updates`. Wrap the rest of the chain in `in_float32`.
     Units:  those of the update. With zero gradient, the copy follows the closed form of the decay, except that the
             decay is computed from the rounded weight.

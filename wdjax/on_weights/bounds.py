@@ -109,7 +109,5 @@ TAKEN = (AtInit, WarmStart, InflectionPoint)
 
 def _steps(where: str, name: str, value: Any, write: str) -> int:
     if not checks.is_whole(value) or not 0 < value < 2**31:  # The count of updates is an int32.
-        raise ValueError(
-            f"{where}: {name} must be a whole number > 0, and below 2**31, got {shown(value)}. Write {write}."
-        )
+        raise ValueError(f"{where}: {name} must be an integer from 1 to 2**31 - 1, got {shown(value)}. Write {write}.")
     return int(value)

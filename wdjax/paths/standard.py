@@ -125,7 +125,7 @@ class WeightsOnly(Rules, kind="weights_only"):
         if not isinstance(owners, Mapping) or not all(isinstance(path, str) for path in owners):
             raise TypeError(
                 f"Rules.from_dict: the owners of weights_only must be a dictionary by path, got {shown(owners)}. "
-                "Write what to_dict made of weights_only(model)."
+                "Pass what weights_only(model).to_dict() returned."
             )
         found = {path: _owner_from_plain(path, written) for path, written in owners.items()}
         return dataclasses.replace(rules, owners=found)  # pyright: ignore[reportCallIssue]

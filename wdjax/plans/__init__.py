@@ -134,7 +134,7 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
         if id(schedule) not in known:
             found = values_of(schedule, counts)
             if found is not None and found.shape == (len(counts),) and found.dtype.kind in "iuf":
-                found = np.where((found < 0) & (found > -1e-7), 0, found)  # One that ends at zero may miss it.
+                found = np.where((found < 0) & (found > -1e-7), 0, found)  # By rounding, where it ends at 0.
                 for wrong in np.flatnonzero(~(np.isfinite(found) & (found >= 0)))[:1]:
                     raise ValueError(
                         f"plan: a rate must be finite and not negative, but a schedule gives {found[wrong]} at step "

@@ -19,26 +19,28 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
     """The rates and other numbers in a state that differ from those in the code.
 
     `optax.inject_hyperparams` keeps numbers in its state, and each step reads them there. So a run that is resumed goes
-    on with the rates of its checkpoint, whatever the code says. Compare them after you restore:
+    on with the rates of its checkpoint, whatever the code says. Compare them after you restore, outside `jit`:
 
         stale = wdjax.stale_hyperparams(state, optimizer, params)
-        assert not stale, stale
+        assert not stale, stale  # Not if your loop sets rates on purpose.
 
-    To use the number in the code, set it: `state = optax.tree.set(state, weight_decay=jnp.asarray(0.5))`. Without
-    `inject_hyperparams`, rates are not in the state: those in the code apply.
+    To use the number in the code, set it: `state = optax.tree.set(state, weight_decay=jnp.asarray(0.5))`. This sets
+    all numbers of this name. Without `inject_hyperparams`, rates are not in the state: those in the code apply.
 
     Args:
-        state: a state of `optimizer`, restored or trained.
+        state: a state of `optimizer`, restored or trained, such as `train_state.opt_state`.
         optimizer: the optimizer, as the code builds it now.
-        params: the parameters.
+        params: the parameters. The function makes a state of them to compare with.
 
     Returns:
-        For each number that differs: its path in the state, its value there and its value in the code. A number that
-        the training loop has set differs, too. Schedules are not compared: their values come from the code.
+        For each number that differs: its path in the state, its value there and its value in the code, both in the
+        dtype of the state. Betas, eps and all others are compared, too. The values of schedules are not: they come from
+        the code.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
-        ValueError: if the state is that of another optimizer. It names the paths, shapes and dtypes.
+        ValueError: if the state has other paths, shapes or dtypes than `optimizer.init(params)`, for example because a
+            number has become a schedule.
 
     Example:
 
@@ -52,8 +54,9 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
     fresh = checks.finished("stale_hyperparams", optimizer, "stale_hyperparams(state, optimizer, params)").init(params)
     if faults := matched(state, fresh, params).faults:
         raise ValueError(
-            f"stale_hyperparams: this is not a state of this optimizer and these parameters. {' '.join(faults)} Pass a "
-            "state that the optimizer made, or one that was restored from it."
+            f"stale_hyperparams: the state does not fit this optimizer and these parameters. {' '.join(faults)} Pass "
+            "the state of the optimizer alone, such as train_state.opt_state. If a number has become a schedule, or a "
+            "schedule a number, make a new state: optimizer.init(params)."
         )
     kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
     pairs = {path: (np.asarray(kept[path]), np.asarray(number)) for path, number in numbers.items()}

@@ -26,11 +26,13 @@ def freeze(optimizer: Optimizer, mask: Mask) -> optax.GradientTransformationExtr
     """Keeps the parameters of a mask bit for bit. It goes around the optimizer; `optax.freeze` goes into a chain.
 
     Later transformations in a chain, such as a decay, can undo zero updates. Here the optimizer never sees a frozen
-    parameter: it has no state for it, and no global norm includes its gradient. Whatever is inside changes no bit.
+    parameter: it has no state for it, and no global norm includes its gradient. No transformation inside changes a
+    frozen parameter.
 
     `freeze` stands outermost: `optax.MultiSteps(freeze(...), 2)` adds +0.0 and turns a weight of -0.0 into +0.0. On
     CPUs, the addition of `optax.apply_updates` flushes subnormal numbers to zero, and no update can prevent it. If
-    `jit` compiles the whole step for one device, there is no addition to an array that is frozen as a whole.
+    `jit` compiles the whole step for one device, XLA leaves out the addition to arrays that are frozen entirely, and
+    their subnormal numbers stay.
 
     Rule:   u <- -0.0 where the mask is True (p + -0.0 is p, also for p = -0.0, inf and NaN); else the optimizer's u
     Place:  around the whole optimizer: the last thing before `optax.apply_updates`.
