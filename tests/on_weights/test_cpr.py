@@ -543,7 +543,11 @@ def test_the_monitor_reads_nothing_of_a_bound_that_is_not_known() -> None:
             ValueError,
             r"InflectionPoint: every must be an integer from 1 to 2\*\*31 - 1, got 0",
         ),
-        (lambda: InflectionPoint(10**400), ValueError, r"every must be an integer from 1 to 2\*\*31 - 1, got 10{79}\.\.\."),
+        (
+            lambda: InflectionPoint(10**400),
+            ValueError,
+            r"every must be an integer from 1 to 2\*\*31 - 1, got 10{79}\.\.\.",
+        ),
         (lambda: InflectionPoint(9, 1.0), ValueError, r"smoothing must be a number from 0 to less than 1, got 1\.0"),
     ],
 )

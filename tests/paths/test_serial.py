@@ -415,7 +415,7 @@ MALFORMED: dict[str, tuple[Any, type[Exception], str]] = {
     "tables that share tables": (  # As YAML's anchors make them. They would be read 2**40 times.
         nested(40, lambda inner: {"by_path": {"rules": [{"match": "a", "value": inner}], "default": inner}}),
         ValueError,
-        r"^Rules\.from_dict: data has more than 1,000,000 entries at one depth\. .* Write the rules in one list",
+        r"^Rules\.from_dict: data has more than 100,000 entries at one depth\. .* Write the rules in one list",
     ),
     "a list in itself": (
         {"by_path": {"rules": ENDLESS}},

@@ -282,6 +282,8 @@ def test_the_rates_per_step_are_shown_everywhere_and_kept() -> None:
 def test_a_schedule_that_misses_zero_by_a_rounding(length: int) -> None:
     falling = optax.linear_schedule(0.1, 0.0, length)
     assert plan(KERNELS, 0.1, only("kernel"), learning_rate=falling, step=length).parameters[0].per_step == 0
+    with pytest.raises(ValueError, match="must be finite and not negative, but a schedule gives -9e-08 at step 0"):
+        plan(KERNELS, 0.1, only("kernel"), learning_rate=lambda count: -9e-8 + 0.0 * count)
 
 
 def test_errors_of_steps_and_learning_rates() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -72,10 +73,24 @@ def test_the_state_of_an_nnx_optimizer() -> None:
     assert found == {"hyperparams/weight_decay": (0.125, 0.5)}
 
 
-def test_a_number_is_compared_as_it_is_kept() -> None:
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_numbers_are_compared_whatever_their_dtypes(dtype: Any, x64: None) -> None:
     """0.3 is not a bfloat16. What the code says is rounded to it, as the state is."""
-    params = {"w": jnp.ones(3, jnp.bfloat16)}
-    assert stale_hyperparams(adamw(0.1, 0.3).init(params), adamw(0.1, 0.3), params) == {}
+    params = {"w": jnp.ones(3, dtype)}
+    state = adamw(0.1, 0.3).init(params)
+    assert stale_hyperparams(state, adamw(0.1, 0.3), params) == {}
+    for new in (0.5, jnp.asarray(0.5), np.float64(0.5), jnp.float32(0.5)):
+        assert stale_hyperparams(optax.tree.set(state, weight_decay=new), adamw(0.1, 0.5), params) == {}
+    found = stale_hyperparams(optax.tree.set(state, weight_decay=0.5), adamw(0.1, 0), params)  # An integer.
+    assert found == {"hyperparams/weight_decay": (0.5, 0)}
+
+
+def test_what_else_may_be_injected() -> None:
+    def noise(seed: int) -> optax.GradientTransformation:
+        return optax.inject_hyperparams(optax.add_noise)(jnp.nan, 0.5, key=jax.random.key(seed))
+
+    assert stale_hyperparams(noise(0).init(PARAMS), noise(0), PARAMS) == {}  # NaN is NaN.
+    assert stale_hyperparams(noise(0).init(PARAMS), noise(1), PARAMS) == {"hyperparams/key": ([0, 0], [0, 1])}
 
 
 def test_states_of_other_optimizers_are_refused() -> None:
@@ -86,6 +101,8 @@ def test_states_of_other_optimizers_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"stale_hyperparams: the state does not fit this optimizer and .*{fault}"):
             stale_hyperparams(state, adamw(0.1, 0.1), PARAMS)
+    with pytest.raises(TypeError, match="stale_hyperparams: state and params must be arrays, not shapes"):
+        stale_hyperparams(adamw(0.1, 0.1).init(PARAMS), adamw(0.1, 0.1), jax.eval_shape(lambda: PARAMS))
     with pytest.raises(TypeError, match="stale_hyperparams"):
         stale_hyperparams(None, wdjax.sgdw, PARAMS)
     assert stale_hyperparams(wdjax.sgdw(0.1, 0.1).init(PARAMS), wdjax.sgdw(0.1, 0.5), PARAMS) == {}

@@ -22,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-_MOST_ENTRIES = 1_000_000  # At one depth of data from a file.
+_MOST_ENTRIES = 100_000  # At one depth of data from a file.
 
 # Argument names from other libraries, and the arguments here that they may mean.
 _ALSO_CALLED = {
@@ -100,7 +100,10 @@ def value_of_schedule(where: str, name: str, value: Any) -> Any:
             f"{where}: {what} must be a scalar, got an array of shape {value.shape}. Let the schedule return one "
             f"number, and multiply it by the array: {name}=schedule * by_path({{'embedding': array}}, default=1.0)."
         )
-    return rate(where, what, value, write=f"{name}=lambda count: 0.1 / (1 + count)")
+    write = f"{name}=lambda count: 0.1 / (1 + count)"
+    if not isinstance(value, (bool, int, float, complex, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(f"{where}: {what} must be a number or a 0-d array, got {shown(value)}. Write {write}.")
+    return rate(where, what, value, write=write)
 
 
 def as_float(value: Any) -> float:

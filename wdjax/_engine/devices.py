@@ -31,11 +31,15 @@ def explained(method: Callable[P, R]) -> Callable[P, R]:
             if not is_of_devices(error):
                 raise
             given = signature.bind(*args, **kwargs).arguments
-            for name, there, first, here, write in _apart(*map(given.get, ("self", "updates", "state", "params"))):
-                raise ValueError(
-                    f"{given['self'].where}: {name} is on {there}, but {first} is on {here}. {write}"
-                ) from error
-            raise
+            try:
+                apart = next(_apart(*map(given.get, ("self", "updates", "state", "params"))), None)
+            except ValueError:  # A schedule whose own arrays are apart fails again.
+                apart = None
+            if apart is None:
+                raise
+            name, there, first, here, write = apart
+            message = f"{given['self'].where}: {name} is on {there}, but {first} is on {here}. {write}"
+            raise ValueError(message) from error
 
     return explaining
 

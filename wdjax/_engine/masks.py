@@ -49,8 +49,10 @@ def flags(
     is_function = callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0)
     tree = _called(where, mask, params) if is_function else mask
     entries = trees.flatten_with_paths(tree)
-    if trees.structure(tree) == trees.structure(params):  # Of Keras variables, only params have paths.
-        entries = [(path, flag) for (path, _), (_, flag) in zip(leaves, entries, strict=True)]
+    paths = [path for path, _ in leaves]
+    # A list of Keras variables has paths, and one of booleans has numbers.
+    if [path for path, _ in entries] != paths and trees.structure(tree) == trees.structure(params):
+        entries = [(path, flag) for path, (_, flag) in zip(paths, entries, strict=True)]
     given = {path: _flag(where, path, flag) for path, flag in entries if not trees.is_hole(flag)}
     owners = [next((prefix for prefix in trees.prefixes(path) if prefix in given), None) for path, _ in leaves]
     owned = zip(owners, leaves, strict=True)

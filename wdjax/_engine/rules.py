@@ -56,7 +56,7 @@ class Rules(abc.ABC):
         if self._depth > _MOST_NESTED:
             raise ValueError(
                 f"{self.kind}: rule sets are nested more than {_MOST_NESTED} deep. Write the rules in one table, where "
-                "the first that matches wins."
+                "the first that matches wins. Write a product of many as rules = rules * factor, not factor * rules."
             )
 
     @functools.cached_property

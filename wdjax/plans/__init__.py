@@ -126,15 +126,20 @@ def _never_known(schedule: Any) -> None:
     return None
 
 
+_OTHER_COUNTS = (0, *(2**k for k in range(25)))  # They show how large a schedule gets.
+
+
 def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
     """A function that evaluates each schedule once at these counts. It returns None for a schedule that fails."""
     known: dict[int, np.ndarray | None] = {}
 
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
-            found = values_of(schedule, counts)
-            if found is not None and found.shape == (len(counts),) and found.dtype.kind in "iuf":
-                found = np.where((found < 0) & (found > -1e-7), 0, found)  # By rounding, where it ends at 0.
+            found = values_of(schedule, (*counts, *_OTHER_COUNTS))
+            if found is not None and found.shape == (len(counts) + len(_OTHER_COUNTS),) and found.dtype.kind in "iuf":
+                # A schedule that ends at 0 may end slightly below it, by rounding.
+                rounding, found = 1e-6 * np.max(found), found[: len(counts)]
+                found = np.where((found < 0) & (found >= -rounding), 0, found)
                 for wrong in np.flatnonzero(~(np.isfinite(found) & (found >= 0)))[:1]:
                     raise ValueError(
                         f"plan: a rate must be finite and not negative, but a schedule gives {found[wrong]} at step "

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._engine import checks, trees
@@ -30,12 +31,11 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
     Args:
         state: a state of `optimizer`, restored or trained, such as `train_state.opt_state`.
         optimizer: the optimizer, as the code builds it now.
-        params: the parameters. The function makes a state of them to compare with.
+        params: the parameters, as arrays. The function makes a state of them to compare with.
 
     Returns:
-        For each number that differs: its path in the state, its value there and its value in the code, both in the
-        dtype of the state. Betas, eps and all others are compared, too. The values of schedules are not: they come from
-        the code.
+        For each number that differs: its path in the state, its value there and its value in the code. Betas, eps and
+        all others are compared, too. The values of schedules are not: they come from the code.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -51,18 +51,32 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
         >>> wdjax.stale_hyperparams(state, sgdw(learning_rate=0.1, weight_decay=0.5), params)
         {'hyperparams/weight_decay': (0.25, 0.5)}
     """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((state, params))):
+        raise TypeError("stale_hyperparams: state and params must be arrays, not shapes. Call it with restored arrays.")
     fresh = checks.finished("stale_hyperparams", optimizer, "stale_hyperparams(state, optimizer, params)").init(params)
-    if faults := matched(state, fresh, params).faults:
+    kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
+    # Numbers may differ in their dtypes, too.
+    same = [kept.get(path, x) if path in numbers else x for path, x in trees.flatten_with_paths(fresh)]
+    if faults := matched(state, jax.tree.unflatten(trees.structure(fresh), same), params).faults:
         raise ValueError(
             f"stale_hyperparams: the state does not fit this optimizer and these parameters. {' '.join(faults)} Pass "
             "the state of the optimizer alone, such as train_state.opt_state. If a number has become a schedule, or a "
             "schedule a number, make a new state: optimizer.init(params)."
         )
-    kept, numbers = dict(trees.flatten_with_paths(state)), dict(_injected_numbers(fresh))
-    pairs = {path: (np.asarray(kept[path]), np.asarray(number)) for path, number in numbers.items()}
-    return {
-        path: (a.tolist(), b.tolist()) for path, (a, b) in pairs.items() if not np.array_equal(a.astype(b.dtype), b)
-    }
+    pairs = {path: (_on_host(kept[path]), _on_host(number)) for path, number in numbers.items()}
+    return {path: (a.tolist(), b.tolist()) for path, (a, b) in pairs.items() if not _are_equal(a, b)}
+
+
+def _on_host(x: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else x)
+
+
+def _are_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether numbers are equal in the narrower of their dtypes, as a state in bfloat16 holds those of the code."""
+    floats = [x.dtype for x in (a, b) if jnp.issubdtype(x.dtype, jnp.floating)]
+    dtype = min(floats, key=lambda dtype: jnp.finfo(dtype).bits, default=a.dtype)
+    a, b = a.astype(dtype), b.astype(dtype)
+    return a.shape == b.shape and bool(np.all((a == b) | ((a != a) & (b != b))))  # NaN is equal to NaN.
 
 
 def _injected_numbers(state: PyTree, base: str = "") -> Iterable[tuple[str, Any]]:
