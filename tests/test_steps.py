@@ -6,6 +6,7 @@ held in closed form too: it is what docs/explanations/wrappers_and_faults.md say
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,7 +72,9 @@ EVERY_CALL = [True] * CALLS
 
 
 def multi_steps(inner: Any, k: Any, **kwargs: Any) -> optax.GradientTransformation:
-    return optax.MultiSteps(inner, k, accumulator_dtype=jnp.float64, **kwargs).gradient_transformation()
+    if "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters:  # Not in Optax 0.2.7.
+        kwargs["accumulator_dtype"] = jnp.float64
+    return optax.MultiSteps(inner, k, **kwargs).gradient_transformation()
 
 
 def nan_at(*calls: int) -> Callable[[int, Any], Any]:

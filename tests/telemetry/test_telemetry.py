@@ -837,6 +837,8 @@ def test_each_array_is_summed_a_few_times_and_nothing_is_called_back(arguments: 
 @pytest.mark.peers
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_on_one_cpu_parameters_and_updates_are_read_once_more(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 9):
+        pytest.skip("XLA of JAX 0.8 reads bfloat16 arrays more often")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     params = {name: jnp.ones((500, 400), dtype) for name in "abc"}
     bare = wdjax.adamw(LR, SCHEDULE)
