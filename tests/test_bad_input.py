@@ -142,6 +142,11 @@ A_SCHEDULE = r"Write weight_decay=lambda count: 0\.1 / \(1 \+ count\)"
         ),
         (lambda count: np.ones((2, 1)), ValueError, rf"must be a scalar, .* \(2, 1\)\. {ARRAY_AS_A_FACTOR}"),
         (lambda count: -0.1, ValueError, rf"must be finite and not negative, got -0\.1\. {A_SCHEDULE}"),
+        (
+            lambda count: optax.constant_schedule(0.1),
+            TypeError,
+            rf"must be a number or a 0-d array, got <function .*>\. {A_SCHEDULE}",
+        ),
         (lambda count: "fast", TypeError, rf"must be a number or a 0-d array, got 'fast'\. {A_SCHEDULE}"),
     ],
 )

@@ -336,3 +336,25 @@ def test_gradients_of_which_only_some_are_traced() -> None:
 
         want, _ = optimizer.update({"a": jnp.zeros(2), "b": jnp.ones(2)}, state, params)
         chex.assert_trees_all_close(update(jnp.ones(2)), want, rtol=1e-6)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Described:
+    """A node whose static data cannot be compared as a whole."""
+
+    def __init__(self, w: Any, about: Any) -> None:
+        self.w, self.about = w, about
+
+    def tree_flatten_with_keys(self) -> Any:
+        return [(jax.tree_util.GetAttrKey("w"), self.w)], self.about
+
+    @classmethod
+    def tree_unflatten(cls, about: Any, children: Any) -> Any:
+        return cls(*children, about)
+
+
+def test_a_mask_in_a_node_with_other_static_data() -> None:
+    params = Described(jnp.ones(2), np.ones(3))
+    decay = wdjax.decoupled_decay(0.5, Described(True, np.zeros(3)))
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    np.testing.assert_array_equal(updates.w, 0.5)
