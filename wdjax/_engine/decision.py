@@ -54,7 +54,7 @@ def check_product(where: str, path: str, decision: Decision) -> None:
     parts = (*decision.factors, decision.value)
     numbers = [max(part.values, default=0.0) if isinstance(part, PerLayer) else part for part in parts]
     known = [number for number in numbers if isinstance(number, float)]
-    if 0 not in known and not math.isfinite(math.prod(known)):
+    if not math.isfinite(math.prod(known)):
         raise ValueError(
             f"{where}: the rate of {path!r} is {' * '.join(f'{number:g}' for number in known)}, which is too large for "
             "a float. Write smaller factors."
