@@ -281,9 +281,17 @@ def test_the_rates_per_step_are_shown_everywhere_and_kept() -> None:
 @pytest.mark.parametrize("length", [3, 5, 7, 10, 100])
 def test_a_schedule_that_misses_zero_by_a_rounding(length: int) -> None:
     falling = optax.linear_schedule(0.1, 0.0, length)
-    assert plan(KERNELS, 0.1, only("kernel"), learning_rate=falling, step=length).parameters[0].per_step == 0
+    per_step = plan(KERNELS, 0.1, only("kernel"), learning_rate=falling, step=length)["kernel"].per_step
+    assert per_step is not None
+    assert 0 <= per_step < 1e-9
     with pytest.raises(ValueError, match="must be finite and not negative, but a schedule gives -9e-08 at step 0"):
         plan(KERNELS, 0.1, only("kernel"), learning_rate=lambda count: -9e-8 + 0.0 * count)
+
+
+def test_a_schedule_that_knows_no_more_steps_than_the_plan_shows() -> None:
+    table = [0.1] * 1000
+    found = plan(KERNELS, 0.1, only("kernel"), learning_rate=lambda count: table[int(count)])
+    assert found["kernel"].per_step == pytest.approx(0.01)
 
 
 def test_errors_of_steps_and_learning_rates() -> None:

@@ -95,6 +95,8 @@ def test_what_else_may_be_injected() -> None:
 
 def test_states_of_other_optimizers_are_refused() -> None:
     scheduled = adamw(optax.linear_schedule(0.5, 0.0, 10), 0.1).init(PARAMS)
+    kept = adamw(0.1, 0.1).init(PARAMS)._replace(inner_state=scheduled.inner_state)  # What the error says to write.
+    assert stale_hyperparams(kept, adamw(0.1, 0.1), PARAMS) == {}
     for state, fault in (
         (wdjax.sgdw(0.1, 0.1).init(PARAMS), r"Only optimizer\.init\(params\) has .*'hyperparams/learning_rate'"),
         (scheduled, "Only the state has 'hyperparams_states/learning_rate/count'"),

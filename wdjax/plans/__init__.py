@@ -135,11 +135,12 @@ def _values_at(counts: Sequence[int]) -> Callable[[Any], np.ndarray | None]:
 
     def values(schedule: Any) -> np.ndarray | None:
         if id(schedule) not in known:
-            found = values_of(schedule, (*counts, *_OTHER_COUNTS))
-            if found is not None and found.shape == (len(counts) + len(_OTHER_COUNTS),) and found.dtype.kind in "iuf":
-                # A schedule that ends at 0 may end slightly below it, by rounding.
-                rounding, found = 1e-6 * np.max(found), found[: len(counts)]
-                found = np.where((found < 0) & (found >= -rounding), 0, found)
+            found = values_of(schedule, counts)
+            if found is not None and found.shape == (len(counts),) and found.dtype.kind in "iuf":
+                if np.any(found < 0):  # A schedule that ends at 0 may end slightly below it, by rounding.
+                    others = values_of(schedule, _OTHER_COUNTS)
+                    most = np.max(found) if others is None else max(np.max(found), np.max(others))
+                    found = np.where((found < 0) & (found >= -1e-6 * most), 0, found)
                 for wrong in np.flatnonzero(~(np.isfinite(found) & (found >= 0)))[:1]:
                     raise ValueError(
                         f"plan: a rate must be finite and not negative, but a schedule gives {found[wrong]} at step "

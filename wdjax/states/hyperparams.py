@@ -38,9 +38,9 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
         all others are compared, too. The values of schedules are not: they come from the code.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        ValueError: if the state has other paths, shapes or dtypes than `optimizer.init(params)`, for example because a
-            number has become a schedule.
+        TypeError: if `optimizer` is not an optimizer, or if arrays are only described by their shapes.
+        ValueError: if the state does not have the structure of `optimizer.init(params)`, for example because a number
+            has become a schedule.
 
     Example:
 
@@ -61,7 +61,7 @@ def stale_hyperparams(state: PyTree, optimizer: Optimizer, params: Params) -> di
         raise ValueError(
             f"stale_hyperparams: the state does not fit this optimizer and these parameters. {' '.join(faults)} Pass "
             "the state of the optimizer alone, such as train_state.opt_state. If a number has become a schedule, or a "
-            "schedule a number, make a new state: optimizer.init(params)."
+            "schedule a number, keep the moments: optimizer.init(params)._replace(inner_state=state.inner_state)."
         )
     pairs = {path: (_on_host(kept[path]), _on_host(number)) for path, number in numbers.items()}
     return {path: (a.tolist(), b.tolist()) for path, (a, b) in pairs.items() if not _are_equal(a, b)}
