@@ -34,7 +34,7 @@ def cpr(
 
     Rule:   m <- max(m + update_rate * (kind.value(p) - bound) / size of p, 0); u <- u - m * kind.gradient(p). The
             multiplier m starts at 0, one for each parameter and for each layer of a stack. While the bound is not known
-            or never exceeded, m is 0, and updates stay (subnormal numbers may become 0).
+            or never exceeded, m is 0, and updates do not change (subnormal ones may become 0).
     Place:  last in the chain, after the learning rate, before `constrain`.
     Units:  the bound is in units of kind.value, which is a sum over the parameter: for a norm of at most r under `L2`,
             write r**2 / 2. The update_rate is per step and per mean of the penalty over the weights, so that its effect

@@ -39,7 +39,8 @@ def with_selective_decay(
     """Moves an array back toward its anchor if its negative gradient points there and the step leads away: SPD.
 
     Rule:   for each array, with the gradient g, d = p - toward and new = p + u - toward: if <g, d> > 0,
-            u <- u - strength * max(0, 1 - ||d|| / ||new||) * new. Otherwise u stays (subnormal numbers may become 0).
+            u <- u - strength * max(0, 1 - ||d|| / ||new||) * new. Otherwise u does not change (subnormal numbers may
+            become 0).
     Place:  around the whole optimizer, because it must see the gradients themselves, before they enter the moments. The
             result is the last thing before `optax.apply_updates`.
     Units:  the fraction of the way back to the previous distance ||d||: at 1, a step on which it acts does not increase
